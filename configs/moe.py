@@ -1,0 +1,5 @@
+from moe_jax.config import Config
+
+
+def get_config() -> Config:
+    return Config()

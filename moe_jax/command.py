@@ -1,0 +1,78 @@
+"""What every command shares: the user's errors, exit codes and the cache folder. Imports no jax."""
+
+import errno
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the message names the rule, the value and the remedy on one line."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run after its checkpoint was made safe; ``exit_code`` is 128 + the signal's number."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"interrupted, exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+# Faults of the machine, not of this program: one line instead of a traceback.
+_ENVIRONMENT_ERRNOS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR}
+)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls ``main`` and leaves the process with the exit code that design and README promise.
+
+    0 done; 2 the user's mistake; 1 a fault of the environment (one line) or of ours (traceback); 130 or 143 after
+    SIGINT or SIGTERM.
+    """
+    try:
+        main()
+    except UserError as error:
+        _leave(str(error), 2)
+    except Interrupted as error:
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _leave("interrupted before there was anything to save", 130)
+    except BrokenPipeError:
+        # The reader went away (`python sample.py | head -1`): nothing is wrong with the run.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT_ERRNOS:
+            raise
+        _leave(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1)
+
+
+def _leave(message: str, exit_code: int) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def cache_folder(name: str) -> Path:
+    """The folder ``name`` under this user's cache folder (``$XDG_CACHE_HOME/moe_jax`` or ``~/.cache/moe_jax``)."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "moe_jax" / name
+
+
+def use_huge_pages() -> None:
+    """Restarts this process once with glibc asked for huge pages; does nothing where that is not to be had.
+
+    XLA takes its scratch memory anew at every step on a CPU, and mapping it in pages of 4 kB cost a quarter of the
+    time of a training step. The setting must be in the environment before a process starts. It is left alone where
+    GLIBC_TUNABLES is set already, to anything.
+    """
+    library, version = platform.libc_ver()
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if "GLIBC_TUNABLES" in os.environ or library != "glibc" or not pages.exists() or "[never]" in pages.read_text():
+        return
+    if [int(part) for part in version.split(".")] >= [2, 35]:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,0 +1,108 @@
+"""From the command line to a validated configuration. Imports no jax."""
+
+import importlib.util
+import re
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from moe_jax.command import UserError
+from moe_jax.config import Config, SampleConfig, settings, unknown_name, validate
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a model; run the same command again to go on where it stopped."""
+
+    config: str
+    """Recipe to start from: a file with get_config(), such as configs/moe.py; the flags below change it."""
+    workdir: str | None = None
+    """Run directory; None: runs/ and the recipe's name."""
+    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+def parse_train(arguments: list[str]) -> tuple[Config, Path]:
+    """The validated configuration and the run directory that ``train.py``'s arguments ask for. Raises UserError."""
+    recipe = _config_argument(arguments)
+    if recipe is None and not {"-h", "--help"} & set(arguments):
+        raise UserError("--config is required: name a recipe, such as --config configs/moe.py")
+    base = load_recipe(Path(recipe)) if recipe else Config()
+    command = tyro.cli(TrainCommand, args=arguments, default=TrainCommand(config=recipe or "", settings=base))
+    workdir = Path(command.workdir) if command.workdir else Path("runs") / Path(command.config).stem
+    return validate(command.settings), workdir
+
+
+def _config_argument(arguments: list[str]) -> str | None:
+    for index, argument in enumerate(arguments):
+        if argument == "--config" and index + 1 < len(arguments):
+            return arguments[index + 1]
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config=")
+    return None
+
+
+def load_recipe(path: Path) -> Config:
+    """Runs the recipe's ``get_config()``. Raises UserError with the recipe's own line on any fault in it."""
+    if not path.is_file():
+        known = sorted(str(item) for item in Path("configs").glob("*.py"))
+        raise UserError(f"--config {path} does not exist; recipes here: {', '.join(known) or 'none'}")
+    spec = importlib.util.spec_from_file_location("recipe", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config {path} is not a Python file; a recipe ends in .py and has get_config()")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:  # a recipe is the user's own code: whatever it raises is told with its line
+        raise UserError(f"{path}{_line_in(path, error)}: {_explain(error)}") from error
+    if not isinstance(config, Config):
+        raise UserError(f"{path}: get_config() must return a moe_jax.config.Config, got {type(config).__name__}")
+    return config
+
+
+def _line_in(path: Path, error: Exception) -> str:
+    if isinstance(error, SyntaxError):
+        return f":{error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f":{lines[-1]}" if lines else ""
+
+
+def _explain(error: Exception) -> str:
+    match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if match:
+        sections = {"Config": Config(), **_sections(Config())}
+        section = sections.get(match.group(1))
+        if section is not None:
+            names = list(dict.fromkeys(name.split(".")[0] for name, _, _ in settings(section)))
+            return unknown_name(f"{match.group(1)}.", match.group(2), names)
+    if isinstance(error, AttributeError) and "get_config" in str(error):
+        return "a recipe needs a function get_config() that returns a moe_jax.config.Config"
+    return f"{type(error).__name__}: {error}"
+
+
+def _sections(config: Config) -> dict[str, object]:
+    found = [config.model, config.model.moe, config.data, config.optimizer, config.mesh, config.train, config.sample]
+    return {type(section).__name__: section for section in found}
+
+
+@dataclass(frozen=True)
+class SampleCommand:
+    """Continue a prompt, or start from nothing, with a trained model."""
+
+    workdir: str | None = None
+    """Run directory of the model; None: the run under runs/ that changed last."""
+    prompt: str | None = None
+    """Text to continue; - reads it from standard input; None: start from nothing."""
+    checkpoint: Literal["best", "newest"] = "best"
+    """Which checkpoint: best (lowest validation loss) or newest."""
+    sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
+
+
+def parse_sample(arguments: list[str], defaults: SampleConfig) -> SampleCommand:
+    """What ``sample.py``'s arguments ask for, where ``defaults`` stand for what they leave out. Raises UserError."""
+    command = tyro.cli(SampleCommand, args=arguments, default=SampleCommand(sample=defaults))
+    validate(Config(sample=command.sample))
+    return command

@@ -1,0 +1,1 @@
+"""Text in, batches out: sources, tokenizers, preparation and the Grain pipeline."""

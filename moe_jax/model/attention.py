@@ -1,0 +1,133 @@
+"""Causal grouped-query attention with rotary positions, over a sequence or against a cache of keys and values."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.linen import initializers
+
+from moe_jax.axes import Array
+from moe_jax.config import ModelConfig
+from moe_jax.model.layers import dropout, fold_in, matrix_init, rms_normalise
+
+
+class LayerCache(flax.struct.PyTreeNode):
+    """The keys and values of one layer: a ring in which position p lies in slot p mod M, so the last M are kept."""
+
+    key_BMJA: Array
+    """Rotated already, each by its own position."""
+    value_BMJA: Array
+
+
+def rotate(x_BLHA: Array, position_BL: Array, theta: float) -> Array:
+    """Rotary position embedding (arXiv 2104.09864, eq. 34): pairs (i, i + A/2) turn by position · theta^(-2i/A).
+
+    The paper pairs neighbours; pairing halves is the same map under a permutation of the weights.
+    """
+    A = x_BLHA.shape[-1]
+    frequency = theta ** (-jnp.arange(0, A, 2, dtype=jnp.float32) / A)
+    angle_BL1A = position_BL.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
+    cos, sin = jnp.cos(angle_BL1A), jnp.sin(angle_BL1A)
+    first, second = jnp.split(x_BLHA.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHA.dtype)
+
+
+def attend(
+    query_BLHA: Array, key_BMJA: Array, value_BMJA: Array, mask_BLM: Array, weight_dropout: tuple[float, Array] | None
+) -> Array:
+    """Softmax attention; query head h reads key/value head h // (H/J) (grouped queries, arXiv 2305.13245).
+
+    Args:
+      mask_BLM: True where query l may see key m.
+      weight_dropout: (rate, one key a sequence), or None.
+
+    Returns:
+      [B, L, H, A] in the type of the query; scores and softmax are in float32.
+    """
+    B, L, H, A = query_BLHA.shape
+    J = key_BMJA.shape[2]
+    # Heads in front of positions, so that both products are plain batched matrix products.
+    query_BJQA = query_BLHA.reshape(B, L, J, H // J, A).transpose(0, 2, 3, 1, 4).reshape(B, J, (H // J) * L, A)
+    scores_BJQM = jnp.matmul(query_BJQA, key_BMJA.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    scores_BJGLM = scores_BJQM.reshape(B, J, H // J, L, -1) * A**-0.5
+    scores_BJGLM = jnp.where(mask_BLM[:, None, None], scores_BJGLM, -1e30)
+    weights_BJGLM = jax.nn.softmax(scores_BJGLM, axis=-1)
+    if weight_dropout is not None:
+        weights_BJGLM = dropout(weights_BJGLM, *weight_dropout)
+    weights_BJQM = weights_BJGLM.reshape(scores_BJQM.shape).astype(query_BLHA.dtype)
+    out_BJQA = jnp.matmul(weights_BJQM, value_BMJA.transpose(0, 2, 1, 3))
+    return out_BJQA.reshape(B, J, H // J, L, A).transpose(0, 3, 1, 2, 4).reshape(B, L, H, A)
+
+
+def causal_mask(position_BL: Array) -> Array:
+    """[B, L, L], True where key m is not after query l."""
+    return position_BL[:, :, None] >= position_BL[:, None, :]
+
+
+def write_cache(cache: LayerCache, key_BLJA: Array, value_BLJA: Array, position_BL: Array) -> LayerCache:
+    """Puts keys and values into the slots of their positions; a negative position (padding) is not written."""
+    M = cache.key_BMJA.shape[1]
+    slot_BL = jnp.where(position_BL >= 0, position_BL % M, M)
+    put = jax.vmap(lambda ring, new, slot: ring.at[slot].set(new, mode="drop"))
+    return LayerCache(
+        key_BMJA=put(cache.key_BMJA, key_BLJA, slot_BL), value_BMJA=put(cache.value_BMJA, value_BLJA, slot_BL)
+    )
+
+
+def cache_mask(position_BL: Array, last_position_B: Array, cache_length: int) -> Array:
+    """[B, L, M]: True where the ring's slot holds a position p with query - M < p <= query.
+
+    ``last_position_B`` is the newest position in the ring, so slot m holds the newest p <= last with p mod M = m.
+    """
+    slot_M = jnp.arange(cache_length)
+    held_BM = last_position_B[:, None] - (last_position_B[:, None] - slot_M[None, :]) % cache_length
+    query_BL1 = position_BL[:, :, None]
+    held_B1M = held_BM[:, None, :]
+    return (held_B1M >= 0) & (held_B1M <= query_BL1) & (held_B1M > query_BL1 - cache_length)
+
+
+class Attention(nn.Module):
+    """Creates the projections and calls ``attend``; with a cache it also returns the cache that holds the new keys."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BLD: Array, position_BL: Array, mask_BLM: Array, cache: LayerCache | None, keys_B: Array | None
+    ) -> tuple[Array, LayerCache | None]:
+        config = self.config
+        H, D = config.num_heads, config.embed_dim
+        J, A = config.num_kv_heads or H, D // config.num_heads
+        query_BLHA = self._project("query", x_BLD, H, A)
+        key_BLJA = self._project("key", x_BLD, J, A)
+        value_BLJA = self._project("value", x_BLD, J, A)
+        if config.qk_norm:
+            init = nn.with_logical_partitioning(initializers.ones, ("head_dim",))
+            query_BLHA = rms_normalise(query_BLHA, self.param("query_norm", init, (A,))).astype(x_BLD.dtype)
+            key_BLJA = rms_normalise(key_BLJA, self.param("key_norm", init, (A,))).astype(x_BLD.dtype)
+        if config.positions == "rotary":
+            query_BLHA = rotate(query_BLHA, position_BL, config.rope_theta)
+            key_BLJA = rotate(key_BLJA, position_BL, config.rope_theta)
+        if cache is None:
+            key_BMJA, value_BMJA = key_BLJA, value_BLJA
+        else:
+            cache = write_cache(cache, key_BLJA, value_BLJA, position_BL)
+            key_BMJA, value_BMJA = cache.key_BMJA, cache.value_BMJA
+        keys_B = fold_in(keys_B, 0)
+        weight_dropout = (config.dropout_rate, keys_B) if keys_B is not None and config.dropout_rate else None
+        out_BLHA = attend(query_BLHA, key_BMJA, value_BMJA, mask_BLM, weight_dropout)
+        init = nn.with_logical_partitioning(matrix_init(config, is_block_output=True), ("heads", "embed"))
+        y_BLD = out_BLHA.reshape(*x_BLD.shape[:2], D) @ self.param("out", init, (D, D)).astype(x_BLD.dtype)
+        if config.use_bias:
+            bias_init = nn.with_logical_partitioning(initializers.zeros, ("embed",))
+            y_BLD = y_BLD + self.param("out_bias", bias_init, (D,)).astype(x_BLD.dtype)[None, None, :]
+        return y_BLD, cache
+
+    def _project(self, name: str, x_BLD: Array, heads: int, A: int) -> Array:
+        B, L, D = x_BLD.shape
+        init = nn.with_logical_partitioning(matrix_init(self.config), ("embed", "heads"))
+        y = x_BLD @ self.param(name, init, (D, heads * A)).astype(x_BLD.dtype)
+        if self.config.use_bias:
+            bias_init = nn.with_logical_partitioning(initializers.zeros, ("heads",))
+            y = y + self.param(f"{name}_bias", bias_init, (heads * A,)).astype(x_BLD.dtype)[None, None, :]
+        return y.reshape(B, L, heads, A)

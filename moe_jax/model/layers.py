@@ -1,0 +1,73 @@
+"""Small building blocks: normalisation, initialisation, dropout and the matrices of an MLP."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen import initializers
+
+from moe_jax.axes import Array
+from moe_jax.config import ModelConfig
+
+
+def rms_normalise(x: Array, scale_D: Array, epsilon: float = 1e-6) -> Array:
+    """x / sqrt(mean(x²) + ε) · scale over the last axis (arXiv 1910.07467, eq. 4), computed in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
+    return _match(scale_D, x32) * x32
+
+
+def layer_normalise(x: Array, scale_D: Array, bias_D: Array | None, epsilon: float = 1e-5) -> Array:
+    """(x - mean) / sqrt(variance + ε) · scale + bias over the last axis (arXiv 1607.06450), computed in float32."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + epsilon) * _match(scale_D, x32)
+    return y if bias_D is None else y + _match(bias_D, x32)
+
+
+def _match(vector_D: Array, x: Array) -> Array:
+    return vector_D.reshape((1,) * (x.ndim - 1) + vector_D.shape)
+
+
+def dropout(x: Array, rate: float, sequence_keys_B: Array) -> Array:
+    """Zeroes elements with probability ``rate`` and scales the rest by 1/(1 - rate); one random key a sequence."""
+    keep = jax.vmap(lambda key, row: jax.random.bernoulli(key, 1.0 - rate, row.shape))(sequence_keys_B, x)
+    return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+def fold_in(sequence_keys_B: Array | None, data: int | Array) -> Array | None:
+    """Folds ``data`` into every sequence's key; None, for no randomness, stays None."""
+    if sequence_keys_B is None:
+        return None
+    return jax.vmap(lambda key: jax.random.fold_in(key, data))(sequence_keys_B)
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm, by configuration; returns the type of its input."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        D = x.shape[-1]
+        scale_D = self.param("scale", nn.with_logical_partitioning(initializers.ones, ("embed",)), (D,))
+        if self.config.norm == "rmsnorm":
+            return rms_normalise(x, scale_D).astype(x.dtype)
+        bias_D = None
+        if self.config.use_bias:
+            bias_D = self.param("bias", nn.with_logical_partitioning(initializers.zeros, ("embed",)), (D,))
+        return layer_normalise(x, scale_D, bias_D).astype(x.dtype)
+
+
+def matrix_init(config: ModelConfig, *, num_batch_axes: int = 0, is_block_output: bool = False):
+    """The initialiser of a matrix [..., in, out], by ``config.init``.
+
+    scaled_normal: standard deviation init_std, over sqrt(2N) for the two matrices of a block that write into the
+    residual stream (GPT-2's rule); kaiming: sqrt(2 / fan_in) (arXiv 1502.01852, eq. 10); xavier: sqrt(2 / (fan_in +
+    fan_out)). ``num_batch_axes`` leading axes (experts) count in no fan.
+    """
+    if config.init == "scaled_normal":
+        std = config.init_std / (2 * config.num_layers) ** 0.5 if is_block_output else config.init_std
+        return initializers.normal(std)
+    scale, mode = {"kaiming": (2.0, "fan_in"), "xavier": (1.0, "fan_avg")}[config.init]
+    batch_axis = tuple(range(num_batch_axes))
+    return initializers.variance_scaling(scale, mode, "normal", in_axis=-2, out_axis=-1, batch_axis=batch_axis)

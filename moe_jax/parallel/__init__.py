@@ -1,0 +1,1 @@
+"""The only room that knows mesh axes: everything else names logical axes."""

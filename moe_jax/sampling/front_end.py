@@ -1,0 +1,32 @@
+"""What sample.py does on a terminal."""
+
+import sys
+
+from moe_jax.command import UserError
+from moe_jax.config import SampleConfig
+from moe_jax.parallel.startup import enable_compile_cache
+from moe_jax.runs.layout import RunDirectory, atomic_write_text
+from moe_jax.sampling.generator import load_generator
+
+
+def sample_to_terminal(run: RunDirectory, which: str, prompt: str | None, sample: SampleConfig) -> None:
+    """Prints continuations of ``prompt`` ("-": standard input; None: from nothing) and writes generated_text.txt."""
+    if prompt == "-":
+        prompt = _read_prompt()
+    enable_compile_cache()
+    generator, params = load_generator(run, which)
+    samples = generator.generate(params, prompt or "", sample)
+    text = "\n\n---\n\n".join(item.prompt + item.text for item in samples) + "\n"
+    atomic_write_text(run.generated_text, text)
+    sys.stdout.write(text)
+    sys.stdout.flush()
+    if any(item.finish_reason == "context" for item in samples):
+        context = generator.config.context_length
+        print(f"note: learned positions end at the context of {context} tokens, so the text does", file=sys.stderr)
+
+
+def _read_prompt() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt - needs UTF-8 text on standard input, got another byte at {error.start}") from error

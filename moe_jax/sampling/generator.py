@@ -1,0 +1,110 @@
+"""The front end of sampling: text in, text out."""
+
+import functools
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from moe_jax.axes import PyTree
+from moe_jax.command import UserError
+from moe_jax.config import ModelConfig, SampleConfig
+from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moe_jax.model.decoder import Decoder, unstack
+from moe_jax.runs.checkpoint import Checkpoints
+from moe_jax.runs.layout import RunDirectory
+from moe_jax.sampling.decode import Settings, decode, prefill
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: str
+    text: str
+    """What was generated after the prompt."""
+    tokens: list[int]
+    """The generated tokens, without the end-of-text token."""
+    finish_reason: str
+    """"stop": the end-of-text token was drawn; "length": max_new_tokens reached; "context": no position was left."""
+
+
+class Generator:
+    """A model ready to sample: compiled functions for its shapes, kept from call to call."""
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer):
+        self.config = config
+        self.tokenizer = tokenizer
+        decoder = Decoder(config, tokenizer.vocab_size, unstacked=True)
+        self._unstack = jax.jit(lambda params: unstack(params, config))
+        self._prefill = jax.jit(functools.partial(prefill, decoder))
+        self._decode = jax.jit(
+            functools.partial(decode, decoder, end_token=tokenizer.endoftext_id),
+            static_argnames="buffer_length",
+        )
+
+    def generate(self, params: PyTree, prompt: str, sample: SampleConfig) -> list[Sample]:
+        """``sample.num_samples`` continuations of ``prompt``, or texts from nothing where it is empty.
+
+        ``params`` are those of the training decoder. Raises UserError for a prompt longer than the context.
+        """
+        prompt_ids = self.tokenizer.encode(prompt) if prompt else [self.tokenizer.endoftext_id]
+        context = self.config.context_length
+        if len(prompt_ids) > context:
+            raise UserError(
+                f"the prompt must fit the context of {context} tokens, got {len(prompt_ids)}; shorten the prompt"
+            )
+        num_tokens = sample.max_new_tokens
+        # Learned positions end with the context; the last token drawn needs no position of its own.
+        if self.config.positions == "learned":
+            num_tokens = min(num_tokens, context - len(prompt_ids) + 1)
+        padded = np.zeros((sample.num_samples, min(context, _power_of_two(len(prompt_ids)))), np.int32)
+        padded[:, : len(prompt_ids)] = prompt_ids
+        length = jnp.asarray(len(prompt_ids), jnp.int32)
+        unstacked = self._unstack(params)
+        logits_BV, caches = self._prefill(unstacked, padded, length)
+        drawn_BS = self._decode(
+            unstacked,
+            logits_BV,
+            caches,
+            length,
+            _settings(sample, self.tokenizer.vocab_size),
+            jnp.asarray(num_tokens, jnp.int32),
+            buffer_length=_power_of_two(num_tokens),
+        )
+        rows = np.asarray(drawn_BS)[:, :num_tokens].tolist()
+        return [self._sample(prompt, row, "length" if num_tokens == sample.max_new_tokens else "context") for row in rows]
+
+    def _sample(self, prompt: str, row: list[int], unfinished: str) -> Sample:
+        end = self.tokenizer.endoftext_id
+        tokens = row[: row.index(end)] if end in row else row
+        return Sample(prompt, self.tokenizer.decode(tokens), tokens, "stop" if end in row else unfinished)
+
+
+def load_generator(run: RunDirectory, which: str) -> tuple[Generator, PyTree]:
+    """The generator of a finished or running training run and its "best" or "newest" parameters. Raises UserError."""
+    config = run.load_config()
+    tokenizer = load_tokenizer(run.tokenizer)
+    decoder = Decoder(config.model, tokenizer.vocab_size)
+    shapes = jax.eval_shape(lambda: nn.unbox(decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["params"])
+    device = SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
+    with Checkpoints(run.checkpoints, keep=None) as checkpoints:
+        params = checkpoints.restore_params(which, abstract)
+    return Generator(config.model, tokenizer), params
+
+
+def _settings(sample: SampleConfig, vocab_size: int) -> Settings:
+    return Settings(
+        seed=jnp.asarray(sample.seed, jnp.uint32),
+        temperature=jnp.asarray(sample.temperature or 1.0, jnp.float32),
+        top_k=jnp.asarray(sample.top_k or vocab_size, jnp.int32),
+        top_p=jnp.asarray(sample.top_p, jnp.float32),
+        is_greedy=sample.temperature == 0,
+    )
+
+
+def _power_of_two(length: int) -> int:
+    """Shapes are rounded up, so that prompts and budgets of many lengths share a few compiled programs."""
+    return 1 << (length - 1).bit_length()

@@ -1,0 +1,33 @@
+"""SIGINT and SIGTERM become a request that the loop answers between two steps, once a checkpoint is safe."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+
+class StopRequest:
+    """``exit_code`` is None until a signal asks for the end, then 128 + its number."""
+
+    def __init__(self) -> None:
+        self.exit_code: int | None = None
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[StopRequest]:
+    """Within it the first SIGINT or SIGTERM is noted; a second one ends the process at once."""
+    request = StopRequest()
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.exit_code = 128 + number
+        for each in previous:
+            signal.signal(each, signal.SIG_DFL)
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,190 @@
+"""The one impure loop: data, steps, evaluations, files and signals around the pure step."""
+
+import dataclasses
+import logging
+import time
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax.config import Config
+from moe_jax.data.pipeline import train_batches
+from moe_jax.data.prepare import PreparedData
+from moe_jax.model.decoder import Decoder
+from moe_jax.parallel.mesh import put_batch
+from moe_jax.runs.checkpoint import Checkpoints
+from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.log import TrainingBar, training_bar
+from moe_jax.runs.metrics import MetricsWriter
+from moe_jax.sampling.generator import Generator
+from moe_jax.training.evaluation import Evaluation, bits_per_byte, evaluate
+from moe_jax.training.interrupt import StopRequest
+from moe_jax.training.metrics import Metrics, named_metrics, routing_by_layer, routing_summary, step_metrics
+from moe_jax.training.optimizer import make_optimizer, make_schedule
+from moe_jax.training.state import TrainState
+from moe_jax.training.step import StepOutput, make_eval_step, make_train_step
+from moe_jax.training.trace import Trace
+
+log = logging.getLogger("moe_jax")
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run remembers beside its arrays; saved with every checkpoint."""
+
+    data_fingerprint: str
+    best_val_loss: float | None = None
+    evaluations_without_gain: int = 0
+    train_seconds: float = 0.0
+    """Spent in steps: without start-up, compilation, evaluation and saving."""
+
+
+class Loop:
+    """One start of a run, from the state it is given to the last step, an early stop or a signal."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        mesh: Mesh,
+        data: PreparedData,
+        state: TrainState,
+        progress: Progress,
+        checkpoints: Checkpoints,
+        writer: MetricsWriter,
+    ):
+        self.config, self.run_directory, self.mesh, self.data = config, run, mesh, data
+        self.state, self.progress, self.checkpoints, self.writer = state, progress, checkpoints, writer
+        decoder = Decoder(config.model, data.tokenizer.vocab_size)
+        self.schedule = make_schedule(config.optimizer, config.train.num_steps)
+        optimizer = make_optimizer(config.optimizer, self.schedule)
+        self.train_step = jax.jit(make_train_step(config, decoder, optimizer), donate_argnums=0)
+        self.eval_step = jax.jit(make_eval_step(decoder))
+        self.generator = Generator(config.model, data.tokenizer)
+        self.trace = Trace(config.train.profile, run.profile)
+        # Of the steps since the last line of metrics.jsonl: their metrics, number and time.
+        self.interval: Metrics | None = None
+        self.interval_steps, self.interval_seconds = 0, 0.0
+
+    def run(self, request: StopRequest) -> None:
+        """Runs to the last step, to an early stop or to ``request``; whichever it is, the state is saved."""
+        train, first = self.config.train, int(self.state.step)
+        batches = train_batches(
+            self.data.train,
+            context_length=self.config.model.context_length,
+            batch_size=self.config.data.batch_size,
+            seed=self.config.data.seed,
+            start=first,
+        )
+        with batches, training_bar(train.num_steps, first) as bar:
+            unread: StepOutput | None = None
+            clock = time.perf_counter()
+            for step in range(first, train.num_steps):
+                self.trace.before_step(step, self.state)
+                self.state, output = self.train_step(self.state, put_batch(next(batches), self.mesh))
+                if step == first:
+                    jax.block_until_ready(output)
+                    log.info(f"first step, with compilation: {time.perf_counter() - clock:.1f} s")
+                    clock = time.perf_counter()
+                else:
+                    self.interval_steps += 1
+                # While the device computes this step, the host reads the one before.
+                self._read(unread, bar, step)
+                unread, done = output, step + 1
+                is_evaluation = done % train.eval_every == 0 or done == train.num_steps
+                is_save = is_evaluation or done % train.checkpoint_every == 0 or request.exit_code is not None
+                if not (is_save or done % train.log_every == 0):
+                    continue
+                self._read(unread, bar, done)
+                unread = None
+                self.interval_seconds += time.perf_counter() - clock
+                self._write_interval(done)
+                val_loss = self._evaluate(done, bar) if is_evaluation else None
+                if is_save:
+                    self._save(done, val_loss)
+                if request.exit_code is not None or self.is_out_of_patience():
+                    break
+                clock = time.perf_counter()
+        self.trace.finish(self.state)
+
+    def is_out_of_patience(self) -> bool:
+        """True once ``train.patience`` evaluations in a row have not lowered the validation loss."""
+        patience = self.config.train.patience
+        return patience is not None and self.progress.evaluations_without_gain >= patience
+
+    def _read(self, output: StepOutput | None, bar: TrainingBar, done: int) -> None:
+        """Merges a step's metrics into the interval's; waits until the device has computed it."""
+        if output is None:
+            return
+        metrics = step_metrics(jax.device_get(output))
+        self.interval = metrics if self.interval is None else self.interval.merge(metrics)
+        bar.update(done, float(output.loss), self._tokens_per_step())
+
+    def _tokens_per_step(self) -> int:
+        return self.config.data.batch_size * self.config.model.context_length
+
+    def _write_interval(self, done: int) -> None:
+        """Writes one line of metrics and starts a new interval."""
+        assert self.interval is not None
+        values = named_metrics(self.interval)
+        values["train/learning_rate"] = float(self.schedule(done - 1))
+        if self.interval_steps:  # the first step of a start compiles, and is not timed
+            values["train/tokens_per_second"] = self.interval_steps * self._tokens_per_step() / self.interval_seconds
+        self.progress.train_seconds += self.interval_seconds
+        self.interval, self.interval_steps, self.interval_seconds = None, 0, 0.0
+        self.writer.write(done, values)
+        log.debug(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def _evaluate(self, done: int, bar: TrainingBar) -> float:
+        """Scores the validation split and as many tokens of the training split, and samples a text."""
+        bar.describe("evaluating")
+        val_split = self.data.val
+        val = self._score("val", None)
+        train = self._score("train", val.num_tokens)
+        values: dict[str, float | list] = {
+            "train_eval/loss": train.loss,
+            "train_eval/perplexity": train.perplexity,
+            "val/loss": val.loss,
+            "val/perplexity": val.perplexity,
+        }
+        bits = bits_per_byte(val.loss, val_split)
+        if bits is not None:
+            values["val/bits_per_byte"] = bits
+        if val.routing is not None:
+            values |= routing_by_layer(val.routing)
+        self.writer.write(done, values)
+        is_best = self.progress.best_val_loss is None or val.loss < self.progress.best_val_loss
+        if is_best:
+            self.progress.best_val_loss = val.loss
+        self.progress.evaluations_without_gain = 0 if is_best else self.progress.evaluations_without_gain + 1
+        usage = "" if val.routing is None else f", expert usage {routing_summary(val.routing)['moe/expert_usage']:.0f}%"
+        log.info(
+            f"step {done}: train {train.loss:.4f}, validation {val.loss:.4f} nats/token (perplexity "
+            f"{val.perplexity:.2f}" + (f", {bits:.4f} bits/byte)" if bits is not None else ")") + usage
+        )
+        text = self.generator.generate(self.state.params, "", dataclasses.replace(self.config.sample, num_samples=1))
+        self.writer.write_text(done, "sample", text[0].text)
+        log.info("sample:\n" + text[0].text.strip())
+        bar.describe("training")
+        return val.loss
+
+    def _score(self, name: str, max_tokens: int | None) -> Evaluation:
+        return evaluate(
+            self.eval_step,
+            self.state.params,
+            self.data.val if name == "val" else self.data.train,
+            self.mesh,
+            context_length=self.config.model.context_length,
+            batch_size=self.config.data.batch_size // self.config.optimizer.accumulation_steps,
+            max_tokens=max_tokens,
+        )
+
+    def _save(self, done: int, val_loss: float | None) -> None:
+        self.checkpoints.save(
+            done,
+            self.state.params,
+            self.state.optimizer_state,
+            data_state=done,
+            progress=dataclasses.asdict(self.progress),
+            val_loss=val_loss,
+        )

@@ -1,0 +1,107 @@
+"""Step metrics: merged over a log interval with clu.metrics, then named as in metrics.jsonl."""
+
+from typing import Any
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+from clu import metrics
+
+from moe_jax.model.moe.losses import health_metrics
+from moe_jax.training.step import RoutingTotals, StepOutput
+
+
+@flax.struct.dataclass
+class Total(metrics.Metric):
+    """The elementwise sum of an array over steps."""
+
+    total: Any
+
+    @classmethod
+    def from_model_output(cls, value: Any, **_: Any) -> "Total":
+        return cls(total=value)
+
+    def merge(self, other: "Total") -> "Total":
+        return Total(total=self.total + other.total)
+
+    def compute(self) -> Any:
+        return self.total
+
+
+@flax.struct.dataclass
+class DenseMetrics(metrics.Collection):
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
+    grad_norm: metrics.Average.from_output("grad_norm")  # type: ignore[valid-type]
+
+
+@flax.struct.dataclass
+class MoEMetrics(metrics.Collection):
+    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
+    grad_norm: metrics.Average.from_output("grad_norm")  # type: ignore[valid-type]
+    load_balancing_loss: metrics.Average.from_output("load_balancing_loss")  # type: ignore[valid-type]
+    importance_loss: metrics.Average.from_output("importance_loss")  # type: ignore[valid-type]
+    router_z_loss: metrics.Average.from_output("router_z_loss")  # type: ignore[valid-type]
+    num_tokens: Total.from_output("num_tokens")  # type: ignore[valid-type]
+    load: Total.from_output("load")  # type: ignore[valid-type]
+    dropped: Total.from_output("dropped")  # type: ignore[valid-type]
+    entropy: Total.from_output("entropy")  # type: ignore[valid-type]
+
+
+Metrics = DenseMetrics | MoEMetrics
+
+
+def step_metrics(output: StepOutput) -> Metrics:
+    """One step's metrics, ready to be merged with those of other steps."""
+    values = {"loss": output.loss, "grad_norm": output.grad_norm}
+    if output.routing is None:
+        return DenseMetrics.single_from_model_output(**values)
+    routing = output.routing
+    return MoEMetrics.single_from_model_output(
+        **values,
+        **output.moe_losses,
+        num_tokens=routing.num_tokens,
+        load=routing.load_NE,
+        dropped=routing.dropped_N,
+        entropy=routing.entropy_N,
+    )
+
+
+def named_metrics(merged: Metrics) -> dict[str, float]:
+    """The merged metrics under their names in metrics.jsonl: train/* and, for a MoE model, moe/*."""
+    values = merged.compute()
+    named = {f"train/{name}": float(values[name]) for name in ("loss", "grad_norm")}
+    if not isinstance(merged, MoEMetrics):
+        return named
+    for name in ("load_balancing_loss", "importance_loss", "router_z_loss"):
+        named[f"moe/{name}"] = float(values[name])
+    routing = RoutingTotals(values["num_tokens"], values["load"], values["dropped"], values["entropy"])
+    return named | routing_summary(routing)
+
+
+def routing_summary(routing: RoutingTotals) -> dict[str, float]:
+    """The health of all MoE layers in a few numbers: means over layers, but the worst max_load and all dead experts."""
+    health = _health(routing)
+    return {
+        "moe/expert_usage": float(health["expert_usage"]),
+        "moe/sparsity": float(health["sparsity"]),
+        "moe/dropped_fraction": float(np.mean(health["dropped_fraction"])),
+        "moe/router_entropy": float(np.mean(health["router_entropy"])),
+        "moe/max_load": float(np.max(health["max_load"])),
+        "moe/dead_experts": float(np.sum(health["dead_experts"])),
+    }
+
+
+def routing_by_layer(routing: RoutingTotals) -> dict[str, list]:
+    """The health of each MoE layer: moe/load is [[E] per layer], the others one number a layer."""
+    health = _health(routing)
+    names = ("max_load", "dead_experts", "router_entropy")
+    return {"moe/load": np.asarray(health["load"], float).round(6).tolist()} | {
+        f"moe/layer_{name}": np.asarray(health[name], float).round(6).tolist() for name in names
+    }
+
+
+def _health(routing: RoutingTotals) -> dict[str, np.ndarray]:
+    health = health_metrics(
+        jnp.asarray(routing.load_NE), jnp.asarray(routing.dropped_N), jnp.asarray(routing.entropy_N), routing.num_tokens
+    )
+    return {name: np.asarray(value) for name, value in health.items()}

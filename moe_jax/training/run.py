@@ -1,0 +1,143 @@
+"""What train.py does: start a run, or go on with the one that is there."""
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import jax
+from clu import parameter_overview
+
+from moe_jax.command import Interrupted, UserError, cache_folder
+from moe_jax.config import Config
+from moe_jax.data.pipeline import check_splits
+from moe_jax.data.prepare import PreparedData, prepare
+from moe_jax.data.tokenizer import save_tokenizer
+from moe_jax.model.decoder import Decoder
+from moe_jax.parallel.mesh import make_mesh, use_mesh
+from moe_jax.parallel.startup import enable_compile_cache
+from moe_jax.report.plots import plot_expert_load, plot_loss_curve
+from moe_jax.runs.checkpoint import Checkpoints
+from moe_jax.runs.layout import RunDirectory, check_same_run
+from moe_jax.runs.log import start_log
+from moe_jax.runs.metrics import MetricsWriter
+from moe_jax.training.interrupt import catch_signals
+from moe_jax.training.loop import Loop, Progress
+from moe_jax.training.optimizer import make_optimizer, make_schedule
+from moe_jax.training.state import TrainState, abstract_state, count_params, init_state
+
+log = logging.getLogger("moe_jax")
+
+
+def train(config: Config, workdir: Path) -> None:
+    """Trains ``config`` in the run directory ``workdir`` until it is done, out of patience or interrupted.
+
+    Raises UserError before anything is written, and Interrupted once a signal's checkpoint is on disk.
+    """
+    run = RunDirectory(workdir)
+    config = _settle(config, run)
+    if config.train.compile_cache:
+        enable_compile_cache()
+    mesh = make_mesh(config.mesh, config.data.batch_size // config.optimizer.accumulation_steps)
+    data = prepare(config.data, cache_folder("data"))
+    check_splits(data, config.model.context_length)
+    with run.lock(), start_log(run.log_file), use_mesh(mesh), catch_signals() as request:
+        run.save_config(config)
+        save_tokenizer(data.tokenizer, run.tokenizer)
+        with Checkpoints(run.checkpoints, keep=config.train.keep_checkpoints) as checkpoints:
+            state, progress, restored_step = _state(config, mesh, data, checkpoints)
+            if _is_finished(config, int(state.step), progress, run):
+                return
+            _describe(config, mesh, data, state)
+            with MetricsWriter(run, restored_step) as writer:
+                loop = Loop(config, run, mesh, data, state, progress, checkpoints, writer)
+                loop.run(request)
+        plot_loss_curve(run)
+        plot_expert_load(run)
+        _conclude(config, run, int(loop.state.step), progress, request.exit_code)
+    if request.exit_code is not None:
+        raise Interrupted(request.exit_code)
+
+
+def _settle(config: Config, run: RunDirectory) -> Config:
+    """The configuration that this start runs: what must not change over a run's life is as the run was begun with."""
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"--workdir must be a folder, but {run.path} is a file; choose another")
+    decay_steps = config.optimizer.decay_steps or config.train.num_steps
+    if run.config_file.exists():
+        saved = run.load_config()
+        check_same_run(saved, config)
+        decay_steps = saved.optimizer.decay_steps
+    optimizer = dataclasses.replace(config.optimizer, decay_steps=decay_steps)
+    return dataclasses.replace(config, optimizer=optimizer)
+
+
+def _state(
+    config: Config, mesh: jax.sharding.Mesh, data: PreparedData, checkpoints: Checkpoints
+) -> tuple[TrainState, Progress, int | None]:
+    """The newest checkpoint's state, what the run remembers and the step restored; or a new state and None."""
+    decoder = Decoder(config.model, data.tokenizer.vocab_size)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
+    if checkpoints.newest_step() is None:
+        state = init_state(decoder, optimizer, mesh, config.train.seed)
+        return state, Progress(data_fingerprint=data.fingerprint), None
+    target = abstract_state(decoder, optimizer, mesh)
+    restored = checkpoints.restore(None, target.params, target.optimizer_state)
+    progress = Progress(**restored.progress)
+    if progress.data_fingerprint != data.fingerprint:
+        raise UserError(
+            f"the text of data.path={config.data.path} is not the one this run was trained on "
+            f"(fingerprint {data.fingerprint}, was {progress.data_fingerprint}); "
+            "name the old text, or train anew in another --workdir"
+        )
+    step = jax.device_put(jax.numpy.asarray(restored.step, target.step.dtype), target.step.sharding)
+    return TrainState(step, restored.params, restored.optimizer_state), progress, restored.step
+
+
+def _is_finished(config: Config, step: int, progress: Progress, run: RunDirectory) -> bool:
+    patience = config.train.patience
+    if step >= config.train.num_steps:
+        log.info(
+            f"{run.path} is finished: {step} steps are done. "
+            f"To go on, run the same command with --train.num-steps above {step}"
+        )
+        return True
+    if patience is not None and progress.evaluations_without_gain >= patience:
+        log.info(
+            f"{run.path} stopped early at step {step}: {progress.evaluations_without_gain} evaluations without a "
+            f"lower validation loss. To go on, run the same command with --train.patience above {patience}"
+        )
+        return True
+    return False
+
+
+def _describe(config: Config, mesh: jax.sharding.Mesh, data: PreparedData, state: TrainState) -> None:
+    """What is being trained, on what and where, before the first step."""
+    moe = config.model.moe
+    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    log.info(overview)
+    total, active = count_params(state.params, moe.top_k, moe.num_experts)
+    log.info(f"parameters: {total:,} in all, {active:,} active for a token")
+    log.info(
+        f"text: {data.train.num_tokens:,} tokens to train on, {data.val.num_tokens:,} to validate, "
+        f"{data.val.num_bytes / data.val.num_tokens:.3f} bytes a token ({data.tokenizer.name})"
+    )
+    log.info(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})")
+    if moe.num_experts:
+        exact = "every expert takes every token, E/K times the multiplications"
+        how = f"accept {moe.capacity_factor} of a balanced share and drop the rest" if moe.capacity_factor else exact
+        log.info(f"dispatch by {moe.dispatch}: in training experts {how}; in evaluation {exact}, nothing dropped")
+        if moe.load_balancing_scope == "batch" and config.optimizer.accumulation_steps > 1:
+            log.info("load is balanced over each microbatch, not over the accumulated batch")
+    if int(state.step):
+        log.info(f"going on from step {int(state.step)}")
+
+
+def _conclude(config: Config, run: RunDirectory, step: int, progress: Progress, exit_code: int | None) -> None:
+    """The last lines: what was reached and what to do next."""
+    best = "" if progress.best_val_loss is None else f"; best validation loss {progress.best_val_loss:.4f} nats/token"
+    log.info(f"{step} steps, {progress.train_seconds:.0f} s in steps{best}")
+    if exit_code is not None:
+        log.info(f"interrupted: the checkpoint of step {step} is on disk; run the same command to go on")
+    elif step < config.train.num_steps:
+        log.info(f"stopped early: {progress.evaluations_without_gain} evaluations without a lower validation loss")
+    log.info(f"sample from it: python sample.py --workdir {run.path}")

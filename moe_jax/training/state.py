@@ -1,0 +1,54 @@
+"""The training state: a pytree of everything that a step changes."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from moe_jax.axes import Array, PyTree
+from moe_jax.model.decoder import Decoder
+from moe_jax.parallel.mesh import shardings
+
+
+class TrainState(flax.struct.PyTreeNode):
+    step: Array
+    """[] int32: optimizer steps done."""
+    params: PyTree
+    optimizer_state: PyTree
+
+
+def abstract_state(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state's shapes, types and shardings, without any array."""
+    boxed = jax.eval_shape(lambda: _boxed_state(decoder, optimizer, jax.random.key(0)))
+    shapes = jax.eval_shape(lambda: nn.unbox(_boxed_state(decoder, optimizer, jax.random.key(0))))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(boxed, mesh),
+    )
+
+
+def init_state(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+    """A new state, computed straight onto the mesh: no device ever holds more than its share."""
+    target = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(decoder, optimizer, mesh))
+    initialise = jax.jit(lambda key: nn.unbox(_boxed_state(decoder, optimizer, key)), out_shardings=target)
+    return initialise(jax.random.key(seed))
+
+
+def _boxed_state(decoder: Decoder, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
+    # Shapes do not depend on the batch, so one short sequence creates every parameter.
+    params = decoder.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, optimizer_state=optimizer.init(params))
+
+
+def count_params(params: PyTree, top_k: int, num_experts: int) -> tuple[int, int]:
+    """(total, active) parameters: active are those touched for one token, K of E experts in each MoE layer."""
+    total = active = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        keys = [part.key for part in path]
+        is_expert = "moe" in keys and not keys[-1].startswith("router")
+        total += leaf.size
+        active += leaf.size * top_k // num_experts if is_expert else leaf.size
+    return total, active

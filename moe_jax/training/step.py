@@ -1,0 +1,158 @@
+"""One optimizer step and one evaluation step, as pure functions."""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from moe_jax.axes import Array, PyTree
+from moe_jax.config import Config, MoEConfig
+from moe_jax.model.decoder import Decoder
+from moe_jax.model.moe.layer import MoEStatistics
+from moe_jax.model.moe.losses import importance_loss, load_balancing_loss, router_z_loss
+from moe_jax.training.state import TrainState
+
+
+class StepOutput(flax.struct.PyTreeNode):
+    """Sums and means over one optimizer batch."""
+
+    loss: Array
+    """Mean cross-entropy in nats a token: the language-model loss alone."""
+    moe_losses: dict[str, Array]
+    """Unweighted auxiliary losses, mean over the MoE layers; empty for a dense model."""
+    routing: "RoutingTotals | None"
+    grad_norm: Array
+
+
+class RoutingTotals(flax.struct.PyTreeNode):
+    """Router statistics of N MoE layers, summed over tokens."""
+
+    num_tokens: Array
+    load_NE: Array
+    dropped_N: Array
+    entropy_N: Array
+
+
+def routing_totals(statistics: MoEStatistics) -> RoutingTotals:
+    """Sums [N, G, ...] statistics over the groups."""
+    return RoutingTotals(
+        num_tokens=jnp.sum(statistics.router.num_tokens[0]),
+        load_NE=jnp.sum(statistics.router.load_E, axis=1),
+        dropped_N=jnp.sum(statistics.num_dropped, axis=1),
+        entropy_N=jnp.sum(statistics.router.entropy, axis=1),
+    )
+
+
+def make_train_step(
+    config: Config, decoder: Decoder, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, StepOutput]]:
+    """The function (state, {"inputs", "targets": [B, L]}) -> (new state, output) of one optimizer step.
+
+    The batch is computed in ``accumulation_steps`` microbatches whose gradients, each already divided by the counts of
+    the whole batch, add up in float32 to the gradient of the whole batch. Random keys depend on the step and on the
+    sequence's index in the global batch, so neither accumulation nor devices change dropout or noise.
+    """
+    accumulation = config.optimizer.accumulation_steps
+    is_random = config.model.dropout_rate > 0 or (
+        config.model.moe.num_experts > 0 and config.model.moe.router == "noisy_top_k"
+    )
+
+    def objective(params: PyTree, microbatch: dict[str, Array], keys_B: Array | None, batch_size: int):
+        inputs_BL, targets_BL = microbatch["inputs"], microbatch["targets"]
+        num_targets = batch_size * inputs_BL.shape[1]
+        output = decoder.apply({"params": params}, inputs_BL, train=True, keys_B=keys_B)
+        loss = jnp.sum(cross_entropy(output.logits_BLV, targets_BL)) / num_targets
+        if output.statistics is None:
+            return loss, (loss, {}, None)
+        losses = _moe_losses(config.model.moe, output.statistics, batch_size, num_targets, accumulation)
+        weights = {
+            "load_balancing_loss": config.model.moe.load_balancing_weight,
+            "importance_loss": config.model.moe.importance_weight,
+            "router_z_loss": config.model.moe.router_z_weight,
+        }
+        total = loss + sum(weights[name] * value for name, value in losses.items())
+        return total, (loss, losses, routing_totals(output.statistics))
+
+    def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, StepOutput]:
+        batch_size = batch["inputs"].shape[0]
+        keys_B = _sequence_keys(config.train.seed, state.step, batch_size) if is_random else None
+        gradient_of = jax.grad(objective, has_aux=True)
+        if accumulation == 1:
+            gradients, sums = gradient_of(state.params, batch, keys_B, batch_size)
+        else:
+            microbatches, keys_AB = _split((batch, keys_B), accumulation)
+            zeros = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, jnp.float32),
+                jax.eval_shape(
+                    lambda: gradient_of(
+                        state.params, *jax.tree.map(lambda leaf: leaf[0], (microbatches, keys_AB)), batch_size
+                    )
+                ),
+            )
+
+            def accumulate(total, slices):
+                microbatch, keys = slices
+                return jax.tree.map(jnp.add, total, gradient_of(state.params, microbatch, keys, batch_size)), None
+
+            (gradients, sums), _ = jax.lax.scan(accumulate, zeros, (microbatches, keys_AB))
+        loss, moe_losses, routing = sums
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
+        new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
+        return new_state, StepOutput(loss, moe_losses, routing, optax.global_norm(gradients))
+
+    return train_step
+
+
+def cross_entropy(logits_BLV: Array, targets_BL: Array) -> Array:
+    """-log softmax(logits)[target], [B, L] float32, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, targets_BL)
+
+
+def _moe_losses(
+    moe: MoEConfig, statistics: MoEStatistics, batch_size: int, num_tokens: int, accumulation: int
+) -> dict[str, Array]:
+    scope = moe.load_balancing_scope
+    num_units = batch_size if scope == "sequence" else accumulation
+
+    def layer_losses(router):
+        return {
+            "load_balancing_loss": load_balancing_loss(router, scope, num_units),
+            "importance_loss": importance_loss(router, scope, num_units),
+            "router_z_loss": router_z_loss(router, num_tokens),
+        }
+
+    return jax.tree.map(jnp.mean, jax.vmap(layer_losses)(statistics.router))
+
+
+def _sequence_keys(seed: int, step: Array, batch_size: int) -> Array:
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda index: jax.random.fold_in(step_key, index))(jnp.arange(batch_size))
+
+
+def _split(batch: PyTree, accumulation: int) -> PyTree:
+    """[B, ...] -> [A, B/A, ...]: microbatch a takes every A-th sequence, so that each device keeps its own rows."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, accumulation, *leaf.shape[1:]).swapaxes(0, 1), batch)
+
+
+class EvalOutput(flax.struct.PyTreeNode):
+    """Sums over one batch of evaluation windows."""
+
+    loss: Array
+    """Summed cross-entropy of the scored tokens, in nats."""
+    num_tokens: Array
+    routing: RoutingTotals | None
+
+
+def make_eval_step(decoder: Decoder) -> Callable[[PyTree, dict[str, Array]], EvalOutput]:
+    """The function (params, {"inputs", "targets", "mask": [B, L]}) -> sums, without noise, dropout or drops."""
+
+    def eval_step(params: PyTree, batch: dict[str, Array]) -> EvalOutput:
+        mask_BL = batch["mask"]
+        output = decoder.apply({"params": params}, batch["inputs"], token_mask_BL=mask_BL)
+        loss_BL = jnp.where(mask_BL, cross_entropy(output.logits_BLV, batch["targets"]), 0.0)
+        routing = None if output.statistics is None else routing_totals(output.statistics)
+        return EvalOutput(jnp.sum(loss_BL), jnp.sum(mask_BL), routing)
+
+    return eval_step

@@ -1,0 +1,71 @@
+"""Attention and its parts against naive loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.model.attention import LayerCache, attend, cache_mask, causal_mask, rotate, write_cache
+from moe_jax.model.layers import layer_normalise, rms_normalise
+
+B, L, H, A = 2, 7, 4, 6
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("J", [4, 2, 1])
+def test_attention_equals_a_loop_over_heads_and_positions(J):
+    query, key, value = normal(0, B, L, H, A), normal(1, B, L, J, A), normal(2, B, L, J, A)
+    mask = causal_mask(jnp.broadcast_to(jnp.arange(L), (B, L)))
+    actual = attend(query, key, value, mask, None)
+    q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
+    for b in range(B):
+        for h in range(H):
+            kv = h // (H // J)
+            for position in range(L):
+                scores = k[b, : position + 1, kv] @ q[b, position, h] / np.sqrt(A)
+                weights = np.exp(scores - scores.max())
+                expected = weights / weights.sum() @ v[b, : position + 1, kv]
+                np.testing.assert_allclose(actual[b, position, h], expected, rtol=2e-5, atol=1e-6)
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_only():
+    x, y = normal(0, 1, 1, 1, A), normal(1, 1, 1, 1, A)
+
+    def product(i, j):
+        return jnp.vdot(rotate(x, jnp.asarray([[i]]), 100.0), rotate(y, jnp.asarray([[j]]), 100.0))
+
+    np.testing.assert_allclose(jnp.linalg.norm(rotate(x, jnp.asarray([[9]]), 100.0)), jnp.linalg.norm(x), rtol=1e-6)
+    np.testing.assert_allclose(product(11, 8), product(3, 0), rtol=1e-4)
+    assert abs(float(product(11, 8) - product(11, 7))) > 1e-3
+    # The first pair turns by one radian a token: (1, 0) at position 2 becomes (cos 2, sin 2).
+    unit = jnp.zeros((1, 1, 1, A)).at[..., 0].set(1.0)
+    turned = rotate(unit, jnp.asarray([[2]]), 100.0)[0, 0, 0]
+    np.testing.assert_allclose([turned[0], turned[A // 2]], [np.cos(2), np.sin(2)], rtol=1e-6)
+
+
+def test_ring_cache_holds_the_last_positions_and_the_mask_knows_them():
+    M = 4
+    cache = LayerCache(jnp.zeros((1, M, 1, 1)), jnp.zeros((1, M, 1, 1)))
+    for position in range(11):
+        new = jnp.full((1, 1, 1, 1), float(position))
+        cache = write_cache(cache, new, -new, jnp.asarray([[position]]))
+        mask = cache_mask(jnp.asarray([[position]]), jnp.asarray([position]), M)[0, 0]
+        visible = sorted(np.asarray(cache.key_BMJA)[0, :, 0, 0][np.asarray(mask)].tolist())
+        assert visible == list(range(max(0, position - M + 1), position + 1))
+
+
+def test_padding_is_not_written_to_the_cache():
+    cache = LayerCache(jnp.zeros((1, 4, 1, 1)), jnp.zeros((1, 4, 1, 1)))
+    keys = jnp.asarray([5.0, 6.0, 7.0]).reshape(1, 3, 1, 1)
+    cache = write_cache(cache, keys, keys, jnp.asarray([[0, 1, -1]]))
+    np.testing.assert_array_equal(cache.key_BMJA[0, :, 0, 0], [5, 6, 0, 0])
+
+
+def test_norms_by_hand():
+    x = jnp.asarray([[3.0, 4.0]])
+    np.testing.assert_allclose(rms_normalise(x, jnp.asarray([1.0, 2.0])), [[3 / 12.5**0.5, 8 / 12.5**0.5]], rtol=1e-5)
+    y = layer_normalise(x, jnp.ones(2), jnp.asarray([0.5, 0.0]))
+    np.testing.assert_allclose(y, [[-1 + 0.5, 1.0]], rtol=1e-4)

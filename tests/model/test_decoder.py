@@ -1,0 +1,190 @@
+"""The decoder in every variant: causality, one forward for training and decoding, depth, initialisation."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.model.decoder import Decoder, init_caches, layout, unstack
+
+VOCAB, B, L = 29, 2, 10
+TINY = ModelConfig(
+    context_length=L,
+    num_layers=2,
+    embed_dim=16,
+    num_heads=4,
+    init_std=0.3,  # far from uniform, so that a wrong mask or position shows
+    moe=MoEConfig(num_experts=4, expert_dim=12, capacity_factor=1.0),
+)
+LLAMA = dataclasses.replace(TINY, num_kv_heads=2, qk_norm=True, tie_embeddings=False)
+GPT = dataclasses.replace(
+    TINY,
+    norm="layernorm",
+    positions="learned",
+    activation="relu",
+    use_bias=True,
+    init="kaiming",
+    moe=MoEConfig(num_experts=4, expert_dim=12, router="noisy_top_k", dispatch="einsum", capacity_factor=1.0),
+)
+MIXED = dataclasses.replace(
+    TINY,
+    num_layers=5,
+    activation="gelu",
+    init="xavier",
+    moe=MoEConfig(num_experts=4, top_k=1, expert_dim=12, first_dense=1, every=2, capacity_factor=1.0),
+)
+DENSE = dataclasses.replace(TINY, moe=MoEConfig(num_experts=0, expert_dim=12))
+VARIANTS = {"llama": LLAMA, "gpt": GPT, "mixed": MIXED, "dense": DENSE}
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def model(request):
+    """(config, parameters, tokens)."""
+    config = VARIANTS[request.param]
+    tokens_BL = jax.random.randint(jax.random.key(1), (B, L), 0, VOCAB)
+    params = nn.unbox(jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), tokens_BL))["params"]
+    return config, params, tokens_BL
+
+
+def forward(config, train=False):
+    return jax.jit(lambda params, tokens: Decoder(config, VOCAB).apply({"params": params}, tokens, train=train))
+
+
+def test_no_position_sees_a_later_token_though_capacity_binds(model):
+    config, params, tokens_BL = model
+    apply = forward(config, train=True)
+    before = apply(params, tokens_BL)
+    if config.moe.num_experts:
+        assert float(jnp.sum(before.statistics.num_dropped)) > 0, "capacity must bind"
+    for token in range(0, VOCAB, 4):
+        after = apply(params, tokens_BL.at[:, -1].set(token))
+        np.testing.assert_array_equal(before.logits_BLV[:, :-1], after.logits_BLV[:, :-1])
+
+
+def test_cached_decoding_equals_the_full_forward(model):
+    config, params, tokens_BL = model
+    expected = forward(config)(params, tokens_BL).logits_BLV
+    decoder, unstacked = Decoder(config, VOCAB, unstacked=True), unstack(params, config)
+
+    @jax.jit
+    def step(tokens_BL, position_BL, caches):
+        return decoder.apply({"params": unstacked}, tokens_BL, position_BL=position_BL, caches=caches)
+
+    prefix = 4
+    position_BL = jnp.broadcast_to(jnp.arange(prefix), (B, prefix))
+    output = step(tokens_BL[:, :prefix], position_BL, init_caches(config, B, L))
+    np.testing.assert_allclose(output.logits_BLV, expected[:, :prefix], atol=1e-5)
+    for position in range(prefix, L):
+        output = step(tokens_BL[:, position : position + 1], jnp.full((B, 1), position), output.caches)
+        np.testing.assert_allclose(output.logits_BLV[:, 0], expected[:, position], atol=1e-5)
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours(model):
+    config, params, tokens_BL = model
+    apply = forward(config, train=True)
+    together = apply(params, tokens_BL).logits_BLV
+    other = apply(params, tokens_BL.at[1].set(3)).logits_BLV
+    np.testing.assert_array_equal(together[0], other[0])
+
+
+def test_remat_and_unrolling_change_no_gradient(model):
+    config, params, tokens_BL = model
+
+    def gradient(config):
+        def loss(params):
+            return jnp.std(Decoder(config, VOCAB).apply({"params": params}, tokens_BL, train=True).logits_BLV)
+
+        return jax.jit(jax.grad(loss))(params)
+
+    expected = gradient(config)
+    for change in ({"remat": "full"}, {"remat": "dots", "scan_unroll": 2}):
+        for got, want in zip(
+            jax.tree.leaves(gradient(dataclasses.replace(config, **change))), jax.tree.leaves(expected), strict=True
+        ):
+            np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-6)
+
+
+def test_past_the_context_the_cache_equals_a_banded_full_forward():
+    # A full forward over the whole text, in which each layer lets a query see the last M positions only.
+    config, M, length = dataclasses.replace(LLAMA, context_length=4), 4, 11
+    tokens_BL = jax.random.randint(jax.random.key(1), (B, length), 0, VOCAB)
+    params = nn.unbox(jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), tokens_BL))["params"]
+    decoder, unstacked = Decoder(config, VOCAB, unstacked=True), unstack(params, config)
+    apply = jax.jit(lambda tokens, positions, caches: decoder.apply({"params": unstacked}, tokens, position_BL=positions, caches=caches))
+    caches, cached = init_caches(config, B, M), []
+    for position in range(length):
+        output = apply(tokens_BL[:, position : position + 1], jnp.full((B, 1), position), caches)
+        caches = output.caches
+        cached.append(output.logits_BLV[:, 0])
+
+    import moe_jax.model.decoder as module
+
+    full_mask = module.causal_mask
+    with pytest.MonkeyPatch.context() as patch:
+        distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
+        patch.setattr(module, "causal_mask", lambda position_BL: full_mask(position_BL) & (distance < M)[None])
+        expected = Decoder(config, VOCAB).apply({"params": params}, tokens_BL).logits_BLV
+    np.testing.assert_allclose(jnp.stack(cached, axis=1), expected, atol=1e-5)
+
+
+def test_masked_tokens_change_no_other_token(model):
+    config, params, tokens_BL = model
+    mask_BL = jnp.ones((B, L), bool).at[0, 7:].set(False)
+    apply = jax.jit(
+        lambda tokens: Decoder(config, VOCAB).apply({"params": params}, tokens, token_mask_BL=mask_BL, train=True)
+    )
+    first, second = apply(tokens_BL), apply(tokens_BL.at[0, 7:].set(5))
+    np.testing.assert_array_equal(first.logits_BLV[0, :7], second.logits_BLV[0, :7])
+    if config.moe.num_experts:
+        np.testing.assert_array_equal(first.statistics.router.num_tokens[:, 0], 7)
+
+
+def test_layout_follows_first_dense_and_every():
+    assert layout(MIXED) == [("first_dense", (False,), 0, 1), ("periods", (False, True), 1, 2)]
+    assert layout(DENSE) == [("periods", (False,), 0, 2)]
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
+    config = dataclasses.replace(LLAMA, dtype="bfloat16")
+    tokens_BL = jax.random.randint(jax.random.key(1), (B, L), 0, VOCAB)
+    params = nn.unbox(jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), tokens_BL))["params"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    exact = forward(LLAMA)(params, tokens_BL).logits_BLV
+    rough = forward(config)(params, tokens_BL).logits_BLV
+    assert rough.dtype == jnp.float32
+    error = jnp.sqrt(jnp.mean((rough - exact) ** 2)) / jnp.std(exact)
+    assert 1e-4 < float(error) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("init", "std_up", "std_down"),
+    [
+        ("scaled_normal", 0.02, 0.02 / (2 * 3) ** 0.5),
+        ("kaiming", (2 / 64) ** 0.5, (2 / 96) ** 0.5),
+        ("xavier", (2 / 160) ** 0.5, (2 / 160) ** 0.5),
+    ],
+)
+def test_initial_standard_deviations_count_no_expert_axis_as_a_fan(init, std_up, std_down):
+    config = ModelConfig(num_layers=3, embed_dim=64, init=init, moe=MoEConfig(num_experts=4, expert_dim=96))
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    moe = nn.unbox(jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), tokens))["params"]["periods"]["block_0"]["moe"]
+    assert moe["w_up"].shape == (3, 4, 64, 96)
+    np.testing.assert_allclose(jnp.std(moe["w_up"]), std_up, rtol=0.03)
+    np.testing.assert_allclose(jnp.std(moe["w_down"]), std_down, rtol=0.03)
+
+
+def test_dropout_differs_by_key_and_only_in_training():
+    config = dataclasses.replace(LLAMA, dropout_rate=0.5)
+    tokens_BL = jnp.ones((B, L), jnp.int32)
+    decoder = Decoder(config, VOCAB)
+    params = nn.unbox(jax.jit(decoder.init)(jax.random.key(0), tokens_BL))["params"]
+    apply = jax.jit(lambda keys: decoder.apply({"params": params}, tokens_BL, train=True, keys_B=keys).logits_BLV)
+    keys = jax.random.split(jax.random.key(5), B)
+    one, again, other = apply(keys), apply(keys), apply(jax.random.split(jax.random.key(6), B))
+    np.testing.assert_array_equal(one, again)
+    assert float(jnp.max(jnp.abs(one - other))) > 1e-2
+    assert float(jnp.max(jnp.abs(one[0] - one[1]))) > 1e-2, "each sequence has its own key"

@@ -1,0 +1,1 @@
+"""Naive references: slow, obvious, and written before the fast thing."""
