@@ -100,7 +100,7 @@ def make_train_step(
         loss, moe_losses, routing = sums
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
         new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
-        return new_state, StepOutput(loss, moe_losses, routing, optax.global_norm(gradients))
+        return new_state, StepOutput(loss, moe_losses, routing, optax.tree.norm(gradients))
 
     return train_step
 

@@ -27,8 +27,8 @@ def make_logits(load: str) -> np.ndarray:
     elif load == "skewed":
         logits += np.array([3.0, 2.0, 0.0, -1.0]) + rng.standard_normal((G, T, E))
     elif load == "all_to_one":
-        logits[..., 2] += 8
-        logits[..., 0] += 4
+        logits[..., 2] += 4
+        logits[..., 0] += 2
     elif load == "empty_expert":
         logits[..., 1] -= 8
     elif load == "one_row":

@@ -1,5 +1,7 @@
 """Auxiliary losses and health metrics, on numbers worked by hand."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from moe_jax.model.moe.losses import health_metrics, importance_loss, load_balan
 from moe_jax.model.moe.routing import top_k_plan
 
 
+@functools.partial(jax.jit, static_argnames="top_k")
 def statistics(logits_GTE, top_k=2, mask_GT=None):
     return jax.vmap(lambda logits, mask: top_k_plan(logits, top_k, mask))(logits_GTE, mask_GT).statistics
 
@@ -58,7 +61,7 @@ def test_padding_and_an_empty_sequence_change_nothing():
         for scope, units in (("sequence", 2), ("batch", 1)):
             expected = loss(statistics(logits), scope, units)
             np.testing.assert_allclose(loss(statistics(padded, 2, mask), scope, units), expected, rtol=1e-6)
-    gradient = jax.grad(lambda x: load_balancing_loss(statistics(x, 2, mask), "sequence", 2))(padded)
+    gradient = jax.jit(jax.grad(lambda x: load_balancing_loss(statistics(x, 2, mask), "sequence", 2)))(padded)
     assert np.all(np.isfinite(gradient))
 
 

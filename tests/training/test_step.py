@@ -1,0 +1,175 @@
+"""The optimizer step: accumulation, devices and the meaning of its losses."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, validate
+from moe_jax.model.decoder import Decoder
+from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
+from moe_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from moe_jax.training.state import count_params, init_state
+from moe_jax.training.step import make_eval_step, make_train_step
+
+VOCAB, L, BATCH = 23, 12, 16
+CONFIG = Config(
+    model=ModelConfig(
+        context_length=L,
+        num_layers=2,
+        embed_dim=16,
+        num_heads=2,
+        dropout_rate=0.1,
+        moe=MoEConfig(
+            num_experts=4,
+            expert_dim=12,
+            router="noisy_top_k",
+            capacity_factor=1.0,
+            load_balancing_weight=0.1,
+            importance_weight=0.1,
+            router_z_weight=0.1,
+        ),
+    ),
+    data=DataConfig(batch_size=BATCH),
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0, clip_norm=0.1),
+)
+
+
+def batch():
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (BATCH, L + 1)).astype(np.int32)
+    return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+
+
+def two_steps(config, devices=1):
+    """(parameters after two steps, outputs of both)."""
+    validate(config)
+    decoder = Decoder(config.model, VOCAB)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
+    mesh = make_mesh(MeshConfig(data=devices), BATCH // config.optimizer.accumulation_steps)
+    with use_mesh(mesh):
+        state = init_state(decoder, optimizer, mesh, seed=0)
+        step = jax.jit(make_train_step(config, decoder, optimizer))
+        state, first = step(state, put_batch(batch(), mesh))
+        state, second = step(state, put_batch(batch(), mesh))
+    return jax.device_get((state.params, (first, second)))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return two_steps(CONFIG)
+
+
+def change(**optimizer):
+    return dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, **optimizer))
+
+
+def assert_same_training(actual, expected):
+    for got, want in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6)
+    for got, want in zip(jax.tree.leaves(actual[0]), jax.tree.leaves(expected[0]), strict=True):
+        # Adam's first steps divide a gradient by its own size, which blows up rounding where it is near zero.
+        assert np.mean(np.abs(got - want) > 1e-5) < 0.01
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_changes_nothing_though_there_is_dropout_noise_and_dropping(reference, accumulation):
+    assert float(reference[1][0].routing.dropped_N.sum()) > 0
+    assert_same_training(two_steps(change(accumulation_steps=accumulation)), reference)
+
+
+def test_eight_devices_equal_one(reference):
+    assert_same_training(two_steps(CONFIG, devices=8), reference)
+
+
+def test_eight_devices_with_accumulation_equal_one(reference):
+    assert_same_training(two_steps(change(accumulation_steps=2), devices=8), reference)
+
+
+def test_einsum_trains_as_gather_does(reference):
+    moe = dataclasses.replace(CONFIG.model.moe, dispatch="einsum")
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe))
+    assert_same_training(two_steps(config), reference)
+
+
+def test_the_reported_loss_is_the_language_model_loss_alone():
+    plain = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dropout_rate=0.0))
+    moe = dataclasses.replace(plain.model.moe, router="top_k", load_balancing_weight=50.0, capacity_factor=None)
+    config = dataclasses.replace(plain, model=dataclasses.replace(plain.model, moe=moe))
+    _, (first, _) = two_steps(config)
+    decoder = Decoder(config.model, VOCAB)
+    mesh = make_mesh(MeshConfig(data=1), BATCH)
+    with use_mesh(mesh):
+        optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
+        params = init_state(decoder, optimizer, mesh, seed=0).params
+        logits = decoder.apply({"params": params}, batch()["inputs"]).logits_BLV
+        evaluated = make_eval_step(decoder)(params, {**batch(), "mask": np.ones((BATCH, L), bool)})
+    log_probs = jax.nn.log_softmax(logits)
+    expected = -np.mean(np.take_along_axis(np.asarray(log_probs), batch()["targets"][..., None], axis=-1))
+    np.testing.assert_allclose(first.loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(evaluated.loss / evaluated.num_tokens, expected, rtol=1e-5)
+
+
+def test_the_gradient_norm_is_taken_before_clipping_and_the_update_after(reference):
+    _, (first, _) = reference
+    assert float(first.grad_norm) > CONFIG.optimizer.clip_norm
+
+
+def test_evaluation_scores_only_what_the_mask_says():
+    decoder = Decoder(CONFIG.model, VOCAB)
+    params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    mask = np.zeros((BATCH, L), bool)
+    mask[:3] = True
+    mask[3, :5] = True
+    eval_step = jax.jit(make_eval_step(decoder))
+    full = eval_step(params, {**batch(), "mask": mask})
+    poisoned = {name: np.where(mask, value, 7) for name, value in batch().items()}
+    again = eval_step(params, {**poisoned, "mask": mask})
+    assert int(full.num_tokens) == 3 * L + 5
+    np.testing.assert_allclose(full.loss, again.loss, rtol=1e-6)
+    np.testing.assert_array_equal(full.routing.load_NE, again.routing.load_NE)
+    np.testing.assert_array_equal(full.routing.dropped_N, 0)
+    assert float(full.routing.load_NE[0].sum()) == (3 * L + 5) * CONFIG.model.moe.top_k
+
+
+def test_decay_is_for_matrices_only():
+    config = dataclasses.replace(CONFIG.model, use_bias=True, positions="learned", tie_embeddings=False, qk_norm=True)
+    config = dataclasses.replace(config, norm="layernorm")
+    params = jax.eval_shape(
+        lambda: Decoder(config, VOCAB).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    )
+    decayed = {
+        jax.tree_util.keystr(path).split("'")[-2]
+        for path, flag in jax.tree_util.tree_leaves_with_path(decay_mask(params))
+        if flag
+    }
+    every = {jax.tree_util.keystr(path).split("'")[-2] for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    assert decayed == {
+        *("query", "key", "value", "out", "router", "router_noise", "w_up", "w_gate", "w_down", "output")
+    }
+    assert {"embedding", "positions", "scale", "bias", "query_bias", "b_up", "b_down", "query_norm"} <= every - decayed
+
+
+def test_schedule_by_hand():
+    schedule = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.2), 110)
+    # Half of the warm-up, the peak, half of the cosine: 0.2 + 0.8/2, the end, and after it.
+    np.testing.assert_allclose([schedule(n) for n in (0, 5, 10, 60, 110, 500)], [0, 0.5, 1, 0.6, 0.2, 0.2], atol=1e-6)
+
+
+def test_clipping_bounds_the_gradient_that_adam_sees():
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_steps=0, clip_norm=0.5), lambda step: 1.0)
+    params = {"w_up": jnp.zeros(4)}
+    _, state = optimizer.update({"w_up": jnp.full(4, 100.0)}, optimizer.init(params), params)
+    # After one step mu = (1 - b1) * clipped gradient.
+    clipped_norm = optax.tree.norm(optax.tree.get(state, "mu")) / (1 - 0.9)
+    np.testing.assert_allclose(clipped_norm, 0.5, rtol=1e-5)
+
+
+def test_parameter_counts_by_hand():
+    params = {
+        "embedding": jnp.zeros((10, 4)),
+        "moe": {"router": jnp.zeros((4, 8)), "w_up": jnp.zeros((8, 4, 6))},
+    }
+    assert count_params(params, top_k=2, num_experts=8) == (40 + 32 + 192, 40 + 32 + 192 // 4)
