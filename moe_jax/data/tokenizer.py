@@ -114,7 +114,9 @@ class BpeTokenizer:
         return self._encoding.decode(list(ids), errors="replace")
 
     def to_json(self) -> dict[str, Any]:
-        ranks = [base64.b64encode(token).decode() for token, _ in sorted(self._ranks.items(), key=lambda item: item[1])]
+        ranks = [
+            base64.b64encode(token).decode() for token, _ in sorted(self._ranks.items(), key=lambda item: item[1])
+        ]
         return {"kind": "bpe", "name": self.name, "pattern": self._pattern, "ranks": ranks}
 
 
@@ -129,7 +131,7 @@ def build_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
         return ByteTokenizer()
     import rustbpe
 
-    trainer = rustbpe.Tokenizer()
+    trainer = rustbpe.Tokenizer()  # pyrefly: ignore[missing-attribute]
     trainer.train_from_iterator(iter(texts), int(spec.removeprefix("bpe:")) - 1, pattern=_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     return BpeTokenizer(spec, ranks, _PATTERN)

@@ -8,7 +8,7 @@ from flax.linen import initializers
 
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
-from moe_jax.model.layers import dropout, fold_in, matrix_init, rms_normalise
+from moe_jax.model.layers import dropout, fold_in, matrix_init, rms_normalise, with_axes
 
 
 class LayerCache(flax.struct.PyTreeNode):
@@ -102,7 +102,7 @@ class Attention(nn.Module):
         key_BLJA = self._project("key", x_BLD, J, A)
         value_BLJA = self._project("value", x_BLD, J, A)
         if config.qk_norm:
-            init = nn.with_logical_partitioning(initializers.ones, ("head_dim",))
+            init = with_axes(initializers.ones, ("head_dim",))
             query_BLHA = rms_normalise(query_BLHA, self.param("query_norm", init, (A,))).astype(x_BLD.dtype)
             key_BLJA = rms_normalise(key_BLJA, self.param("key_norm", init, (A,))).astype(x_BLD.dtype)
         if config.positions == "rotary":
@@ -116,18 +116,18 @@ class Attention(nn.Module):
         keys_B = fold_in(keys_B, 0)
         weight_dropout = (config.dropout_rate, keys_B) if keys_B is not None and config.dropout_rate else None
         out_BLHA = attend(query_BLHA, key_BMJA, value_BMJA, mask_BLM, weight_dropout)
-        init = nn.with_logical_partitioning(matrix_init(config, is_block_output=True), ("heads", "embed"))
+        init = with_axes(matrix_init(config, is_block_output=True), ("heads", "embed"))
         y_BLD = out_BLHA.reshape(*x_BLD.shape[:2], D) @ self.param("out", init, (D, D)).astype(x_BLD.dtype)
         if config.use_bias:
-            bias_init = nn.with_logical_partitioning(initializers.zeros, ("embed",))
+            bias_init = with_axes(initializers.zeros, ("embed",))
             y_BLD = y_BLD + self.param("out_bias", bias_init, (D,)).astype(x_BLD.dtype)[None, None, :]
         return y_BLD, cache
 
     def _project(self, name: str, x_BLD: Array, heads: int, A: int) -> Array:
         B, L, D = x_BLD.shape
-        init = nn.with_logical_partitioning(matrix_init(self.config), ("embed", "heads"))
+        init = with_axes(matrix_init(self.config), ("embed", "heads"))
         y = x_BLD @ self.param(name, init, (D, heads * A)).astype(x_BLD.dtype)
         if self.config.use_bias:
-            bias_init = nn.with_logical_partitioning(initializers.zeros, ("heads",))
+            bias_init = with_axes(initializers.zeros, ("heads",))
             y = y + self.param(f"{name}_bias", bias_init, (heads * A,)).astype(x_BLD.dtype)[None, None, :]
         return y.reshape(B, L, heads, A)

@@ -5,7 +5,7 @@ the same blocks run one by one on unstacked parameters (``unstack``): a scan wou
 every token.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import flax.struct
@@ -16,7 +16,7 @@ from flax.linen import initializers
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import Attention, LayerCache, cache_mask, causal_mask
-from moe_jax.model.layers import Norm, dropout, fold_in, matrix_init
+from moe_jax.model.layers import Norm, dropout, fold_in, matrix_init, with_axes
 from moe_jax.model.moe.experts import expert_mlp
 from moe_jax.model.moe.layer import MoE, MoEStatistics, mlp_weights
 
@@ -139,11 +139,11 @@ class Decoder(nn.Module):
             mask_BLM = cache_mask(position_BL, jnp.max(position_BL, axis=1), caches[0].key_BMJA.shape[1])
         context = Context(position_BL, mask_BLM, token_mask_BL, keys_B, train)
 
-        embedding_init = nn.with_logical_partitioning(initializers.normal(config.init_std), ("vocab", "embed"))
+        embedding_init = with_axes(initializers.normal(config.init_std), ("vocab", "embed"))
         embedding_VD = self.param("embedding", embedding_init, (self.vocab_size, config.embed_dim))
         x_BLD = jnp.take(embedding_VD, tokens_BL, axis=0, mode="clip")
         if config.positions == "learned":
-            init = nn.with_logical_partitioning(initializers.normal(config.init_std), ("position", "embed"))
+            init = with_axes(initializers.normal(config.init_std), ("position", "embed"))
             positions_LD = self.param("positions", init, (config.context_length, config.embed_dim))
             x_BLD = x_BLD + jnp.take(positions_LD, position_BL, axis=0, mode="clip")
         x_BLD = x_BLD.astype(config.dtype)
@@ -156,7 +156,7 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             output_DV = embedding_VD.T
         else:
-            init = nn.with_logical_partitioning(matrix_init(config), ("embed", "vocab"))
+            init = with_axes(matrix_init(config), ("embed", "vocab"))
             output_DV = self.param("output", init, (config.embed_dim, self.vocab_size))
         logits_BLV = jnp.matmul(x_BLD, output_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32)
         return DecoderOutput(logits_BLV, statistics, caches)
@@ -195,8 +195,34 @@ class Decoder(nn.Module):
         return x_BLD, stacked, None if caches is None else tuple(new_caches)
 
 
+def forward(
+    decoder: Decoder,
+    params: PyTree,
+    tokens_BL: Array,
+    *,
+    train: bool = False,
+    token_mask_BL: Array | None = None,
+    keys_B: Array | None = None,
+    position_BL: Array | None = None,
+    caches: tuple[LayerCache, ...] | None = None,
+) -> DecoderOutput:
+    """``decoder`` as a pure function of its parameters; arguments as in ``Decoder.__call__``."""
+    return cast(
+        DecoderOutput,
+        decoder.apply(
+            {"params": params},
+            tokens_BL,
+            train=train,
+            token_mask_BL=token_mask_BL,
+            keys_B=keys_B,
+            position_BL=position_BL,
+            caches=caches,
+        ),
+    )
+
+
 def layout(config: ModelConfig) -> list[tuple[str, tuple[bool, ...], int, int]]:
-    """The scans of the decoder in order: (parameter name, which blocks of its period are MoE, first layer, periods)."""
+    """The scans of the decoder in order: (name, which blocks of its period are MoE, first layer, periods)."""
     moe = config.moe
     if not moe.num_experts:
         return [("periods", (False,), 0, config.num_layers)]
@@ -226,9 +252,10 @@ def init_caches(config: ModelConfig, batch_size: int, cache_length: int) -> tupl
 
 
 def _dropout(config: ModelConfig, x_BLD: Array, keys_B: Array | None, site: int) -> Array:
-    if keys_B is None or not config.dropout_rate:
+    site_keys_B = fold_in(keys_B, site)
+    if site_keys_B is None or not config.dropout_rate:
         return x_BLD
-    return dropout(x_BLD, config.dropout_rate, fold_in(keys_B, site))
+    return dropout(x_BLD, config.dropout_rate, site_keys_B)
 
 
 def _remat_policy(remat: Literal["dots", "full"]) -> Any:

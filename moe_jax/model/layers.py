@@ -1,5 +1,8 @@
 """Small building blocks: normalisation, initialisation, dropout and the matrices of an MLP."""
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -41,6 +44,11 @@ def fold_in(sequence_keys_B: Array | None, data: int | Array) -> Array | None:
     return jax.vmap(lambda key: jax.random.fold_in(key, data))(sequence_keys_B)
 
 
+def with_axes(init: Callable[..., Array], axes: tuple[str, ...]) -> Any:
+    """``init``, with the logical axis names of the parameter that it makes."""
+    return nn.with_logical_partitioning(init, axes)
+
+
 class Norm(nn.Module):
     """RMSNorm or LayerNorm, by configuration; returns the type of its input."""
 
@@ -49,16 +57,18 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         D = x.shape[-1]
-        scale_D = self.param("scale", nn.with_logical_partitioning(initializers.ones, ("embed",)), (D,))
+        scale_D = self.param("scale", with_axes(initializers.ones, ("embed",)), (D,))
         if self.config.norm == "rmsnorm":
             return rms_normalise(x, scale_D).astype(x.dtype)
         bias_D = None
         if self.config.use_bias:
-            bias_D = self.param("bias", nn.with_logical_partitioning(initializers.zeros, ("embed",)), (D,))
+            bias_D = self.param("bias", with_axes(initializers.zeros, ("embed",)), (D,))
         return layer_normalise(x, scale_D, bias_D).astype(x.dtype)
 
 
-def matrix_init(config: ModelConfig, *, num_batch_axes: int = 0, is_block_output: bool = False):
+def matrix_init(
+    config: ModelConfig, *, num_batch_axes: int = 0, is_block_output: bool = False
+) -> Callable[..., Array]:
     """The initialiser of a matrix [..., in, out], by ``config.init``.
 
     scaled_normal: standard deviation init_std, over sqrt(2N) for the two matrices of a block that write into the
@@ -68,6 +78,7 @@ def matrix_init(config: ModelConfig, *, num_batch_axes: int = 0, is_block_output
     if config.init == "scaled_normal":
         std = config.init_std / (2 * config.num_layers) ** 0.5 if is_block_output else config.init_std
         return initializers.normal(std)
-    scale, mode = {"kaiming": (2.0, "fan_in"), "xavier": (1.0, "fan_avg")}[config.init]
-    batch_axis = tuple(range(num_batch_axes))
-    return initializers.variance_scaling(scale, mode, "normal", in_axis=-2, out_axis=-1, batch_axis=batch_axis)
+    experts = tuple(range(num_batch_axes))
+    if config.init == "kaiming":
+        return initializers.variance_scaling(2.0, "fan_in", "normal", batch_axis=experts)
+    return initializers.variance_scaling(1.0, "fan_avg", "normal", batch_axis=experts)

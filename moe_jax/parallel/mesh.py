@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.axes import Array, PyTree
@@ -30,7 +31,9 @@ def make_mesh(config: MeshConfig, microbatch_size: int) -> Mesh:
     available = jax.device_count()
     num_devices = available if config.data == -1 else config.data
     if num_devices > available:
-        raise UserError(f"mesh.data must be at most the {available} devices here, got {num_devices}; lower it or use -1")
+        raise UserError(
+            f"mesh.data must be at most the {available} devices here, got {num_devices}; lower it or use -1"
+        )
     if microbatch_size % num_devices:
         raise UserError(
             f"data.batch_size / optimizer.accumulation_steps must be a multiple of the {num_devices} devices of the "
@@ -52,6 +55,6 @@ def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
     return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_RULES)
 
 
-def put_batch(batch: dict[str, Array], mesh: Mesh) -> dict[str, Array]:
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     """Places host arrays [B, ...] on the mesh, divided over the batch axis."""
     return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))

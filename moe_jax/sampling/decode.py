@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from moe_jax.axes import Array, PyTree
 from moe_jax.model.attention import LayerCache
-from moe_jax.model.decoder import Decoder, init_caches
+from moe_jax.model.decoder import Decoder, forward, init_caches
 from moe_jax.sampling.processors import keep_top_k, keep_top_p, scale_by_temperature
 
 
@@ -21,7 +21,9 @@ class Settings(flax.struct.PyTreeNode):
     is_greedy: bool = flax.struct.field(pytree_node=False)
 
 
-def prefill(decoder: Decoder, params: PyTree, prompt_BL: Array, prompt_length: Array) -> tuple[Array, tuple]:
+def prefill(
+    decoder: Decoder, params: PyTree, prompt_BL: Array, prompt_length: Array
+) -> tuple[Array, tuple[LayerCache, ...]]:
     """Runs the prompt through the model.
 
     Args:
@@ -35,13 +37,15 @@ def prefill(decoder: Decoder, params: PyTree, prompt_BL: Array, prompt_length: A
     B, L = prompt_BL.shape
     index_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
     real_BL = index_BL < prompt_length
-    output = decoder.apply(
-        {"params": params},
+    output = forward(
+        decoder,
+        params,
         prompt_BL,
         token_mask_BL=real_BL,
         position_BL=jnp.where(real_BL, index_BL, -1),
         caches=init_caches(decoder.config, B, decoder.config.context_length),
     )
+    assert output.caches is not None
     return jnp.take(output.logits_BLV, prompt_length - 1, axis=1), output.caches
 
 
@@ -91,9 +95,7 @@ def decode(
         token_B = jnp.where(ended_B, end_token, draw(logits_BV, settings, position))
         ended_B = ended_B | (token_B == end_token)
         drawn_BS = jax.lax.dynamic_update_index_in_dim(drawn_BS, token_B, index, axis=1)
-        output = decoder.apply(
-            {"params": params}, token_B[:, None], position_BL=jnp.full((B, 1), position), caches=caches
-        )
+        output = forward(decoder, params, token_B[:, None], position_BL=jnp.full((B, 1), position), caches=caches)
         return index + 1, drawn_BS, output.logits_BLV[:, 0], output.caches, ended_B
 
     drawn_BS = jnp.full((B, buffer_length), end_token, jnp.int32)

@@ -1,6 +1,7 @@
 """What sample.py does on a terminal."""
 
 import sys
+from typing import Literal
 
 from moe_jax.command import UserError
 from moe_jax.config import SampleConfig
@@ -9,7 +10,9 @@ from moe_jax.runs.layout import RunDirectory, atomic_write_text
 from moe_jax.sampling.generator import load_generator
 
 
-def sample_to_terminal(run: RunDirectory, which: str, prompt: str | None, sample: SampleConfig) -> None:
+def sample_to_terminal(
+    run: RunDirectory, which: Literal["best", "newest"], prompt: str | None, sample: SampleConfig
+) -> None:
     """Prints continuations of ``prompt`` ("-": standard input; None: from nothing) and writes generated_text.txt."""
     if prompt == "-":
         prompt = _read_prompt()

@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -74,7 +75,9 @@ class Generator:
             buffer_length=_power_of_two(num_tokens),
         )
         rows = np.asarray(drawn_BS)[:, :num_tokens].tolist()
-        return [self._sample(prompt, row, "length" if num_tokens == sample.max_new_tokens else "context") for row in rows]
+        return [
+            self._sample(prompt, row, "length" if num_tokens == sample.max_new_tokens else "context") for row in rows
+        ]
 
     def _sample(self, prompt: str, row: list[int], unfinished: str) -> Sample:
         end = self.tokenizer.endoftext_id
@@ -82,7 +85,7 @@ class Generator:
         return Sample(prompt, self.tokenizer.decode(tokens), tokens, "stop" if end in row else unfinished)
 
 
-def load_generator(run: RunDirectory, which: str) -> tuple[Generator, PyTree]:
+def load_generator(run: RunDirectory, which: Literal["best", "newest"]) -> tuple[Generator, PyTree]:
     """The generator of a finished or running training run and its "best" or "newest" parameters. Raises UserError."""
     config = run.load_config()
     tokenizer = load_tokenizer(run.tokenizer)

@@ -19,7 +19,7 @@ from moe_jax.runs.metrics import MetricsWriter
 from moe_jax.sampling.generator import Generator
 from moe_jax.training.evaluation import Evaluation, bits_per_byte, evaluate
 from moe_jax.training.interrupt import StopRequest
-from moe_jax.training.metrics import Metrics, named_metrics, routing_by_layer, routing_summary, step_metrics
+from moe_jax.training.metrics import Metrics, merge, named_metrics, routing_by_layer, routing_summary, step_metrics
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import StepOutput, make_eval_step, make_train_step
@@ -117,7 +117,7 @@ class Loop:
         if output is None:
             return
         metrics = step_metrics(jax.device_get(output))
-        self.interval = metrics if self.interval is None else self.interval.merge(metrics)
+        self.interval = metrics if self.interval is None else merge(self.interval, metrics)
         bar.update(done, float(output.loss), self._tokens_per_step())
 
     def _tokens_per_step(self) -> int:
@@ -126,8 +126,8 @@ class Loop:
     def _write_interval(self, done: int) -> None:
         """Writes one line of metrics and starts a new interval."""
         assert self.interval is not None
-        values = named_metrics(self.interval)
-        values["train/learning_rate"] = float(self.schedule(done - 1))
+        values: dict[str, float | list] = {**named_metrics(self.interval)}
+        values["train/learning_rate"] = float(jax.device_get(self.schedule(done - 1)))
         if self.interval_steps:  # the first step of a start compiles, and is not timed
             values["train/tokens_per_second"] = self.interval_steps * self._tokens_per_step() / self.interval_seconds
         self.progress.train_seconds += self.interval_seconds
@@ -157,7 +157,9 @@ class Loop:
         if is_best:
             self.progress.best_val_loss = val.loss
         self.progress.evaluations_without_gain = 0 if is_best else self.progress.evaluations_without_gain + 1
-        usage = "" if val.routing is None else f", expert usage {routing_summary(val.routing)['moe/expert_usage']:.0f}%"
+        usage = (
+            "" if val.routing is None else f", expert usage {routing_summary(val.routing)['moe/expert_usage']:.0f}%"
+        )
         log.info(
             f"step {done}: train {train.loss:.4f}, validation {val.loss:.4f} nats/token (perplexity "
             f"{val.perplexity:.2f}" + (f", {bits:.4f} bits/byte)" if bits is not None else ")") + usage

@@ -1,6 +1,6 @@
 """Step metrics: merged over a log interval with clu.metrics, then named as in metrics.jsonl."""
 
-from typing import Any
+from typing import Any, cast
 
 import flax.struct
 import jax.numpy as jnp
@@ -66,6 +66,11 @@ def step_metrics(output: StepOutput) -> Metrics:
     )
 
 
+def merge(metrics: Metrics, more: Metrics) -> Metrics:
+    """The metrics of the steps of both."""
+    return cast(Metrics, metrics.merge(cast(Any, more)))
+
+
 def named_metrics(merged: Metrics) -> dict[str, float]:
     """The merged metrics under their names in metrics.jsonl: train/* and, for a MoE model, moe/*."""
     values = merged.compute()
@@ -79,7 +84,7 @@ def named_metrics(merged: Metrics) -> dict[str, float]:
 
 
 def routing_summary(routing: RoutingTotals) -> dict[str, float]:
-    """The health of all MoE layers in a few numbers: means over layers, but the worst max_load and all dead experts."""
+    """The health of all MoE layers in a few numbers: means over layers, the worst max_load, all dead experts."""
     health = _health(routing)
     return {
         "moe/expert_usage": float(health["expert_usage"]),
@@ -102,6 +107,9 @@ def routing_by_layer(routing: RoutingTotals) -> dict[str, list]:
 
 def _health(routing: RoutingTotals) -> dict[str, np.ndarray]:
     health = health_metrics(
-        jnp.asarray(routing.load_NE), jnp.asarray(routing.dropped_N), jnp.asarray(routing.entropy_N), routing.num_tokens
+        jnp.asarray(routing.load_NE),
+        jnp.asarray(routing.dropped_N),
+        jnp.asarray(routing.entropy_N),
+        routing.num_tokens,
     )
     return {name: np.asarray(value) for name, value in health.items()}

@@ -7,9 +7,7 @@ from moe_jax.axes import PyTree
 from moe_jax.config import OptimizerConfig
 
 # Weight decay is for matrices. Norm scales, biases and embeddings are not multiplied with activations over a fan-in.
-_DECAYED = frozenset(
-    {"query", "key", "value", "out", "router", "router_noise", "w_up", "w_gate", "w_down", "output"}
-)
+_DECAYED = frozenset({"query", "key", "value", "out", "router", "router_noise", "w_up", "w_gate", "w_down", "output"})
 
 
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

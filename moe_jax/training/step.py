@@ -9,7 +9,7 @@ import optax
 
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import Config, MoEConfig
-from moe_jax.model.decoder import Decoder
+from moe_jax.model.decoder import Decoder, forward
 from moe_jax.model.moe.layer import MoEStatistics
 from moe_jax.model.moe.losses import importance_loss, load_balancing_loss, router_z_loss
 from moe_jax.training.state import TrainState
@@ -62,7 +62,7 @@ def make_train_step(
     def objective(params: PyTree, microbatch: dict[str, Array], keys_B: Array | None, batch_size: int):
         inputs_BL, targets_BL = microbatch["inputs"], microbatch["targets"]
         num_targets = batch_size * inputs_BL.shape[1]
-        output = decoder.apply({"params": params}, inputs_BL, train=True, keys_B=keys_B)
+        output = forward(decoder, params, inputs_BL, train=True, keys_B=keys_B)
         loss = jnp.sum(cross_entropy(output.logits_BLV, targets_BL)) / num_targets
         if output.statistics is None:
             return loss, (loss, {}, None)
@@ -150,7 +150,7 @@ def make_eval_step(decoder: Decoder) -> Callable[[PyTree, dict[str, Array]], Eva
 
     def eval_step(params: PyTree, batch: dict[str, Array]) -> EvalOutput:
         mask_BL = batch["mask"]
-        output = decoder.apply({"params": params}, batch["inputs"], token_mask_BL=mask_BL)
+        output = forward(decoder, params, batch["inputs"], token_mask_BL=mask_BL)
         loss_BL = jnp.where(mask_BL, cross_entropy(output.logits_BLV, batch["targets"]), 0.0)
         routing = None if output.statistics is None else routing_totals(output.statistics)
         return EvalOutput(jnp.sum(loss_BL), jnp.sum(mask_BL), routing)

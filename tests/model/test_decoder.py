@@ -114,7 +114,11 @@ def test_past_the_context_the_cache_equals_a_banded_full_forward():
     tokens_BL = jax.random.randint(jax.random.key(1), (B, length), 0, VOCAB)
     params = nn.unbox(jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), tokens_BL))["params"]
     decoder, unstacked = Decoder(config, VOCAB, unstacked=True), unstack(params, config)
-    apply = jax.jit(lambda tokens, positions, caches: decoder.apply({"params": unstacked}, tokens, position_BL=positions, caches=caches))
+    apply = jax.jit(
+        lambda tokens, positions, caches: decoder.apply(
+            {"params": unstacked}, tokens, position_BL=positions, caches=caches
+        )
+    )
     caches, cached = init_caches(config, B, M), []
     for position in range(length):
         output = apply(tokens_BL[:, position : position + 1], jnp.full((B, 1), position), caches)
@@ -171,7 +175,9 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
 def test_initial_standard_deviations_count_no_expert_axis_as_a_fan(init, std_up, std_down):
     config = ModelConfig(num_layers=3, embed_dim=64, init=init, moe=MoEConfig(num_experts=4, expert_dim=96))
     tokens = jnp.zeros((1, 2), jnp.int32)
-    moe = nn.unbox(jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), tokens))["params"]["periods"]["block_0"]["moe"]
+    moe = nn.unbox(jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), tokens))["params"]["periods"]["block_0"][
+        "moe"
+    ]
     assert moe["w_up"].shape == (3, 4, 64, 96)
     np.testing.assert_allclose(jnp.std(moe["w_up"]), std_up, rtol=0.03)
     np.testing.assert_allclose(jnp.std(moe["w_down"]), std_down, rtol=0.03)

@@ -31,7 +31,7 @@ def moe_loop(
     kept_TK: np.ndarray,
     activation: str = "swiglu",
 ) -> jax.Array:
-    """y_t = Σ over kept choices of weight · expert(x_t), every expert on every token; differentiable, choices given."""
+    """y_t = Σ over kept choices of weight · expert(x_t), every expert on every token; differentiable."""
     chosen_TK = jnp.take_along_axis(logits_TE, jnp.asarray(expert_TK), axis=1)
     weight_TK = jax.nn.softmax(chosen_TK) if chosen_TK.shape[1] > 1 else jnp.exp(chosen_TK) / total(logits_TE)
     y_TD = jnp.zeros_like(x_TD)

@@ -29,7 +29,7 @@ def einsum_dispatch(x_GTD: Array, plan: RoutingPlan, num_experts: int, capacity:
     Returns:
       The combined outputs [G, T, D] in the type of ``x``, and kept_GTK: False where a row was dropped.
     """
-    G, T, D = x_GTD.shape
+    G, _, D = x_GTD.shape
     dtype = x_GTD.dtype
     placement = jax.vmap(lambda p: place(p, num_experts, capacity))(plan)
     # A dropped row's one-hot is all zero, and so is a masked token's, whose expert is E.
@@ -48,7 +48,7 @@ def gather_dispatch(x_GTD: Array, plan: RoutingPlan, num_experts: int, capacity:
 
     The gather to the experts and the one back are each other's transposes, so both backward passes are gathers too.
     """
-    G, T, D = x_GTD.shape
+    G, _, D = x_GTD.shape
     placement = jax.vmap(lambda p: place(p, num_experts, capacity))(plan)
     slot_GTK, row_GEC = jax.vmap(lambda p, q: _index_tables(p, q, num_experts, capacity))(plan, placement)
     # Groups stay an axis of the gathers, so that a mesh can divide them without moving tokens between devices.

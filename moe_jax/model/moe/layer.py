@@ -10,7 +10,7 @@ from flax.linen import initializers
 
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.layers import matrix_init
+from moe_jax.model.layers import matrix_init, with_axes
 from moe_jax.model.moe.dispatch import DISPATCHERS
 from moe_jax.model.moe.experts import ExpertWeights, expert_mlp
 from moe_jax.model.moe.plan import RouterStatistics
@@ -72,22 +72,24 @@ class MoE(nn.Module):
         # Shazeer (arXiv 1701.06538, appendix A) starts both matrices at zero: equal load, constant noise. A small
         # normal keeps the load near balance and breaks the ties that zeros would leave to the order of experts.
         init = initializers.zeros if name == "router_noise" else initializers.normal(self.config.init_std)
-        return self.param(name, nn.with_logical_partitioning(init, ("embed", "expert")), (D, E))
+        return self.param(name, with_axes(init, ("embed", "expert")), (D, E))
 
 
-def mlp_weights(module: nn.Module, config: ModelConfig, D: int, F: int, num_experts: int | None = None) -> ExpertWeights:
+def mlp_weights(
+    module: nn.Module, config: ModelConfig, D: int, F: int, num_experts: int | None = None
+) -> ExpertWeights:
     """Creates the matrices of ``num_experts`` MLPs in ``module``, or of a single dense one without the expert axis."""
     experts = () if num_experts is None else (num_experts,)
     names = () if num_experts is None else ("expert",)
 
     def kernel(name: str, fan_in: int, fan_out: int, axes: tuple[str, str], is_block_output: bool = False) -> Array:
         init = matrix_init(config, num_batch_axes=len(experts), is_block_output=is_block_output)
-        return module.param(name, nn.with_logical_partitioning(init, names + axes), (*experts, fan_in, fan_out))
+        return module.param(name, with_axes(init, names + axes), (*experts, fan_in, fan_out))
 
     def bias(name: str, width: int, axis: str) -> Array | None:
         if not config.use_bias:
             return None
-        init = nn.with_logical_partitioning(initializers.zeros, (*names, axis))
+        init = with_axes(initializers.zeros, (*names, axis))
         return module.param(name, init, (*experts, width))
 
     gated = config.activation == "swiglu"

@@ -32,7 +32,7 @@ def load_balancing_loss(statistics: RouterStatistics, scope: Scope, num_units: A
 
 
 def importance_loss(statistics: RouterStatistics, scope: Scope, num_units: Array | float) -> Array:
-    """Squared coefficient of variation of the summed router probabilities (arXiv 1701.06538, eq. 6-7): 0 when balanced.
+    """Squared coefficient of variation of the router probabilities (arXiv 1701.06538, eq. 6-7): 0 when balanced.
 
     The paper sums the gates after the top-k; the probabilities before it, used here, give every expert a gradient.
     """

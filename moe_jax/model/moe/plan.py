@@ -7,7 +7,7 @@ from moe_jax.axes import Array
 
 
 class RouterStatistics(flax.struct.PyTreeNode):
-    """What one group's router did, as sums over its real tokens, float32: sums stay exact over any split of a batch."""
+    """What one group's router did, as float32 sums over its real tokens, which add up over any split."""
 
     num_tokens: Array
     """[] real (not masked) tokens."""

@@ -17,7 +17,7 @@ def noisy_logits(router_logits_TE: Array, noise_scale_TE: Array, noise_key: Arra
 
 
 def top_k_plan(router_logits_TE: Array, top_k: int, token_mask_T: Array | None = None) -> RoutingPlan:
-    """Sends each token to its ``top_k`` highest scores, weighted by a softmax over those (arXiv 1701.06538, eq. 3 and 5).
+    """Sends each token to its ``top_k`` highest scores, weighted by a softmax over those (arXiv 1701.06538, eq. 3, 5).
 
     Equal to a softmax over all experts renormalised over the chosen ones. With ``top_k`` = 1 that weight would be 1
     whatever the score, and the router would have no gradient, so the probability itself is used instead, as in Switch
