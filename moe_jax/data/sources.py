@@ -1,6 +1,7 @@
 """Text in: the embedded plays, a file or a folder, as named documents, and their split. Imports no jax."""
 
 import hashlib
+import html
 import importlib.metadata
 import re
 from dataclasses import dataclass
@@ -123,5 +124,5 @@ def _render_block(block: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without emphasis marks and escapes."""
-    return re.sub(r"\\(.)", r"\1", re.sub(r"(?<!\\)[*_]", "", text)).rstrip()
+    """Without emphasis marks, escapes and entities."""
+    return html.unescape(re.sub(r"\\(.)", r"\1", re.sub(r"(?<!\\)[*_]", "", text))).rstrip()

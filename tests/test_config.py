@@ -1,0 +1,143 @@
+"""Configuration: validation, its messages, and the command line."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_jax.command import UserError
+from moe_jax.command_line import load_recipe, parse_sample, parse_train
+from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig, profile_steps, settings, validate
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def changed(name, value, config=None):
+    config = config or Config()
+    head, _, rest = name.partition(".")
+    return dataclasses.replace(config, **{head: changed(rest, value, getattr(config, head)) if rest else value})
+
+
+def test_the_defaults_and_every_recipe_are_valid():
+    validate(Config())
+    recipes = sorted((REPOSITORY / "configs").glob("*.py"))
+    assert {"moe.py", "dense.py"} <= {recipe.name for recipe in recipes}
+    for recipe in recipes:
+        validate(load_recipe(recipe))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("model.moe.top_k", 99, "model.moe.top_k must be in [1, num_experts=8], got 99; lower top_k or raise"),
+        ("model.moe.top_k", 0, "model.moe.top_k must be in [1, num_experts=8], got 0"),
+        ("model.num_heads", 3, "model.num_heads must divide model.embed_dim=128, got 3"),
+        ("model.num_kv_heads", 3, "model.num_kv_heads must divide model.num_heads=4, got 3"),
+        ("model.num_heads", 128, "needs an even head width"),
+        ("model.moe.every", 3, "model.moe.every must divide num_layers - first_dense = 4, got 3"),
+        ("model.moe.first_dense", 4, "model.moe.first_dense must be below model.num_layers=4, got 4"),
+        ("model.moe.capacity_factor", 0.0, "model.moe.capacity_factor must be at least"),
+        ("model.moe.router", "topk", "model.moe.router must be one of top_k, noisy_top_k; got 'topk'"),
+        ("model.embed_dim", 128.0, "model.embed_dim must be of type int, got 128.0 of type float"),
+        ("model.qk_norm", 1, "model.qk_norm must be of type bool"),
+        ("model.num_layers", True, "model.num_layers must be of type int, got True of type bool"),
+        ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate must be a finite number"),
+        ("optimizer.learning_rate", "fast", "optimizer.learning_rate must be of type float"),
+        ("optimizer.warmup_steps", 1000, "optimizer.warmup_steps must be below the 1000 steps"),
+        ("optimizer.accumulation_steps", 5, "optimizer.accumulation_steps must divide data.batch_size=32, got 5"),
+        ("model.dropout_rate", 1.0, "model.dropout_rate must be in [0.0, 0.99], got 1.0"),
+        ("data.tokenizer", "bpe", "data.tokenizer must be char, byte or bpe:VOCAB"),
+        ("data.tokenizer", "bpe:100", "needs VOCAB in [300, 262144], got 100"),
+        ("data.batch_size", 0, "data.batch_size must be at least 1, got 0"),
+        ("mesh.data", 0, "mesh.data must be -1 (all devices) or at least 1, got 0"),
+        ("train.profile", "9:3", "train.profile must be START:STOP with START < STOP"),
+        ("sample.top_p", 0.0, "sample.top_p must be in"),
+    ],
+)
+def test_what_is_impossible_is_refused_with_rule_value_and_remedy(name, value, words):
+    with pytest.raises(UserError) as caught:
+        validate(changed(name, value))
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_dense_model_needs_no_possible_moe_settings():
+    validate(Config(model=ModelConfig(moe=MoEConfig(num_experts=0, top_k=2, every=7))))
+
+
+def test_settings_survive_json():
+    config = changed("model.moe.capacity_factor", None, changed("data.path", "x.txt"))
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict())), "here") == config
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model": {"embd_dim": 3}}, "here: there is no setting model.embd_dim; did you mean model.embed_dim?"),
+        ({"modle": {}}, "here: there is no setting modle; did you mean model?"),
+        ({"data": 3}, "here: data must be an object of settings, got 3"),
+        ([], "here: the file must be an object of settings"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest(values, words):
+    with pytest.raises(UserError) as caught:
+        Config.from_dict(values, "here")
+    assert words in str(caught.value)
+
+
+def test_profile_steps():
+    assert profile_steps("10:15") == (10, 15)
+    for wrong in ("10", "a:b", "5:5", "-1:3"):
+        with pytest.raises(UserError, match="START:STOP"):
+            profile_steps(wrong)
+
+
+def test_the_command_line_changes_the_recipe():
+    config, workdir = parse_train(
+        ["--config", str(REPOSITORY / "configs/moe.py"), "--model.moe.num-experts", "16", "--data.batch_size=6"]
+    )
+    assert (config.model.moe.num_experts, config.data.batch_size) == (16, 6)
+    assert workdir == Path("runs/moe")
+    _, named = parse_train([f"--config={REPOSITORY / 'configs/moe.py'}", "--workdir", "elsewhere"])
+    assert named == Path("elsewhere")
+
+
+def test_sampling_flags_default_to_the_runs_own():
+    defaults = SampleConfig(temperature=0.3, max_new_tokens=7)
+    command = parse_sample(["--prompt", "x", "--top-k", "5"], defaults)
+    assert command.sample == dataclasses.replace(defaults, top_k=5)
+    with pytest.raises(UserError, match=r"sample.temperature must be at least 0, got -1"):
+        parse_sample(["--temperature", "-1"], defaults)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (
+            "from moe_jax.config import *\ndef get_config():\n    return Config(model=ModelConfig(embd_dim=3))",
+            "recipe.py:3: there is no setting ModelConfig.embd_dim; did you mean ModelConfig.embed_dim?",
+        ),
+        ("def get_config(): return 3", "must return a moe_jax.config.Config, got int"),
+        ("config = 3", "a recipe needs a function get_config()"),
+        ("def get_config(:", "recipe.py:1: SyntaxError"),
+        ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
+    ],
+)
+def test_a_faulty_recipe_is_told_with_its_line(tmp_path, source, words):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(source)
+    with pytest.raises(UserError) as caught:
+        load_recipe(recipe)
+    assert words in str(caught.value)
+
+
+def test_help_explains_every_setting():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0
+    for name, _, _ in settings(Config()):
+        assert f"--{name.replace('_', '-')}" in done.stdout, name
+    source = (REPOSITORY / "moe_jax/config.py").read_text()
+    assert source.count('    """') >= len(list(settings(Config()))), "each setting has its line of explanation"

@@ -1,0 +1,192 @@
+"""Whole runs: they learn, leave what the contract says, resume bit for bit and answer signals."""
+
+import collections
+import dataclasses
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from moe_jax.command import Interrupted, UserError
+from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.metrics import read_metrics
+from moe_jax.sampling.generator import load_generator
+from moe_jax.training.loop import Loop
+from moe_jax.training.run import train
+from tests.oracles.texts import VERSE
+
+
+def column(run, name):
+    return {line["step"]: line[name] for line in read_metrics(run.metrics_file) if name in line}
+
+
+def test_thirty_steps_beat_the_unigram_entropy(finished):
+    counts = np.array(list(collections.Counter(VERSE).values())) / len(VERSE)
+    entropy = -np.sum(counts * np.log(counts))
+    losses = column(finished, "val/loss")
+    assert list(losses) == [10, 20, 30]
+    assert losses[30] < entropy - 0.5
+    assert losses[30] < losses[10]
+
+
+def test_the_run_directory_is_as_the_contract_says(finished, tiny):
+    names = {item.name for item in finished.path.iterdir()}
+    assert names == {
+        *("config.json", "tokenizer", "checkpoints", "metrics.jsonl", "train.log", "tensorboard", ".lock"),
+        *("loss_curve.png", "expert_load.png"),
+    }
+    saved = finished.load_config()
+    assert saved.optimizer.decay_steps == 30
+    unresolved = dataclasses.replace(saved.optimizer, decay_steps=None)
+    assert dataclasses.replace(saved, optimizer=unresolved) == tiny
+    assert sorted(int(item.name) for item in finished.checkpoints.iterdir()) == [20, 30]
+    log = finished.log_file.read_text()
+    for words in ("active for a token", "step 30: train", "sample:", "python sample.py --workdir"):
+        assert words in log
+
+
+def test_metrics_hold_every_promised_name(finished):
+    lines = read_metrics(finished.metrics_file)
+    train_line = next(line for line in lines if line["step"] == 25)
+    assert set(train_line) == {
+        *("step", "train/loss", "train/grad_norm", "train/learning_rate", "train/tokens_per_second"),
+        *("moe/load_balancing_loss", "moe/importance_loss", "moe/router_z_loss", "moe/expert_usage", "moe/sparsity"),
+        *("moe/dropped_fraction", "moe/router_entropy", "moe/max_load", "moe/dead_experts"),
+    }
+    evaluation = next(line for line in lines if "val/loss" in line)
+    assert set(evaluation) == {
+        *("step", "train_eval/loss", "train_eval/perplexity", "val/loss", "val/perplexity", "val/bits_per_byte"),
+        *("moe/load", "moe/layer_max_load", "moe/layer_dead_experts", "moe/layer_router_entropy"),
+    }
+    load = np.array(evaluation["moe/load"])
+    assert load.shape == (2, 4)
+    np.testing.assert_allclose(load.sum(axis=1), 1, rtol=1e-5)
+    # One token a character, one byte a character.
+    np.testing.assert_allclose(evaluation["val/bits_per_byte"], evaluation["val/loss"] / math.log(2), rtol=1e-9)
+    np.testing.assert_allclose(evaluation["val/perplexity"], math.exp(evaluation["val/loss"]), rtol=1e-9)
+
+
+def parameters(run):
+    _, params = load_generator(run, "newest")
+    return params
+
+
+def assert_bit_identical(run, expected):
+    import jax
+
+    for got, want in zip(jax.tree.leaves(parameters(run)), jax.tree.leaves(parameters(expected)), strict=True):
+        np.testing.assert_array_equal(got, want)
+    for name in ("train/loss", "val/loss", "moe/load_balancing_loss"):
+        assert column(run, name) == column(expected, name)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, finished, tmp_path, monkeypatch, number):
+    run = RunDirectory(tmp_path / "run")
+    read, seen = Loop._read, []
+
+    def interrupt_after_seven_steps(self, output, bar, done):
+        read(self, output, bar, done)
+        seen.append(done)
+        if done == 7:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Loop, "_read", interrupt_after_seven_steps)
+    with pytest.raises(Interrupted) as caught:
+        train(tiny, run.path)
+    assert caught.value.exit_code == 128 + number
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
+    steps = [int(item.name) for item in run.checkpoints.iterdir()]
+    assert len(steps) == 1
+    assert 7 <= steps[0] < 10
+    train(tiny, run.path)
+    # A line that the interruption made averages over fewer steps; what it averaged is the same.
+    assert f"going on from step {steps[0]}" in run.log_file.read_text()
+    final = read_metrics(run.metrics_file)[-1]
+    assert final == read_metrics(finished.metrics_file)[-1]
+    import jax
+
+    for got, want in zip(jax.tree.leaves(parameters(run)), jax.tree.leaves(parameters(finished)), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_finished_run_says_so_and_can_be_extended(tiny, finished, change, capsys):
+    before = finished.metrics_file.read_bytes()
+    train(tiny, finished.path)
+    assert "is finished: 30 steps are done" in capsys.readouterr().out
+    assert finished.metrics_file.read_bytes() == before
+    assert finished.load_config().optimizer.decay_steps == 30
+
+
+def test_a_run_stops_when_its_patience_ends(change, tmp_path, capsys):
+    # A learning rate of almost nothing: no evaluation is better than the first by more than rounding.
+    config = change(
+        optimizer={"learning_rate": 1e-12}, train={"num_steps": 50, "eval_every": 2, "patience": 2, "log_every": 2}
+    )
+    train(config, tmp_path / "run")
+    output = capsys.readouterr().out
+    assert "stopped early: 2 evaluations without a lower validation loss" in output
+    losses = column(RunDirectory(tmp_path / "run"), "val/loss")
+    assert max(losses) < 50
+    train(config, tmp_path / "run")
+    assert "stopped early at step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"train": {"seed": 5}}, "train.seed was 0, now 5"),
+        ({"optimizer": {"learning_rate": 0.5}}, "optimizer.learning_rate was 0.01, now 0.5"),
+        ({"data": {"batch_size": 8}}, "data.batch_size was 16, now 8"),
+    ],
+)
+def test_a_run_cannot_go_on_with_other_settings(finished, change, sections, words):
+    before = {item: item.stat().st_mtime_ns for item in finished.path.rglob("*")}
+    with pytest.raises(UserError) as caught:
+        train(change(**sections), finished.path)
+    assert words in str(caught.value)
+    assert {item: item.stat().st_mtime_ns for item in finished.path.rglob("*")} == before
+
+
+def test_a_run_cannot_go_on_with_other_text(finished, change, tmp_path):
+    (tmp_path / "verse.txt").write_text(VERSE.replace("quick", "quack") * 100)
+    with pytest.raises(UserError, match="is not the one this run was trained on"):
+        train(change(data={"path": str(tmp_path / "verse.txt")}, train={"num_steps": 40}), finished.path)
+
+
+def test_the_same_text_elsewhere_is_the_same_text(finished, change, tmp_path, capsys):
+    (tmp_path / "verse.txt").write_text(VERSE * 100)
+    train(change(data={"path": str(tmp_path / "verse.txt")}), finished.path)
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_a_dense_run_with_a_profile_writes_no_moe_metrics_and_a_trace(change, tiny, tmp_path):
+    moe = dataclasses.replace(tiny.model.moe, num_experts=0)
+    train(change(model={"moe": moe}, train={"num_steps": 4, "log_every": 2, "profile": "2:3"}), tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    assert not [name for line in read_metrics(run.metrics_file) for name in line if name.startswith("moe/")]
+    assert not run.expert_load.exists()
+    assert run.loss_curve.exists()
+    assert list(run.profile.rglob("*.xplane.pb"))
+
+
+def test_a_work_directory_that_is_a_file_is_refused(tiny, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="--workdir must be a folder"):
+        train(tiny, tmp_path / "run")
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_unknown_characters_leave_bits_per_byte_out(change, tmp_path):
+    (tmp_path / "verse.txt").write_text(VERSE * 20 + "é" * 30)
+    config = change(data={"path": str(tmp_path / "verse.txt"), "val_fraction": 0.2}, train={"num_steps": 2})
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, warmup_steps=1))
+    train(config, tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    evaluation = json.loads(run.metrics_file.read_text().splitlines()[-1])
+    assert "val/loss" in evaluation
+    assert "val/bits_per_byte" not in evaluation
