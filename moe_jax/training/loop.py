@@ -133,7 +133,6 @@ class Loop:
         self.progress.train_seconds += self.interval_seconds
         self.interval, self.interval_steps, self.interval_seconds = None, 0, 0.0
         self.writer.write(done, values)
-        log.debug(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def _evaluate(self, done: int, bar: TrainingBar) -> float:
         """Scores the validation split and as many tokens of the training split, and samples a text."""
@@ -186,7 +185,6 @@ class Loop:
             done,
             self.state.params,
             self.state.optimizer_state,
-            data_state=done,
             progress=dataclasses.asdict(self.progress),
             val_loss=val_loss,
         )

@@ -40,6 +40,7 @@ def train(config: Config, workdir: Path) -> None:
     mesh = make_mesh(config.mesh, config.data.batch_size // config.optimizer.accumulation_steps)
     data = prepare(config.data, cache_folder("data"))
     check_splits(data, config.model.context_length)
+    _check_same_text(run, config, data)
     with run.lock(), start_log(run.log_file), use_mesh(mesh), catch_signals() as request:
         run.save_config(config)
         save_tokenizer(data.tokenizer, run.tokenizer)
@@ -71,26 +72,37 @@ def _settle(config: Config, run: RunDirectory) -> Config:
     return dataclasses.replace(config, optimizer=optimizer)
 
 
+def _check_same_text(run: RunDirectory, config: Config, data: PreparedData) -> None:
+    """UserError where the run's newest checkpoint was trained on other text: its vocabulary, too, would be another."""
+    if not run.checkpoints.is_dir():
+        return
+    with Checkpoints(run.checkpoints, keep=None) as checkpoints:
+        saved = checkpoints.read_progress()
+    if saved is not None and saved["data_fingerprint"] != data.fingerprint:
+        raise UserError(
+            f"the text of data.path={config.data.path} is not the one this run was trained on "
+            f"(fingerprint {data.fingerprint}, was {saved['data_fingerprint']}); "
+            "name the old text, or start a new run in another --workdir"
+        )
+
+
 def _state(
     config: Config, mesh: jax.sharding.Mesh, data: PreparedData, checkpoints: Checkpoints
 ) -> tuple[TrainState, Progress, int | None]:
-    """The newest checkpoint's state, what the run remembers and the step restored; or a new state and None."""
+    """The newest checkpoint's state, what the run remembers and the step restored; or a new state and None.
+
+    The step is also the state of the data: batch n is a function of (seed, n).
+    """
     decoder = Decoder(config.model, data.tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
-    if checkpoints.newest_step() is None:
+    target = abstract_state(decoder, optimizer, mesh)
+    restored = checkpoints.restore(target.params, target.optimizer_state)
+    if restored is None:
         state = init_state(decoder, optimizer, mesh, config.train.seed)
         return state, Progress(data_fingerprint=data.fingerprint), None
-    target = abstract_state(decoder, optimizer, mesh)
-    restored = checkpoints.restore(None, target.params, target.optimizer_state)
-    progress = Progress(**restored.progress)
-    if progress.data_fingerprint != data.fingerprint:
-        raise UserError(
-            f"the text of data.path={config.data.path} is not the one this run was trained on "
-            f"(fingerprint {data.fingerprint}, was {progress.data_fingerprint}); "
-            "name the old text, or train anew in another --workdir"
-        )
     step = jax.device_put(jax.numpy.asarray(restored.step, target.step.dtype), target.step.sharding)
-    return TrainState(step, restored.params, restored.optimizer_state), progress, restored.step
+    state = TrainState(step, restored.params, restored.optimizer_state)
+    return state, Progress(**restored.progress), restored.step
 
 
 def _is_finished(config: Config, step: int, progress: Progress, run: RunDirectory) -> bool:

@@ -1,0 +1,1 @@
+"""What a run directory is: its files, checkpoints, metrics and log."""

@@ -1,0 +1,158 @@
+"""The files of a run directory, written whole or not at all. Imports no jax."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_jax.command import UserError
+from moe_jax.config import Config, settings, validate
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Names of everything in the run directory ``path``; creates nothing by itself."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "train.log"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def loss_curve(self) -> Path:
+        return self.path / "loss_curve.png"
+
+    @property
+    def expert_load(self) -> Path:
+        return self.path / "expert_load.png"
+
+    @property
+    def generated_text(self) -> Path:
+        return self.path / "generated_text.txt"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    def save_config(self, config: Config) -> None:
+        atomic_write_text(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
+
+    def load_config(self) -> Config:
+        """The validated configuration of the run. UserError where it is missing, damaged or of other settings."""
+        file = self.config_file
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(
+                f"{self.path} is not a run directory (it has no config.json); "
+                "train one with train.py, or name another by --workdir"
+            ) from None
+        except ValueError as error:  # not JSON, or not UTF-8
+            raise UserError(f"{file} is corrupt ({error}); put a copy of it back, or train the model again") from None
+        try:
+            return validate(Config.from_dict(values, str(file)))
+        except UserError as error:
+            raise UserError(f"{file} is not a valid configuration: {error}") from None
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Creates the folder and keeps other processes from training in it. UserError where one already does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / ".lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"process {file.read().strip()} is training in {self.path} already; "
+                    "wait for it, stop it, or name another --workdir"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
+
+def latest_run(folder: Path = Path("runs")) -> RunDirectory:
+    """The run in ``folder`` whose files changed last. UserError where there is none."""
+    runs = [RunDirectory(file.parent) for file in folder.glob("*/config.json")]
+    if not runs:
+        raise UserError(
+            f"there is no run in {folder.resolve()}; train one with: python train.py --config configs/moe.py, "
+            "or name one by --workdir"
+        )
+    return max(runs, key=_last_change)
+
+
+def _last_change(run: RunDirectory) -> float:
+    files = (run.config_file, run.checkpoints, run.metrics_file, run.log_file)
+    return max(file.stat().st_mtime for file in files if file.exists())
+
+
+def check_same_run(saved: Config, config: Config) -> None:
+    """UserError unless ``config`` may go on with the run begun as ``saved``: it names every field that may not change.
+
+    Free to change are mesh.*, sample.*, train.* but the seed, the number of microbatches, and data.path (whose content
+    is compared by its fingerprint). optimizer.decay_steps stays what it was unless another one is asked for.
+    """
+    before = {name: value for name, _, value in settings(saved)}
+    changes = [
+        f"{name} was {before[name]}, now {value}"
+        for name, _, value in settings(config)
+        if _is_fixed(name, value) and value != before[name]
+    ]
+    if changes:
+        raise UserError(
+            "a run cannot go on with other settings: "
+            + "; ".join(changes)
+            + "; use the old values, or start a new run in another --workdir"
+        )
+
+
+def _is_fixed(name: str, value: object) -> bool:
+    if name in ("data.path", "optimizer.accumulation_steps"):
+        return False
+    if name == "optimizer.decay_steps":
+        return value is not None
+    return name == "train.seed" or name.startswith(("model.", "data.", "optimizer."))
+
+
+@contextlib.contextmanager
+def atomic_file(file: Path) -> Iterator[Path]:
+    """Gives a path beside ``file`` to write to, which takes its place at the end; on an exception it is removed."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def atomic_write_text(file: Path, text: str) -> None:
+    """Writes ``text`` so that a reader, or a kill, sees the old content or the new one and nothing between."""
+    with atomic_file(file) as beside:
+        beside.write_text(text, encoding="utf-8")

@@ -1,0 +1,97 @@
+"""What a run says while it trains: the console, train.log and the progress bar. Imports no jax."""
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+log = logging.getLogger("moe_jax")
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints to what sys.stdout is at the time: a live progress bar puts itself there, to stay below the lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), flush=True)
+
+
+@contextlib.contextmanager
+def start_log(file: Path) -> Iterator[None]:
+    """Within it, log messages go to the console and, with their time, to the end of ``file``."""
+    console = _ConsoleHandler(logging.INFO)
+    to_file = logging.FileHandler(file, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    level, propagate = log.level, log.propagate
+    log.setLevel(logging.DEBUG)
+    log.propagate = False
+    for handler in (console, to_file):
+        log.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (console, to_file):
+            log.removeHandler(handler)
+            handler.close()
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+class TrainingBar:
+    """Shows steps done, loss, tokens per second and time left: as a bar on a terminal, else a line at times."""
+
+    def __init__(self, progress: Progress | None, num_steps: int, first: int):
+        self._progress, self._num_steps, self._first = progress, num_steps, first
+        self._task = None if progress is None else progress.add_task("compiling", total=num_steps, completed=first)
+        # Speed and time left are of the steps, so the clock stands still while anything else is done.
+        self._seconds, self._steps, self._clock = 0.0, 0, None
+        self._last_line = time.monotonic()
+
+    def update(self, done: int, loss: float, tokens_per_step: int) -> None:
+        """After ``done`` steps, the last with ``loss`` in nats a token."""
+        now = time.monotonic()
+        if self._clock is not None:
+            self._seconds += now - self._clock
+            self._steps += 1
+        self._clock = now
+        text = f"loss {loss:.4f}"
+        if self._seconds:
+            step_seconds = self._seconds / self._steps
+            left = int((self._num_steps - done) * step_seconds)
+            text += f", {tokens_per_step / step_seconds:,.0f} tokens/s, {left // 60}:{left % 60:02d} left"
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, description="training", values=text)
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            log.log(
+                logging.INFO if self._progress is None else logging.DEBUG, f"step {done}/{self._num_steps}: {text}"
+            )
+
+    def describe(self, what: str) -> None:
+        """Names what is being done between steps, until the next ``update``."""
+        self._clock = None
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=what)
+
+
+@contextlib.contextmanager
+def training_bar(num_steps: int, first: int) -> Iterator[TrainingBar]:
+    """A bar from step ``first`` to ``num_steps``."""
+    if not sys.stdout.isatty():
+        yield TrainingBar(None, num_steps, first)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[values]}"),
+    )
+    with Progress(*columns, console=Console(), transient=True) as progress:
+        bar = TrainingBar(progress, num_steps, first)
+        yield bar

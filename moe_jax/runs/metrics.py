@@ -1,0 +1,80 @@
+"""metrics.jsonl and the TensorBoard events beside it. Imports no jax."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from tensorboardX import SummaryWriter
+
+from moe_jax.command import UserError
+from moe_jax.runs.layout import RunDirectory, atomic_write_text
+
+
+class MetricsWriter:
+    """Writes each step's values as a line of metrics.jsonl, at once, and its scalars as TensorBoard events.
+
+    ``restored_step`` is the step that the run goes on from, None for a new run: what a start that died wrote past it
+    is cut. Use it in a ``with`` block.
+    """
+
+    def __init__(self, run: RunDirectory, restored_step: int | None):
+        kept = restored_step or 0
+        if run.metrics_file.exists():
+            lines = [line for line in read_metrics(run.metrics_file) if line["step"] <= kept]
+            atomic_write_text(run.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
+        self._file = open(run.metrics_file, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=kept + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+    def write(self, step: int, values: Mapping[str, float | list]) -> None:
+        """``values`` after ``step`` optimizer steps: numbers, or nested lists, which only metrics.jsonl gets.
+
+        What is not finite is written as null, for JSON has no word for it.
+        """
+        self._file.write(json.dumps({"step": step, **_finite(values)}, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if not isinstance(value, list):
+                self._tensorboard.add_scalar(name, value, step)
+
+    def write_text(self, step: int, name: str, text: str) -> None:
+        """A text for TensorBoard, shown as it is."""
+        self._tensorboard.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return value if math.isfinite(value) else None
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl as dictionaries, without one that a kill cut short at the end. Raises UserError."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"there are no metrics at {file}; train a model in that run directory first") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is corrupt ({error}); put a copy of it back or remove it") from None
+    lines = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):  # the last piece has no line end: empty, or cut
+        try:
+            values = json.loads(line)
+            if not isinstance(values["step"], int):
+                raise TypeError(f"step is {values['step']!r}")
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"{file}:{number} is not a line of metrics ({type(error).__name__}: {error}); remove the line"
+            ) from None
+        lines.append(values)
+    return lines
