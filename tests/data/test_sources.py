@@ -25,7 +25,7 @@ __\\[Singing]_
 *Heigh* ho!
 
 _Exeunt_
-"""
+"""  # noqa: W291 - two spaces at the end of a line are Markdown's line break
 
 PLAIN = """The Little Play
 

@@ -166,7 +166,12 @@ def test_the_same_text_elsewhere_is_the_same_text(finished, change, tmp_path, ca
 
 def test_a_dense_run_with_a_profile_writes_no_moe_metrics_and_a_trace(change, tiny, tmp_path):
     moe = dataclasses.replace(tiny.model.moe, num_experts=0)
-    train(change(model={"moe": moe}, train={"num_steps": 4, "log_every": 2, "profile": "2:3"}, optimizer={"warmup_steps": 1}), tmp_path / "run")
+    train(
+        change(
+            model={"moe": moe}, train={"num_steps": 4, "log_every": 2, "profile": "2:3"}, optimizer={"warmup_steps": 1}
+        ),
+        tmp_path / "run",
+    )
     run = RunDirectory(tmp_path / "run")
     assert not [name for line in read_metrics(run.metrics_file) for name in line if name.startswith("moe/")]
     assert not run.expert_load.exists()

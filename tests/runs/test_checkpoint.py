@@ -1,0 +1,141 @@
+"""Checkpoints: what is kept, what comes back, and damage."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from moe_jax.command import UserError
+from moe_jax.runs.checkpoint import Checkpoints
+
+
+def mesh_of(count):
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
+
+
+def trees(value, devices=1):
+    rows = NamedSharding(mesh_of(devices), PartitionSpec("data"))
+    params = {"w": jax.device_put(jnp.arange(64.0).reshape(8, 8) + value, rows)}
+    return params, {"mu": jax.device_put(jnp.full((8,), value, jnp.float32), rows)}
+
+
+def abstract(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
+
+
+def fill(folder, losses, keep=2):
+    """Saves steps 10, 20, ... with a validation loss each, None for one that was not evaluated."""
+    with Checkpoints(folder, keep=keep) as checkpoints:
+        for number, val_loss in enumerate(losses, start=1):
+            params, optimizer_state = trees(number)
+            checkpoints.save(10 * number, params, optimizer_state, progress={"number": number}, val_loss=val_loss)
+
+
+def restored(folder, devices=1):
+    with Checkpoints(folder, keep=2) as checkpoints:
+        return checkpoints.restore(*map(abstract, trees(0, devices)))
+
+
+def best_value(folder, which="best"):
+    with Checkpoints(folder, keep=None) as checkpoints:
+        return float(checkpoints.restore_params(which, abstract(trees(0)[0]))["w"][0, 0])
+
+
+def largest_file(folder):
+    return max((file for file in folder.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+
+
+@pytest.mark.parametrize(
+    ("losses", "kept"),
+    [
+        ([3.0, 1.0, 2.0, 2.5, 2.4], [20, 40, 50]),
+        ([3.0, 1.0, None, None], [20, 30, 40]),
+        ([None, None, None], [20, 30]),
+        ([3.0, 2.0, 1.0], [20, 30]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path, losses, kept):
+    fill(tmp_path, losses)
+    with Checkpoints(tmp_path, keep=None) as checkpoints:
+        assert checkpoints.steps() == kept
+        assert checkpoints.read_progress() == {"number": len(losses)}
+
+
+def test_the_newest_comes_back_on_any_number_of_devices(tmp_path):
+    fill(tmp_path, [1.0, 2.0])
+    for devices in (1, 8):
+        found = restored(tmp_path, devices)
+        assert (found.step, found.progress) == (20, {"number": 2})
+        want_params, want_state = trees(2)
+        np.testing.assert_array_equal(found.params["w"], want_params["w"])
+        np.testing.assert_array_equal(found.optimizer_state["mu"], want_state["mu"])
+        assert found.params["w"].sharding.num_devices == devices
+
+
+def test_parameters_of_the_best_and_of_the_newest(tmp_path):
+    fill(tmp_path, [2.0, 1.0, 3.0])
+    assert best_value(tmp_path) == 2.0
+    assert best_value(tmp_path, "newest") == 3.0
+
+
+def test_before_any_evaluation_the_best_is_the_newest(tmp_path):
+    fill(tmp_path, [None, None])
+    assert best_value(tmp_path) == 2.0
+
+
+def test_a_flipped_bit_is_found_and_the_older_checkpoint_restored(tmp_path):
+    folder = tmp_path / "checkpoints"
+    fill(folder, [1.0, 2.0])
+    file = largest_file(folder / "20" / "params")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"the newest checkpoint .* is damaged \(params.* has changed\).*--checkpoint best"
+    ):
+        best_value(folder, "newest")
+    assert restored(folder).step == 10
+    assert (tmp_path / "damaged" / "20").is_dir()
+    # The step can be saved anew.
+    with Checkpoints(folder, keep=2) as checkpoints:
+        checkpoints.save(20, *trees(7), progress={}, val_loss=0.5)
+    assert best_value(folder) == 7.0
+
+
+@pytest.mark.parametrize("damage", ["missing", "sums"])
+def test_no_sound_checkpoint_is_told(tmp_path, damage):
+    folder = tmp_path / "checkpoints"
+    fill(folder, [1.0])
+    if damage == "missing":
+        largest_file(folder / "10" / "optimizer_state").unlink()
+    else:
+        (folder / "10" / "SHA256SUMS.json").write_text("{")
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+        restored(folder)
+    assert (folder / "10").is_dir()
+
+
+def test_half_a_checkpoint_is_removed_and_ignored(tmp_path):
+    fill(tmp_path, [1.0])
+    (tmp_path / "20.orbax-checkpoint-tmp").mkdir()
+    assert restored(tmp_path).step == 10
+    assert not (tmp_path / "20.orbax-checkpoint-tmp").exists()
+
+
+def test_sums_hold_every_file(tmp_path):
+    fill(tmp_path, [1.0])
+    sums = json.loads((tmp_path / "10" / "SHA256SUMS.json").read_text())
+    files = {str(file.relative_to(tmp_path / "10")) for file in (tmp_path / "10").rglob("*") if file.is_file()}
+    assert set(sums) == files - {"SHA256SUMS.json"}
+    assert any(name.startswith("optimizer_state") for name in sums)
+
+
+def test_nothing_to_restore(tmp_path):
+    assert restored(tmp_path / "new") is None
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        best_value(tmp_path / "new")
+    with pytest.raises(UserError, match="there is no checkpoint in"):
+        Checkpoints(tmp_path / "none", keep=None)

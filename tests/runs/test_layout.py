@@ -1,0 +1,140 @@
+"""The run directory: its configuration, lock and which run is the last."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_jax.command import UserError
+from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from moe_jax.runs.layout import RunDirectory, atomic_file, atomic_write_text, check_same_run, latest_run
+
+
+def test_a_configuration_comes_back_as_it_was_saved(tmp_path):
+    config = Config(model=ModelConfig(num_layers=2, moe=MoEConfig(capacity_factor=None)), data=DataConfig(path="x"))
+    RunDirectory(tmp_path).save_config(config)
+    assert RunDirectory(tmp_path).load_config() == config
+    assert [item.name for item in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{ not json", "is corrupt"),
+        (b"\xff\xfe", "is corrupt"),
+        (b"", "is corrupt"),
+        (b"[]", "must be an object"),
+        (b'{"model": 3}', "model must be an object"),
+        (b'{"model": {"num_layer": 3}}', "did you mean model.num_layers?"),
+        (b'{"model": {"num_layers": "3"}}', "model.num_layers must be of type int"),
+        (b'{"model": {"moe": {"top_k": 99}}}', "top_k must be in"),
+    ],
+)
+def test_a_damaged_configuration_is_told(tmp_path, content, words):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        RunDirectory(tmp_path).load_config()
+    assert words in str(caught.value)
+    assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_a_folder_that_is_no_run_is_told(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match="is not a run directory"):
+            RunDirectory(path).load_config()
+
+
+def test_the_last_run_is_the_one_whose_files_changed_last(tmp_path):
+    with pytest.raises(UserError, match="there is no run in"):
+        latest_run(tmp_path)
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+    for name, time in (("a", 100), ("b", 50)):
+        RunDirectory(tmp_path / name).save_config(Config())
+        os.utime(tmp_path / name / "config.json", (time, time))
+    assert latest_run(tmp_path).path == tmp_path / "a"
+    (tmp_path / "b" / "metrics.jsonl").touch()
+    assert latest_run(tmp_path).path == tmp_path / "b"
+
+
+def test_two_processes_cannot_train_in_one_directory(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    program = f"""
+from pathlib import Path
+from moe_jax.runs.layout import RunDirectory
+with RunDirectory(Path({str(run.path)!r})).lock():
+    print("locked", flush=True)
+    input()
+"""
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=f"process {other.pid} is training in"), run.lock():
+            pass
+        other.communicate("\n")
+    with run.lock():
+        assert (run.path / ".lock").read_text() == str(os.getpid())
+
+
+SAVED = Config(optimizer=OptimizerConfig(decay_steps=1000))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(train=TrainConfig(num_steps=5000, eval_every=7, log_every=3)),
+        Config(
+            mesh=MeshConfig(data=1), data=DataConfig(path="elsewhere"), optimizer=OptimizerConfig(accumulation_steps=4)
+        ),
+    ],
+)
+def test_what_may_change_between_two_starts(config):
+    check_same_run(SAVED, config)
+
+
+@pytest.mark.parametrize(
+    ("config", "change"),
+    [
+        (Config(model=ModelConfig(num_layers=5)), "model.num_layers was 4, now 5"),
+        (Config(model=ModelConfig(moe=MoEConfig(top_k=1))), "model.moe.top_k was 2, now 1"),
+        (Config(data=DataConfig(seed=4)), "data.seed was 0, now 4"),
+        (Config(optimizer=OptimizerConfig(decay_steps=7)), "optimizer.decay_steps was 1000, now 7"),
+        (Config(train=TrainConfig(seed=4)), "train.seed was 0, now 4"),
+    ],
+)
+def test_what_may_not_change_between_two_starts(config, change):
+    with pytest.raises(UserError) as caught:
+        check_same_run(SAVED, config)
+    assert change in str(caught.value)
+
+
+def test_every_change_is_named():
+    changed = dataclasses.replace(SAVED, model=ModelConfig(num_layers=5, embed_dim=64))
+    with pytest.raises(UserError, match=r"num_layers was 4, now 5; .*|embed_dim was 128, now 64; .*") as caught:
+        check_same_run(SAVED, changed)
+    assert str(caught.value).count(" was ") == 2
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "file"
+    atomic_write_text(file, "old")
+
+    def fill_the_disk():
+        with atomic_file(file) as beside:
+            beside.write_text("half")
+            raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        fill_the_disk()
+    assert file.read_text() == "old"
+    assert [item.name for item in tmp_path.iterdir()] == ["file"]
+    atomic_write_text(file, json.dumps({}))
+    assert file.read_text() == "{}"
