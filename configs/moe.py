@@ -17,5 +17,5 @@ def get_config() -> Config:
         ),
         data=DataConfig(tokenizer="bpe:2048", batch_size=8),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=60, final_fraction=0.02),
-        train=TrainConfig(num_steps=1400, eval_every=350, checkpoint_every=350),
+        train=TrainConfig(num_steps=1200, eval_every=400, checkpoint_every=400),
     )

@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 import tyro
 
 from moe_jax.command import UserError
-from moe_jax.config import Config, SampleConfig, settings, unknown_name, validate
+from moe_jax.config import Config, SampleConfig, validate
+from moe_jax.sections import settings, unknown_name
 
 
 @dataclass(frozen=True)

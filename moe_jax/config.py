@@ -5,16 +5,13 @@ A recipe in ``configs/`` is a file with ``get_config() -> Config`` that names on
 """
 
 import dataclasses
-import difflib
 import math
 import re
-import types
-import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moe_jax.command import UserError
+from moe_jax.sections import check_type, section_from_dict, settings
 
 
 @dataclass(frozen=True)
@@ -186,46 +183,13 @@ class Config:
     @staticmethod
     def from_dict(values: dict, source: str) -> "Config":
         """The settings of ``to_dict``; ``source`` names where they were read from in errors. Raises UserError."""
-        return _section_from_dict(Config, values, source, "")
-
-
-def _section_from_dict(section: type, values: Any, source: str, prefix: str) -> Any:
-    if not isinstance(values, dict):
-        raise UserError(f"{source}: {prefix.rstrip('.') or 'the file'} must be an object of settings, got {values!r}")
-    fields = {item.name: item for item in dataclasses.fields(section)}
-    for name in values:
-        if name not in fields:
-            raise UserError(f"{source}: " + unknown_name(prefix, name, list(fields)))
-    hints = typing.get_type_hints(section)
-    given = {}
-    for name, value in values.items():
-        nested = dataclasses.is_dataclass(hints[name])
-        given[name] = _section_from_dict(hints[name], value, source, f"{prefix}{name}.") if nested else value
-    return section(**given)
-
-
-def unknown_name(prefix: str, name: str, known: list[str]) -> str:
-    """The text of the error for a setting that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    remedy = f"did you mean {prefix}{near[0]}?" if near else f"choose one of {', '.join(known)}"
-    return f"there is no setting {prefix}{name}; {remedy}"
-
-
-def settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields (dotted name, type, value) of every setting in ``section``."""
-    hints = typing.get_type_hints(type(section))
-    for item in dataclasses.fields(section):
-        value = getattr(section, item.name)
-        if dataclasses.is_dataclass(hints[item.name]) and isinstance(value, hints[item.name]):
-            yield from settings(value, f"{prefix}{item.name}.")
-        else:
-            yield prefix + item.name, hints[item.name], value
+        return section_from_dict(Config, values, source, "")
 
 
 def validate(config: Config) -> Config:
     """Returns ``config``, or raises UserError on a wrong type, a value out of range or an impossible combination."""
     for name, expected, value in settings(config):
-        _check_type(name, expected, value)
+        check_type(name, expected, value)
     for name, (low, high) in _RANGES.items():
         section, _, setting = name.rpartition(".")
         owner: Any = config
@@ -259,7 +223,7 @@ _RANGES = {
     "model.moe.first_dense": _NOT_NEGATIVE,
     "data.val_fraction": (0.0001, 0.9),
     "data.batch_size": _COUNT,
-    "data.seed": _NOT_NEGATIVE,
+    "data.seed": (0, 2**32 - 1),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.warmup_steps": _NOT_NEGATIVE,
     "optimizer.decay_steps": _COUNT,
@@ -278,22 +242,6 @@ _RANGES = {
     "sample.top_p": (1e-6, 1.0),
     "sample.seed": (0, 2**32 - 1),
 }
-
-
-def _check_type(name: str, expected: Any, value: Any) -> None:
-    options = typing.get_args(expected)
-    if typing.get_origin(expected) is Literal:
-        if value not in options:
-            raise UserError(f"{name} must be one of {', '.join(map(str, options))}; got {value!r}")
-        return
-    allowed = options if isinstance(expected, types.UnionType) else (expected,)
-    # A whole number is a float, but True is not a number.
-    fits = any(type(value) is kind or (kind is float and type(value) is int) for kind in allowed)
-    if not fits:
-        kinds = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
-        raise UserError(f"{name} must be of type {kinds}, got {value!r} of type {type(value).__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} must be a finite number, got {value}")
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from moe_jax.command import UserError
 from moe_jax.command_line import load_recipe, parse_sample, parse_train
-from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig, profile_steps, settings, validate
+from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig, profile_steps, validate
+from moe_jax.sections import settings
 
 REPOSITORY = Path(__file__).parents[1]
 

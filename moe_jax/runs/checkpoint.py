@@ -39,10 +39,13 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int | None):
         self._folder, self._is_writer = folder.absolute(), keep is not None
+        orbax_log = logging.getLogger("absl")
+        level = orbax_log.level
         if keep is None:
-            options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_val_loss, best_mode="min")
             if not folder.is_dir():
                 raise UserError(f"there is no checkpoint in {folder.parent}; train a model there first")
+            orbax_log.setLevel(logging.ERROR)  # it warns that what is opened for reading is opened for reading
+            options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_val_loss, best_mode="min")
         else:
             # A save that a kill cut short; Orbax ignores it but leaves it there.
             for half in folder.glob("*.orbax-checkpoint-tmp"):
@@ -58,6 +61,7 @@ class Checkpoints:
             )
             options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_val_loss, best_mode="min")
         self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
+        orbax_log.setLevel(level)
 
     def __enter__(self) -> Self:
         return self

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_jax.command import UserError
-from moe_jax.config import Config, settings, validate
+from moe_jax.config import Config, validate
+from moe_jax.sections import settings
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,9 @@ class TrainingBar:
 
     def __init__(self, progress: Progress | None, num_steps: int, first: int):
         self._progress, self._num_steps, self._first = progress, num_steps, first
-        self._task = None if progress is None else progress.add_task("compiling", total=num_steps, completed=first)
+        self._task = (
+            None if progress is None else progress.add_task("compiling", total=num_steps, completed=first, values="")
+        )
         # Speed and time left are of the steps, so the clock stands still while anything else is done.
         self._seconds, self._steps, self._clock = 0.0, 0, None
         self._last_line = time.monotonic()

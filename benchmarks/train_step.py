@@ -1,0 +1,152 @@
+"""How long does an optimizer step take, by dispatcher and by unrolling of the loop over layers?
+
+    python benchmarks/train_step.py [--config configs/moe.py] [--rounds 7] [--json]
+
+Every variant trains on the same random tokens in one process; the variants take turns, and the median counts, so that
+what else the machine does falls on all of them. The bound is what this machine reaches on one large float32 matrix
+product, measured between the turns: ``of bound`` is the share of it that the step's useful multiplications take, those
+of the K experts that a token is sent to, without padding, routing, or anything that is no matrix product.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from moe_jax.command import run, use_huge_pages
+from moe_jax.command_line import load_recipe
+from moe_jax.config import Config, validate
+
+
+def with_model(config: Config, moe: dict | None = None, **model: object) -> Config:
+    """``config`` with some settings of model and model.moe replaced."""
+    sparse = dataclasses.replace(config.model.moe, **(moe or {}))
+    return validate(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=sparse, **model)))
+
+
+def variants(config: Config) -> dict[str, Config]:
+    """What is compared, by name; the first is what the others are a ratio of."""
+    periods = (config.model.num_layers - config.model.moe.first_dense) // config.model.moe.every
+    found = {
+        f"{dispatch}, unroll {unroll}": with_model(config, {"dispatch": dispatch}, scan_unroll=unroll)
+        for dispatch in ("gather", "einsum")
+        for unroll in sorted({periods, 2, 1} & set(range(1, periods + 1)), reverse=True)
+    }
+    found[f"gather, unroll {periods}, nothing dropped"] = with_model(
+        config, {"dispatch": "gather", "capacity_factor": None}, scan_unroll=periods
+    )
+    found[f"dense of equal active parameters, unroll {periods}"] = with_model(
+        config, {"num_experts": 0}, scan_unroll=config.model.num_layers
+    )
+    return found
+
+
+def prepare_step(config: Config, vocab_size: int) -> tuple[Callable[[], None], float, float]:
+    """(a function that runs one step, useful floating-point operations of a step, seconds of the first step)."""
+    import jax
+    import numpy as np
+
+    from moe_jax.model.decoder import Decoder
+    from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
+    from moe_jax.training.optimizer import make_optimizer, make_schedule
+    from moe_jax.training.state import count_params, init_state
+    from moe_jax.training.step import make_train_step
+
+    model, B, L = config.model, config.data.batch_size, config.model.context_length
+    mesh = make_mesh(config.mesh, B // config.optimizer.accumulation_steps)
+    decoder = Decoder(model, vocab_size)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
+    tokens_BL = np.random.default_rng(0).integers(0, vocab_size, (B, L + 1), dtype=np.int32)
+    with use_mesh(mesh):
+        state = init_state(decoder, optimizer, mesh, 0)
+        batch = put_batch({"inputs": tokens_BL[:, :-1], "targets": tokens_BL[:, 1:]}, mesh)
+        step = jax.jit(make_train_step(config, decoder, optimizer), donate_argnums=0)
+        _, active = count_params(state.params, model.moe.top_k, model.moe.num_experts)
+        looked_up = 0 if model.tie_embeddings else vocab_size * model.embed_dim
+        # Forward and backward: 6 operations a parameter and token, and 12 a layer, key and channel for attention.
+        useful = B * L * (6 * (active - looked_up) + 12 * model.num_layers * L * model.embed_dim)
+        start = time.perf_counter()
+        state, output = step(state, batch)
+        jax.block_until_ready(output)
+        first = time.perf_counter() - start
+
+    held = [state]
+
+    def one_step() -> None:
+        with use_mesh(mesh):
+            held[0], output = step(held[0], batch)
+            jax.block_until_ready(output)
+
+    return one_step, useful, first
+
+
+def product_rate(size: int = 2048) -> Callable[[], float]:
+    """A function that times one float32 product of two square matrices: operations per second."""
+    import jax
+    import jax.numpy as jnp
+
+    matrix = jnp.ones((size, size))
+    multiply = jax.jit(jnp.matmul)
+    multiply(matrix, matrix).block_until_ready()
+
+    def rate() -> float:
+        start = time.perf_counter()
+        multiply(matrix, matrix).block_until_ready()
+        return 2 * size**3 / (time.perf_counter() - start)
+
+    return rate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--config", type=Path, default=Path("configs/moe.py"))
+    parser.add_argument("--rounds", type=int, default=7, help="turns of every variant, of three steps each")
+    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--json", action="store_true", help="one object a line instead of a table")
+    arguments = parser.parse_args()
+    use_huge_pages()
+    config = load_recipe(arguments.config)
+    prepared = {name: prepare_step(each, arguments.vocab_size) for name, each in variants(config).items()}
+    rate = product_rate()
+    rates: list[float] = []
+    seconds: dict[str, list[float]] = {name: [] for name in prepared}
+    for _ in range(arguments.rounds):
+        rates.append(rate())
+        for name, (one_step, _, _) in prepared.items():
+            for _ in range(3):
+                start = time.perf_counter()
+                one_step()
+                seconds[name].append(time.perf_counter() - start)
+    bound = statistics.median(rates)
+    baseline = statistics.median(next(iter(seconds.values())))
+    tokens = config.data.batch_size * config.model.context_length
+    rows = []
+    for name, (_, useful, first) in prepared.items():
+        median = statistics.median(seconds[name])
+        rows.append(
+            {
+                "variant": name,
+                "ms_per_step": round(1000 * median, 1),
+                "ratio": round(median / baseline, 2),
+                "tokens_per_second": round(tokens / median),
+                "of_bound": round(useful / median / bound, 3),
+                "first_step_s": round(first, 1),
+            }
+        )
+    if arguments.json:
+        print("\n".join(json.dumps(row) for row in rows))
+        return
+    print(f"{arguments.config}, {tokens} tokens a step; bound: {bound / 1e9:.0f} GFLOP/s in one product\n")
+    print("| variant | ms/step | ratio | tokens/s | of bound | first step, s |\n|---|---|---|---|---|---|")
+    for row in rows:
+        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+
+
+if __name__ == "__main__":
+    run(main)
