@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -24,7 +25,7 @@ from moe_jax.command_line import load_recipe
 from moe_jax.config import Config, validate
 
 
-def with_model(config: Config, moe: dict | None = None, **model: object) -> Config:
+def with_model(config: Config, moe: dict | None = None, **model: Any) -> Config:
     """``config`` with some settings of model and model.moe replaced."""
     sparse = dataclasses.replace(config.model.moe, **(moe or {}))
     return validate(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=sparse, **model)))

@@ -23,6 +23,7 @@ class Interrupted(Exception):
 # Faults of the machine, not of this program: one line instead of a traceback.
 _ENVIRONMENT_ERRNOS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR}
+    | {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENOMEM}
 )
 
 

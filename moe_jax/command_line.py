@@ -37,12 +37,14 @@ def parse_train(arguments: list[str]) -> tuple[Config, Path]:
 
 
 def _config_argument(arguments: list[str]) -> str | None:
+    """The value of --config, the last one where there are several, as for every other flag."""
+    found = None
     for index, argument in enumerate(arguments):
         if argument == "--config" and index + 1 < len(arguments):
-            return arguments[index + 1]
+            found = arguments[index + 1]
         if argument.startswith("--config="):
-            return argument.removeprefix("--config=")
-    return None
+            found = argument.removeprefix("--config=")
+    return found
 
 
 def load_recipe(path: Path) -> Config:

@@ -207,7 +207,7 @@ def validate(config: Config) -> Config:
 
 
 _POSITIVE = (1e-12, math.inf)
-_COUNT = (1, math.inf)
+_COUNT = (1, 2**31 - 1)
 _NOT_NEGATIVE = (0, math.inf)
 _FRACTION = (0.0, 1.0)
 _RANGES = {
@@ -215,8 +215,8 @@ _RANGES = {
     **dict.fromkeys(["model.num_kv_heads", "model.mlp_dim", "model.scan_unroll"], _COUNT),
     **dict.fromkeys(["model.rope_theta", "model.init_std"], _POSITIVE),
     "model.dropout_rate": (0.0, 0.99),
-    "model.moe.num_experts": _NOT_NEGATIVE,
-    **dict.fromkeys(["model.moe.expert_dim", "model.moe.every"], _COUNT),
+    "model.moe.num_experts": (0, 2**16),
+    **dict.fromkeys(["model.moe.top_k", "model.moe.expert_dim", "model.moe.every"], _COUNT),
     "model.moe.capacity_factor": _POSITIVE,
     **dict.fromkeys(["model.moe.load_balancing_weight", "model.moe.router_z_weight"], _NOT_NEGATIVE),
     "model.moe.importance_weight": _NOT_NEGATIVE,
@@ -237,7 +237,8 @@ _RANGES = {
     **dict.fromkeys(["train.num_steps", "train.eval_every", "train.checkpoint_every", "train.log_every"], _COUNT),
     **dict.fromkeys(["train.patience", "train.keep_checkpoints"], _COUNT),
     "train.seed": (0, 2**32 - 1),
-    **dict.fromkeys(["sample.max_new_tokens", "sample.num_samples", "sample.top_k"], _COUNT),
+    **dict.fromkeys(["sample.num_samples", "sample.top_k"], _COUNT),
+    "sample.max_new_tokens": (1, 2**20),
     "sample.temperature": _NOT_NEGATIVE,
     "sample.top_p": (1e-6, 1.0),
     "sample.seed": (0, 2**32 - 1),
@@ -299,10 +300,16 @@ def _check_training(config: Config) -> None:
             f"optimizer.warmup_steps must be below the {decay_steps} steps of the schedule, "
             f"got {optimizer.warmup_steps}; lower it or raise train.num_steps"
         )
+    if 0 < config.sample.temperature < 0.001:
+        raise UserError(
+            f"sample.temperature must be 0 (the most likely token) or at least 0.001, got {config.sample.temperature}"
+        )
     if config.mesh.data != -1 and config.mesh.data < 1:
         raise UserError(f"mesh.data must be -1 (all devices) or at least 1, got {config.mesh.data}")
-    if train.profile is not None:
-        profile_steps(train.profile)
+    if train.profile is not None and profile_steps(train.profile)[0] >= train.num_steps:
+        raise UserError(
+            f"train.profile must start before train.num_steps={train.num_steps}, got {train.profile}; lower its START"
+        )
 
 
 def profile_steps(profile: str) -> tuple[int, int]:

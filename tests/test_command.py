@@ -1,6 +1,10 @@
 """Exit codes and the one line that goes with them."""
 
 import errno
+import os
+import platform
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +52,39 @@ def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
     assert str(command.cache_folder("data")) == "/home/someone/.cache/moe_jax/data"
+
+
+@pytest.fixture
+def restarts(monkeypatch):
+    """What use_huge_pages restarts this process with, on a machine where huge pages are to be had."""
+    calls = []
+    monkeypatch.setattr(os, "execv", lambda program, arguments: calls.append((program, arguments)))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "--config", "a recipe.py"])
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setattr(Path, "read_text", lambda self: "always [madvise] never")
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    return calls
+
+
+def test_huge_pages_are_asked_for_by_one_restart_with_the_same_arguments(restarts):
+    command.use_huge_pages()
+    assert restarts == [(sys.executable, [sys.executable, "train.py", "--config", "a recipe.py"])]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    command.use_huge_pages()
+    assert len(restarts) == 1
+
+
+@pytest.mark.parametrize("why_not", ["set by the user", "old glibc", "another libc", "switched off"])
+def test_huge_pages_are_left_alone_where_they_are_not_to_be_had(restarts, monkeypatch, why_not):
+    if why_not == "set by the user":
+        monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    elif why_not == "old glibc":
+        monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31"))
+    elif why_not == "another libc":
+        monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    else:
+        monkeypatch.setattr(Path, "read_text", lambda self: "always madvise [never]")
+    command.use_huge_pages()
+    assert restarts == []

@@ -49,7 +49,7 @@ def environment(home):
 def command(home, *arguments, stdin=""):
     script, *rest = arguments
     return subprocess.run(
-        [sys.executable, ROOT / script, *map(str, rest)],
+        [sys.executable, ROOT / script, *(item if isinstance(item, bytes) else str(item) for item in rest)],
         cwd=home,
         env=environment(home),
         input=stdin,
@@ -199,6 +199,27 @@ def test_bad_input_to_sample(home, run, arguments, words):
     refused(home, command(home, "sample.py", *arguments), words, before)
 
 
+def test_a_prompt_that_is_no_text(home, run):
+    before = files_of(home)
+    refused(home, command(home, "sample.py", "--prompt", b"\xff"), "--prompt must be UTF-8 text", before)
+
+
+def test_a_reader_that_goes_away_does_not_end_the_training(home, run):
+    workdir = home / "piped"
+    flags = ("--workdir", workdir, "--train.num-steps", "30", "--train.log-every", "1")
+    with subprocess.Popen(
+        [sys.executable, ROOT / "train.py", "--config", home / "tiny.py", *flags],
+        cwd=home,
+        env=environment(home),
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait() == 0
+    assert "step 30: train" in (workdir / "train.log").read_text()
+
+
 def test_without_any_run_sampling_says_how_to_train_one(tmp_path):
     refused(tmp_path, command(tmp_path, "sample.py"), "train one with: python train.py --config configs/moe.py", {})
 
@@ -207,13 +228,3 @@ def test_a_work_directory_that_cannot_be_made_is_a_fault_of_the_environment(home
     result = train(home, "--workdir", home / "verse.txt" / "run")
     assert result.returncode == 1
     assert re.fullmatch(r"error: Not a directory: [^\n]*verse.txt/run\n", result.stderr), result.stderr
-
-
-def test_help_explains_every_setting(home):
-    from moe_jax.config import Config
-    from moe_jax.sections import settings
-
-    result = command(home, "train.py", "--help")
-    assert result.returncode == 0
-    shown = result.stdout.replace("-", "_")
-    assert [name for name, _, _ in settings(Config()) if name not in shown] == []

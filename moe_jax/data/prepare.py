@@ -18,7 +18,7 @@ from moe_jax.data.sources import Document, find_files, load_documents, split_doc
 from moe_jax.data.tokenizer import Tokenizer, build_tokenizer, fingerprint, load_tokenizer, save_tokenizer
 
 # Raise it when the same text and settings would give other streams.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -120,15 +120,14 @@ def _encode(tokenizer: Tokenizer, documents: list[Document], what: str, console:
 
 
 def _open(folder: Path) -> PreparedData | None:
-    """The prepared data in ``folder``; None where there is none or a file is not as long as it was written."""
-    file = folder / "meta.json"
-    if not file.exists():
+    """The prepared data in ``folder``; None where there is none or it is damaged: then it is made anew."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        splits = {name: Split(name, folder / f"{name}.bin", **values) for name, values in meta["splits"].items()}
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        for split in splits.values():
+            if split.path.stat().st_size != split.num_tokens * np.dtype(split.dtype).itemsize:
+                return None
+        return PreparedData(folder, tokenizer, splits["train"], splits["val"], meta["fingerprint"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    meta = json.loads(file.read_text(encoding="utf-8"))
-    splits = {name: Split(name, folder / f"{name}.bin", **values) for name, values in meta["splits"].items()}
-    for split in splits.values():
-        expected = split.num_tokens * np.dtype(split.dtype).itemsize
-        if not split.path.exists() or split.path.stat().st_size != expected:
-            return None
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    return PreparedData(folder, tokenizer, splits["train"], splits["val"], meta["fingerprint"])

@@ -48,28 +48,34 @@ def load_documents(path: str | None) -> list[Document]:
 def split_documents(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
     """(training, validation) documents; the same whatever the order or the seed.
 
-    Whole documents are held out, in the order of the SHA-256 of their names, for as long as that brings the held-out
-    share of characters nearer to ``val_fraction``: at least one, never all. A single document is cut: its last
-    ``val_fraction`` of characters is held out.
+    Whole documents are held out: in the order of the SHA-256 of their names, each that brings the held-out share of
+    characters nearer to ``val_fraction``, never all. Where that does not come within a factor of two of it, as with a
+    single document, the longest one is cut instead and its end held out.
     """
-    if len(documents) == 1:
-        name, text = documents[0].name, documents[0].text
-        cut = round(len(text) * (1 - val_fraction))
-        if not (text[:cut].strip() and text[cut:].strip()):
-            raise UserError(
-                f"data.val_fraction={val_fraction} leaves nothing to train on or to validate in the {len(text)} "
-                f"characters of {name}; give more text or change the fraction"
-            )
-        return [Document(name, text[:cut])], [Document(name, text[cut:])]
-    in_order = sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest())
     wanted = val_fraction * sum(len(document.text) for document in documents)
-    count, held = 1, len(in_order[0].text)
-    while count < len(in_order) - 1 and abs(held + len(in_order[count].text) - wanted) < abs(held - wanted):
-        held += len(in_order[count].text)
-        count += 1
-    val_names = {document.name for document in in_order[:count]}
+    held, val_names = 0, set()
+    for document in sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest()):
+        if len(val_names) < len(documents) - 1 and abs(held + len(document.text) - wanted) < abs(held - wanted):
+            held += len(document.text)
+            val_names.add(document.name)
+    if not wanted / 2 <= held <= wanted * 2:
+        return _cut_longest(documents, round(wanted), val_fraction)
     train = [document for document in documents if document.name not in val_names]
     return train, [document for document in documents if document.name in val_names]
+
+
+def _cut_longest(
+    documents: list[Document], num_held: int, val_fraction: float
+) -> tuple[list[Document], list[Document]]:
+    longest = max(documents, key=lambda document: (len(document.text), document.name))
+    start, end = longest.text[: len(longest.text) - num_held], longest.text[len(longest.text) - num_held :]
+    if not (start.strip() and end.strip()):
+        raise UserError(
+            f"data.val_fraction={val_fraction} leaves nothing to train on or to validate in the {len(longest.text)} "
+            f"characters of {longest.name}; give more text or change the fraction"
+        )
+    train = [Document(longest.name, start) if document is longest else document for document in documents]
+    return train, [Document(longest.name, end)]
 
 
 def _embedded_plays() -> list[tuple[str, Path]]:

@@ -1,4 +1,4 @@
-"""Small building blocks: normalisation, initialisation, dropout and the matrices of an MLP."""
+"""Small building blocks: normalisation, dropout and initialisation."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,8 +1,14 @@
-"""Checkpoints: Orbax steps with checksums; the newest ones and the one of the lowest validation loss are kept."""
+"""Checkpoints: Orbax steps with checksums; the newest ones and the one of the lowest validation loss are kept.
+
+A step's folder holds the items params, optimizer_state and progress (JSON). The parameters are an item of their own,
+so that sampling reads nothing else. Orbax restores a flipped bit without a word, so each finished step is sealed with
+the checksums of its files, and they are compared before anything is read.
+"""
 
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +25,6 @@ from moe_jax.runs.layout import atomic_write_text
 log = logging.getLogger("moe_jax")
 
 _SUMS = "SHA256SUMS.json"
-_ITEMS = ("params", "optimizer_state", "progress")
 
 
 @dataclass(frozen=True)
@@ -30,50 +35,77 @@ class Restored:
     progress: dict[str, Any]
 
 
-class Checkpoints:
-    """The checkpoints in ``folder``; ``keep`` of the newest are kept beside the best, None opens them for reading.
+def saved_steps(folder: Path) -> list[int]:
+    """The finished steps in ``folder``, oldest first."""
+    return sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit() and item.is_dir())
 
-    Each holds three items: params, optimizer_state and progress (JSON). The parameters are an item of their own, so
-    that sampling reads nothing else. Use it in a ``with`` block, whose end waits for the last save.
+
+def read_progress(folder: Path) -> dict[str, Any] | None:
+    """The progress item of the newest sound checkpoint in ``folder``; None without one."""
+    for step in reversed(saved_steps(folder)):
+        if _damage(folder / str(step)) is None:
+            return _progress(folder / str(step))
+    return None
+
+
+def restore_params(folder: Path, which: Literal["best", "newest"], params: PyTree) -> PyTree:
+    """The parameters of the checkpoint of the lowest validation loss, or of the newest one.
+
+    Before the first evaluation the best is the newest. ``params`` gives shapes, types and shardings. UserError where
+    there is no checkpoint, or it is damaged.
+    """
+    steps = saved_steps(folder)
+    if not steps:
+        raise UserError(f"there is no checkpoint in {folder}; train a model there first")
+    losses = {step: loss for step in steps if (loss := _val_loss_of(folder / str(step))) is not None}
+    step = min(losses, key=lambda each: losses[each]) if which == "best" and losses else steps[-1]
+    damage = _damage(folder / str(step))
+    if damage is not None:
+        raise UserError(
+            f"the {which} checkpoint {folder / str(step)} is damaged ({damage}); put a copy of it back, "
+            f"or use --checkpoint {'newest' if which == 'best' else 'best'}"
+        )
+    return _arrays(folder / str(step) / "params", params)
+
+
+class Checkpoints:
+    """Saves into ``folder`` and keeps ``keep`` of the newest checkpoints beside the best.
+
+    Damaged ones are moved to ``damaged/`` beside it first, and told; UserError where all are. Use it in a ``with``
+    block, whose end waits for the last save.
     """
 
-    def __init__(self, folder: Path, keep: int | None):
-        self._folder, self._is_writer = folder.absolute(), keep is not None
-        orbax_log = logging.getLogger("absl")
-        level = orbax_log.level
-        if keep is None:
-            if not folder.is_dir():
-                raise UserError(f"there is no checkpoint in {folder.parent}; train a model there first")
-            orbax_log.setLevel(logging.ERROR)  # it warns that what is opened for reading is opened for reading
-            options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_val_loss, best_mode="min")
-        else:
-            # A save that a kill cut short; Orbax ignores it but leaves it there.
-            for half in folder.glob("*.orbax-checkpoint-tmp"):
-                shutil.rmtree(half)
-            # max_to_keep with best_fn would remove the newest checkpoint where it is not among the best.
-            policy = preservation_policy.AnyPreservationPolicy(
-                [
-                    preservation_policy.LatestN(keep),
-                    preservation_policy.BestN(
-                        get_metric_fn=_val_loss, n=1, reverse=True, keep_checkpoints_without_metrics=False
-                    ),
-                ]
-            )
-            options = ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_val_loss, best_mode="min")
-        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=_ITEMS)
-        orbax_log.setLevel(level)
+    def __init__(self, folder: Path, keep: int):
+        self._folder = folder.absolute()
+        _move_damaged_aside(self._folder)
+        # A save that a kill cut short; Orbax ignores it but leaves it there.
+        for half in folder.glob("*.orbax-checkpoint-tmp"):
+            shutil.rmtree(half)
+        # Orbax writes the loss down because of best_fn; max_to_keep with it would remove the newest checkpoint where
+        # that is not among the best.
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep),
+                preservation_policy.BestN(
+                    get_metric_fn=_val_loss,
+                    n=1,
+                    reverse=True,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_val_loss, best_mode="min"),
+            item_names=("params", "optimizer_state", "progress"),
+        )
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._is_writer:
-            self._seal()
+        self._seal()
         self._manager.close()
-
-    def steps(self) -> list[int]:
-        """The steps on disk, oldest first."""
-        return sorted(self._manager.all_steps())
 
     def save(
         self,
@@ -84,7 +116,10 @@ class Checkpoints:
         progress: Mapping[str, Any],
         val_loss: float | None,
     ) -> None:
-        """Starts to write ``step`` and returns once the arrays are copied; ``val_loss`` is None if not evaluated."""
+        """Starts to write ``step`` and returns once the arrays are copied.
+
+        ``val_loss`` is None if the step was not evaluated; one that is not finite is never the best.
+        """
         self._seal()
         self._manager.save(
             step,
@@ -93,95 +128,80 @@ class Checkpoints:
                 optimizer_state=ocp.args.StandardSave(optimizer_state),
                 progress=ocp.args.JsonSave(dict(progress)),
             ),
-            metrics=None if val_loss is None else {"val_loss": val_loss},
+            metrics={"val_loss": val_loss} if val_loss is not None and math.isfinite(val_loss) else None,
         )
 
-    def read_progress(self) -> dict[str, Any] | None:
-        """The progress item of the newest checkpoint; None without a checkpoint."""
-        steps = self.steps()
+    def restore(self, params: PyTree, optimizer_state: PyTree) -> Restored | None:
+        """The newest checkpoint, in the shapes, types and shardings of the two trees; None without any."""
+        steps = saved_steps(self._folder)
         if not steps:
             return None
-        return self._manager.restore(steps[-1], args=ocp.args.Composite(progress=ocp.args.JsonRestore()))["progress"]
-
-    def restore(self, params: PyTree, optimizer_state: PyTree) -> Restored | None:
-        """The newest sound checkpoint, in the shapes, types and shardings of the two trees; None without any.
-
-        A damaged one is moved aside, to ``damaged/`` in the run directory, and told. UserError where all are.
-        """
-        steps = self.steps()
-        for step in reversed(steps):
-            damage = self._damage(step)
-            if damage is None:
-                items = self._manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        params=ocp.args.StandardRestore(params),
-                        optimizer_state=ocp.args.StandardRestore(optimizer_state),
-                        progress=ocp.args.JsonRestore(),
-                    ),
-                )
-                return Restored(step, items["params"], items["optimizer_state"], items["progress"])
-            if step == steps[0]:
-                raise UserError(
-                    f"every checkpoint in {self._folder} is damaged, the oldest one by {damage}; "
-                    "put a copy back, or start a new run in another --workdir"
-                )
-            self._move_aside(step)
-            log.warning(f"checkpoint {step} is damaged ({damage}): moved to damaged/, going on from an older one")
-        return None
-
-    def restore_params(self, which: Literal["best", "newest"], params: PyTree) -> PyTree:
-        """The parameters of the checkpoint of the lowest validation loss, or of the newest. Raises UserError.
-
-        Before the first evaluation the best is the newest.
-        """
-        steps = self.steps()
-        if not steps:
-            raise UserError(f"there is no checkpoint in {self._folder}; train a model there first")
-        best = self._manager.best_step() if which == "best" else None
-        step = steps[-1] if best is None else best
-        damage = self._damage(step)
-        if damage is not None:
-            raise UserError(
-                f"the {which} checkpoint {self._folder / str(step)} is damaged ({damage}); put a copy back, "
-                f"or use --checkpoint {'newest' if which == 'best' else 'best'}"
-            )
-        return self._manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(params)))["params"]
-
-    def _move_aside(self, step: int) -> None:
-        aside = self._folder.parent / "damaged"
-        aside.mkdir(exist_ok=True)
-        shutil.rmtree(aside / str(step), ignore_errors=True)
-        shutil.move(self._folder / str(step), aside / str(step))
-        self._manager.reload()
+        folder = self._folder / str(steps[-1])
+        return Restored(
+            steps[-1],
+            _arrays(folder / "params", params),
+            _arrays(folder / "optimizer_state", optimizer_state),
+            _progress(folder),
+        )
 
     def _seal(self) -> None:
-        """Writes the checksums of every finished step that has none: Orbax restores a flipped bit without a word."""
+        """Writes the checksums of every finished step that has none."""
         self._manager.wait_until_finished()
-        for step in self._manager.all_steps():
+        for step in saved_steps(self._folder):
             folder = self._folder / str(step)
             if not (folder / _SUMS).exists():
-                sums = {
-                    str(file.relative_to(folder)): _sha256(file)
-                    for file in sorted(folder.rglob("*"))
-                    if file.is_file()
-                }
+                files = sorted(file for file in folder.rglob("*") if file.is_file())
+                sums = {str(file.relative_to(folder)): _sha256(file) for file in files}
                 atomic_write_text(folder / _SUMS, json.dumps(sums, indent=1) + "\n")
 
-    def _damage(self, step: int) -> str | None:
-        """What is wrong with a sealed step's files; None where all are as written, or it was killed before sealing."""
-        folder = self._folder / str(step)
-        if not (folder / _SUMS).exists():
-            return None
-        try:
-            sums = json.loads((folder / _SUMS).read_text(encoding="utf-8"))
-        except ValueError:
-            return f"{_SUMS} is not JSON"
-        for name, expected in sums.items():
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if _sha256(folder / name) != expected:
-                return f"{name} has changed"
+
+def _move_damaged_aside(folder: Path) -> None:
+    steps = saved_steps(folder)
+    damages = {step: damage for step in steps if (damage := _damage(folder / str(step))) is not None}
+    if steps and len(damages) == len(steps):
+        raise UserError(
+            f"every checkpoint in {folder} is damaged, the newest one by {damages[steps[-1]]}; "
+            "put a copy back, or start a new run in another --workdir"
+        )
+    for step, damage in damages.items():
+        aside = folder.parent / "damaged" / str(step)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.parent.mkdir(exist_ok=True)
+        shutil.move(folder / str(step), aside)
+        log.warning(f"the checkpoint of step {step} is damaged ({damage}) and was moved to {aside.parent}")
+
+
+def _damage(step_folder: Path) -> str | None:
+    """What is wrong with the files of a step; None where all are as written, or a kill came before the checksums."""
+    if not (step_folder / _SUMS).exists():
+        return None
+    try:
+        sums = json.loads((step_folder / _SUMS).read_text(encoding="utf-8"))
+        expected = {step_folder / name: str(value) for name, value in sums.items()}
+    except (ValueError, AttributeError):
+        return f"{_SUMS} cannot be read"
+    for file, value in expected.items():
+        if not file.is_file():
+            return f"{file.relative_to(step_folder)} is missing"
+        if _sha256(file) != value:
+            return f"{file.relative_to(step_folder)} has changed"
+    return None
+
+
+def _arrays(item: Path, target: PyTree) -> PyTree:
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(item.absolute(), target)
+
+
+def _progress(step_folder: Path) -> dict[str, Any]:
+    return json.loads((step_folder / "progress" / "metadata").read_text(encoding="utf-8"))
+
+
+def _val_loss_of(step_folder: Path) -> float | None:
+    """The validation loss that a step was saved with; None where it was not evaluated, or that file is damaged."""
+    try:
+        return json.loads((step_folder / "metrics" / "metrics").read_text(encoding="utf-8"))["val_loss"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,14 +20,18 @@ class _ConsoleHandler(logging.Handler):
     """Prints to what sys.stdout is at the time: a live progress bar puts itself there, to stay below the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), flush=True)
+        try:
+            print(self.format(record), flush=True)
+        except BrokenPipeError:
+            # The reader went away (`python train.py ... | head`): the run goes on, and train.log has the rest.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def start_log(file: Path) -> Iterator[None]:
     """Within it, log messages go to the console and, with their time, to the end of ``file``."""
     console = _ConsoleHandler(logging.INFO)
-    to_file = logging.FileHandler(file, encoding="utf-8")
+    to_file = logging.FileHandler(file, encoding="utf-8", delay=True)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     level, propagate = log.level, log.propagate
     log.setLevel(logging.DEBUG)
@@ -52,7 +57,8 @@ class TrainingBar:
             None if progress is None else progress.add_task("compiling", total=num_steps, completed=first, values="")
         )
         # Speed and time left are of the steps, so the clock stands still while anything else is done.
-        self._seconds, self._steps, self._clock = 0.0, 0, None
+        self._seconds, self._steps = 0.0, 0
+        self._clock: float | None = None
         self._last_line = time.monotonic()
 
     def update(self, done: int, loss: float, tokens_per_step: int) -> None:

@@ -16,16 +16,26 @@ def sample_to_terminal(
     """Prints continuations of ``prompt`` ("-": standard input; None: from nothing) and writes generated_text.txt."""
     if prompt == "-":
         prompt = _read_prompt()
-    enable_compile_cache()
+    elif prompt is not None:
+        _check_encodable(prompt)
+    if run.load_config().train.compile_cache:
+        enable_compile_cache()
     generator, params = load_generator(run, which)
     samples = generator.generate(params, prompt or "", sample)
     text = "\n\n---\n\n".join(item.prompt + item.text for item in samples) + "\n"
-    atomic_write_text(run.generated_text, text)
     sys.stdout.write(text)
     sys.stdout.flush()
+    atomic_write_text(run.generated_text, text)
     if any(item.finish_reason == "context" for item in samples):
         context = generator.config.context_length
         print(f"note: learned positions end at the context of {context} tokens, so the text does", file=sys.stderr)
+
+
+def _check_encodable(prompt: str) -> None:
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:  # bytes of the command line that are no text arrive as lone surrogates
+        raise UserError(f"--prompt must be UTF-8 text, got another byte at {error.start}; give text") from error
 
 
 def _read_prompt() -> str:

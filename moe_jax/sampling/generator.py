@@ -15,7 +15,7 @@ from moe_jax.command import UserError
 from moe_jax.config import ModelConfig, SampleConfig
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
 from moe_jax.model.decoder import Decoder, unstack
-from moe_jax.runs.checkpoint import Checkpoints
+from moe_jax.runs.checkpoint import restore_params
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.sampling.decode import Settings, decode, prefill
 
@@ -93,9 +93,7 @@ def load_generator(run: RunDirectory, which: Literal["best", "newest"]) -> tuple
     shapes = jax.eval_shape(lambda: nn.unbox(decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["params"])
     device = SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-    with Checkpoints(run.checkpoints, keep=None) as checkpoints:
-        params = checkpoints.restore_params(which, abstract)
-    return Generator(config.model, tokenizer), params
+    return Generator(config.model, tokenizer), restore_params(run.checkpoints, which, abstract)
 
 
 def _settings(sample: SampleConfig, vocab_size: int) -> Settings:

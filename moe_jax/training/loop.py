@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 import time
 
 import jax
@@ -91,8 +92,10 @@ class Loop:
                 # While the device computes this step, the host reads the one before.
                 self._read(unread, bar, step)
                 unread, done = output, step + 1
+                # Read once a turn: a signal may come at any moment of it, and what ends the run must also save it.
+                is_interrupted = request.exit_code is not None
                 is_evaluation = done % train.eval_every == 0 or done == train.num_steps
-                is_save = is_evaluation or done % train.checkpoint_every == 0 or request.exit_code is not None
+                is_save = is_evaluation or done % train.checkpoint_every == 0 or is_interrupted
                 if not (is_save or done % train.log_every == 0):
                     continue
                 self._read(unread, bar, done)
@@ -102,7 +105,7 @@ class Loop:
                 val_loss = self._evaluate(done, bar) if is_evaluation else None
                 if is_save:
                     self._save(done, val_loss)
-                if request.exit_code is not None or self.is_out_of_patience():
+                if is_interrupted or self.is_out_of_patience():
                     break
                 clock = time.perf_counter()
         self.trace.finish(self.state)
@@ -152,7 +155,8 @@ class Loop:
         if val.routing is not None:
             values |= routing_by_layer(val.routing)
         self.writer.write(done, values)
-        is_best = self.progress.best_val_loss is None or val.loss < self.progress.best_val_loss
+        best = self.progress.best_val_loss
+        is_best = math.isfinite(val.loss) and (best is None or val.loss < best)
         if is_best:
             self.progress.best_val_loss = val.loss
         self.progress.evaluations_without_gain = 0 if is_best else self.progress.evaluations_without_gain + 1

@@ -16,7 +16,7 @@ from moe_jax.model.decoder import Decoder
 from moe_jax.parallel.mesh import make_mesh, use_mesh
 from moe_jax.parallel.startup import enable_compile_cache
 from moe_jax.report.plots import plot_expert_load, plot_loss_curve
-from moe_jax.runs.checkpoint import Checkpoints
+from moe_jax.runs.checkpoint import Checkpoints, read_progress, saved_steps
 from moe_jax.runs.layout import RunDirectory, check_same_run
 from moe_jax.runs.log import start_log
 from moe_jax.runs.metrics import MetricsWriter
@@ -42,14 +42,14 @@ def train(config: Config, workdir: Path) -> None:
     check_splits(data, config.model.context_length)
     _check_same_text(run, config, data)
     with run.lock(), start_log(run.log_file), use_mesh(mesh), catch_signals() as request:
-        run.save_config(config)
-        save_tokenizer(data.tokenizer, run.tokenizer)
         with Checkpoints(run.checkpoints, keep=config.train.keep_checkpoints) as checkpoints:
             state, progress, restored_step = _state(config, mesh, data, checkpoints)
             if _is_finished(config, int(state.step), progress, run):
                 return
-            _describe(config, mesh, data, state)
             with MetricsWriter(run, restored_step) as writer:
+                run.save_config(config)
+                save_tokenizer(data.tokenizer, run.tokenizer)
+                _describe(config, mesh, data, state)
                 loop = Loop(config, run, mesh, data, state, progress, checkpoints, writer)
                 loop.run(request)
         plot_loss_curve(run)
@@ -66,18 +66,16 @@ def _settle(config: Config, run: RunDirectory) -> Config:
     decay_steps = config.optimizer.decay_steps or config.train.num_steps
     if run.config_file.exists():
         saved = run.load_config()
-        check_same_run(saved, config)
-        decay_steps = saved.optimizer.decay_steps
+        if saved_steps(run.checkpoints):  # a start that died before its first checkpoint binds to nothing
+            check_same_run(saved, config)
+            decay_steps = saved.optimizer.decay_steps
     optimizer = dataclasses.replace(config.optimizer, decay_steps=decay_steps)
     return dataclasses.replace(config, optimizer=optimizer)
 
 
 def _check_same_text(run: RunDirectory, config: Config, data: PreparedData) -> None:
     """UserError where the run's newest checkpoint was trained on other text: its vocabulary, too, would be another."""
-    if not run.checkpoints.is_dir():
-        return
-    with Checkpoints(run.checkpoints, keep=None) as checkpoints:
-        saved = checkpoints.read_progress()
+    saved = read_progress(run.checkpoints)
     if saved is not None and saved["data_fingerprint"] != data.fingerprint:
         raise UserError(
             f"the text of data.path={config.data.path} is not the one this run was trained on "

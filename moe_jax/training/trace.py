@@ -16,16 +16,16 @@ class Trace:
 
     def __init__(self, profile: str | None, folder: Path):
         self.folder = folder
-        self.start, self.stop = profile_steps(profile) if profile else (-1, -1)
+        self.start, self.stop = profile_steps(profile) if profile else (0, 0)
         self.is_recording = False
 
     def before_step(self, step: int, state: PyTree) -> None:
         """Starts or ends the recording where it is time; waits for the device first, so that only its steps are in."""
-        if step == self.start:
+        if self.start <= step < self.stop and not self.is_recording:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self.folder))
             self.is_recording = True
-        elif step == self.stop:
+        elif step >= self.stop:
             self.finish(state)
 
     def finish(self, state: PyTree) -> None:
@@ -34,4 +34,4 @@ class Trace:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
             self.is_recording = False
-            log.info(f"wrote a profile of the steps from {self.start} to {self.folder}")
+            log.info(f"wrote a profile to {self.folder}")

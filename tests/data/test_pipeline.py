@@ -1,7 +1,4 @@
-"""Prepared streams and the batches drawn from them."""
-
-import dataclasses
-import json
+"""The batches drawn from prepared streams."""
 
 import numpy as np
 import pytest
@@ -23,50 +20,6 @@ def data(tmp_path):
 def windows(split, seed=0, start=0, count=6, length=16, batch=4):
     with train_batches(split, context_length=length, batch_size=batch, seed=seed, start=start) as batches:
         return [next(batches) for _ in range(count)]
-
-
-def test_a_stream_is_the_text_after_one_end_of_text_token(data, tmp_path):
-    prepared = prepare(data, tmp_path / "cache")
-    train, val = prepared.train, prepared.val
-    cut = round(len(TEXT) * 0.75)
-    assert prepared.tokenizer.decode(train.tokens[1:].tolist()) == TEXT[:cut]
-    assert prepared.tokenizer.decode(val.tokens[1:].tolist()) == TEXT[cut:]
-    assert train.tokens[0] == val.tokens[0] == prepared.tokenizer.endoftext_id
-    assert (train.num_tokens, train.num_bytes, train.num_documents) == (cut + 1, cut, 1)
-
-
-def test_preparing_twice_gives_the_same_bytes_and_the_second_time_reads_the_cache(data, tmp_path):
-    bpe = dataclasses.replace(data, tokenizer="bpe:300")
-    one, other = prepare(bpe, tmp_path / "one"), prepare(bpe, tmp_path / "other")
-    for name in ("train.bin", "val.bin", "meta.json", "tokenizer/tokenizer.json"):
-        assert (one.folder / name).read_bytes() == (other.folder / name).read_bytes()
-    assert one.fingerprint == other.fingerprint
-    stamp = (one.folder / "train.bin").stat().st_mtime_ns
-    assert prepare(bpe, tmp_path / "one").train == one.train
-    assert (one.folder / "train.bin").stat().st_mtime_ns == stamp
-    assert [item.name for item in (tmp_path / "one").iterdir()] == [one.folder.name], "nothing left over"
-
-
-def test_other_text_or_settings_give_another_folder_and_fingerprint(data, tmp_path):
-    first = prepare(data, tmp_path / "cache")
-    other = prepare(dataclasses.replace(data, val_fraction=0.5), tmp_path / "cache")
-    (tmp_path / "text.txt").write_text(TEXT.replace("winter", "summer"))
-    third = prepare(data, tmp_path / "cache")
-    assert len({first.folder, other.folder, third.folder}) == 3
-    assert len({first.fingerprint, other.fingerprint, third.fingerprint}) == 3
-
-
-def test_a_damaged_cache_is_made_anew(data, tmp_path):
-    first = prepare(data, tmp_path / "cache")
-    whole = (first.folder / "train.bin").read_bytes()
-    (first.folder / "train.bin").write_bytes(whole[:-5])
-    assert prepare(data, tmp_path / "cache").train.tokens.tobytes() == whole
-
-
-def test_unknown_characters_are_counted(tmp_path):
-    (tmp_path / "text.txt").write_text("abcabcabc" * 10 + "éé")
-    prepared = prepare(DataConfig(path=str(tmp_path / "text.txt"), tokenizer="char"), tmp_path / "cache")
-    assert (prepared.train.num_unknown, prepared.val.num_unknown) == (0, 2)
 
 
 def test_every_window_is_a_piece_of_the_stream_with_its_next_tokens(data, tmp_path):
@@ -127,8 +80,3 @@ def test_a_split_shorter_than_a_window_is_refused(data, tmp_path):
     check_splits(prepared, 100)
     with pytest.raises(UserError, match=r"val split must have at least .* 2001 tokens, got \d+; give more text"):
         check_splits(prepared, 2000)
-
-
-def test_meta_is_readable_by_a_person(data, tmp_path):
-    meta = json.loads((prepare(data, tmp_path / "cache").folder / "meta.json").read_text())
-    assert meta["splits"]["train"]["num_documents"] == 1

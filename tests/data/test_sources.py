@@ -80,11 +80,26 @@ def test_a_single_document_is_cut_at_its_end():
     assert (train[0].text, val[0].text) == ("01234567", "89")
 
 
-def test_of_two_documents_one_is_held_out_whatever_the_fraction():
-    documents = [Document("a", "x" * 10), Document("b", "y" * 1000)]
-    for fraction in (0.001, 0.5, 0.89):
-        train, val = split_documents(documents, fraction)
-        assert len(train) == len(val) == 1
+def lengths(documents):
+    return {document.name: len(document.text) for document in documents}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fraction", "train", "val"),
+    [
+        # 10 of 1,010 is nearly one in a hundred.
+        ({"a": 10, "b": 1000}, 0.01, {"b": 1000}, {"a": 10}),
+        # Whole documents would be far too much, or far too little.
+        ({"a": 10, "b": 1000}, 0.1, {"a": 10, "b": 899}, {"b": 101}),
+        ({"a": 1000, "b": 1000}, 0.05, {"a": 1000, "b": 900}, {"b": 100}),
+        # Never all of them.
+        ({"a": 100, "b": 100}, 0.9, {"b": 100}, {"a": 100}),
+    ],
+)
+def test_how_much_is_held_out_of_uneven_documents(sizes, fraction, train, val):
+    documents = [Document(name, name * size) for name, size in sizes.items()]
+    for order in (documents, documents[::-1]):
+        assert tuple(map(lengths, split_documents(order, fraction))) == (train, val)
 
 
 def test_files_and_folders(tmp_path):

@@ -147,6 +147,19 @@ def test_masked_tokens_change_no_other_token(model):
         np.testing.assert_array_equal(first.statistics.router.num_tokens[:, 0], 7)
 
 
+def test_a_deeper_model_is_no_longer_program():
+    """The program that XLA compiles has one period in a loop, whatever the depth."""
+
+    def num_operations(num_layers):
+        config = dataclasses.replace(TINY, num_layers=num_layers)
+        params = jax.eval_shape(lambda: nn.unbox(Decoder(config, VOCAB).init(jax.random.key(0), tokens_BL))["params"])
+        gradient = jax.grad(lambda params: jnp.sum(forward(config, train=True)(params, tokens_BL).logits_BLV))
+        return jax.jit(gradient).lower(params).as_text().count(" = ")
+
+    tokens_BL = jnp.zeros((B, L), jnp.int32)
+    assert num_operations(3) == num_operations(12)
+
+
 def test_layout_follows_first_dense_and_every():
     assert layout(MIXED) == [("first_dense", (False,), 0, 1), ("periods", (False, True), 1, 2)]
     assert layout(DENSE) == [("periods", (False,), 0, 2)]

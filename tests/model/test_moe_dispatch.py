@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.config import MoEConfig
 from moe_jax.model.moe.dispatch import DISPATCHERS
 from moe_jax.model.moe.experts import ExpertWeights, expert_mlp
+from moe_jax.model.moe.layer import expert_capacity
 from moe_jax.model.moe.plan import place
 from moe_jax.model.moe.routing import top_k_plan
 from tests.oracles.moe import choose, keep, moe_loop
@@ -218,3 +220,20 @@ def test_an_earlier_token_never_depends_on_a_later_one_though_rows_are_dropped(n
     assert np.all(np.asarray(dx)[:, T // 2 :] == 0)
     assert np.all(np.asarray(dlogits)[:, T // 2 :] == 0)
     assert np.any(np.asarray(dx)[:, : T // 2] != 0)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts", "factor", "capacity"),
+    [
+        (128, 2, 8, 1.25, 40),
+        (10, 1, 8, 1.0, 2),  # 1.25 rounded up
+        (160, 5, 8, 1.1, 110),  # not 111, though 100 * 1.1 is 110.00000000000001
+        (16, 2, 4, 99.0, 16),  # an expert never sees a token twice
+        (16, 2, 4, 1e-9, 1),
+        (16, 2, 4, None, 16),
+    ],
+)
+def test_expert_capacity(num_tokens, top_k, num_experts, factor, capacity):
+    moe = MoEConfig(num_experts=num_experts, top_k=top_k, capacity_factor=factor)
+    assert expert_capacity(moe, num_tokens, train=True) == capacity
+    assert expert_capacity(moe, num_tokens, train=False) == num_tokens

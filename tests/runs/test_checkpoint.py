@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, what comes back, and damage."""
 
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax.command import UserError
-from moe_jax.runs.checkpoint import Checkpoints
+from moe_jax.runs.checkpoint import Checkpoints, read_progress, restore_params, saved_steps
 
 
 def mesh_of(count):
@@ -40,8 +41,7 @@ def restored(folder, devices=1):
 
 
 def best_value(folder, which="best"):
-    with Checkpoints(folder, keep=None) as checkpoints:
-        return float(checkpoints.restore_params(which, abstract(trees(0)[0]))["w"][0, 0])
+    return float(restore_params(folder, which, abstract(trees(0)[0]))["w"][0, 0])
 
 
 def largest_file(folder):
@@ -55,13 +55,13 @@ def largest_file(folder):
         ([3.0, 1.0, None, None], [20, 30, 40]),
         ([None, None, None], [20, 30]),
         ([3.0, 2.0, 1.0], [20, 30]),
+        ([3.0, math.nan, math.inf, math.nan], [10, 30, 40]),
     ],
 )
 def test_the_newest_and_the_best_are_kept(tmp_path, losses, kept):
     fill(tmp_path, losses)
-    with Checkpoints(tmp_path, keep=None) as checkpoints:
-        assert checkpoints.steps() == kept
-        assert checkpoints.read_progress() == {"number": len(losses)}
+    assert saved_steps(tmp_path) == kept
+    assert read_progress(tmp_path) == {"number": len(losses)}
 
 
 def test_the_newest_comes_back_on_any_number_of_devices(tmp_path):
@@ -81,22 +81,45 @@ def test_parameters_of_the_best_and_of_the_newest(tmp_path):
     assert best_value(tmp_path, "newest") == 3.0
 
 
+def test_the_best_is_kept_when_a_run_goes_on(tmp_path):
+    fill(tmp_path, [2.0, 1.0, 3.0])
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step, val_loss in ((40, 1.5), (50, None), (60, 1.25)):
+            checkpoints.save(step, *trees(step), progress={}, val_loss=val_loss)
+    assert saved_steps(tmp_path) == [20, 50, 60]
+    assert best_value(tmp_path) == 2.0
+
+
 def test_before_any_evaluation_the_best_is_the_newest(tmp_path):
     fill(tmp_path, [None, None])
     assert best_value(tmp_path) == 2.0
 
 
-def test_a_flipped_bit_is_found_and_the_older_checkpoint_restored(tmp_path):
-    folder = tmp_path / "checkpoints"
-    fill(folder, [1.0, 2.0])
-    file = largest_file(folder / "20" / "params")
+def flip_a_bit(folder):
+    file = largest_file(folder)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(
-        UserError, match=r"the newest checkpoint .* is damaged \(params.* has changed\).*--checkpoint best"
-    ):
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda step: flip_a_bit(step / "params"), "params/.* has changed"),
+        (lambda step: largest_file(step / "optimizer_state").unlink(), "optimizer_state/.* is missing"),
+        (lambda step: (step / "progress" / "metadata").write_text('{"num'), "progress/metadata has changed"),
+        (lambda step: (step / "metrics" / "metrics").write_text("{"), "metrics/metrics has changed"),
+        (lambda step: (step / "SHA256SUMS.json").write_text("{"), r"SHA256SUMS.json cannot be read"),
+    ],
+)
+def test_damage_is_found_and_the_older_checkpoint_restored(tmp_path, damage, words):
+    folder = tmp_path / "checkpoints"
+    fill(folder, [1.0, 2.0])
+    damage(folder / "20")
+    with pytest.raises(UserError, match=rf"the newest checkpoint .* is damaged \({words}\).*--checkpoint best"):
         best_value(folder, "newest")
+    assert best_value(folder) == 1.0
+    assert read_progress(folder) == {"number": 1}
     assert restored(folder).step == 10
     assert (tmp_path / "damaged" / "20").is_dir()
     # The step can be saved anew.
@@ -105,15 +128,11 @@ def test_a_flipped_bit_is_found_and_the_older_checkpoint_restored(tmp_path):
     assert best_value(folder) == 7.0
 
 
-@pytest.mark.parametrize("damage", ["missing", "sums"])
-def test_no_sound_checkpoint_is_told(tmp_path, damage):
+def test_no_sound_checkpoint_is_told_and_nothing_moved(tmp_path):
     folder = tmp_path / "checkpoints"
     fill(folder, [1.0])
-    if damage == "missing":
-        largest_file(folder / "10" / "optimizer_state").unlink()
-    else:
-        (folder / "10" / "SHA256SUMS.json").write_text("{")
-    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
+    flip_a_bit(folder / "10" / "params")
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged, the newest one by params"):
         restored(folder)
     assert (folder / "10").is_dir()
 
@@ -135,7 +154,7 @@ def test_sums_hold_every_file(tmp_path):
 
 def test_nothing_to_restore(tmp_path):
     assert restored(tmp_path / "new") is None
-    with pytest.raises(UserError, match="there is no checkpoint in"):
-        best_value(tmp_path / "new")
-    with pytest.raises(UserError, match="there is no checkpoint in"):
-        Checkpoints(tmp_path / "none", keep=None)
+    assert read_progress(tmp_path / "none") is None
+    for name in ("new", "none"):
+        with pytest.raises(UserError, match="there is no checkpoint in"):
+            best_value(tmp_path / name)

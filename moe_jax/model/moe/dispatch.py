@@ -5,6 +5,7 @@ T·E·C·D multiplications a group: the clearest, and what TPUs and GSPMD partit
 Experts see [E, G*C, D]: one batched matrix product, however many groups there are.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -35,11 +36,13 @@ def einsum_dispatch(x_GTD: Array, plan: RoutingPlan, num_experts: int, capacity:
     # A dropped row's one-hot is all zero, and so is a masked token's, whose expert is E.
     expert_GTKE = jax.nn.one_hot(plan.expert_TK, num_experts, dtype=jnp.float32)
     slot_GTKC = jax.nn.one_hot(jnp.where(placement.kept_TK, placement.position_TK, capacity), capacity)
-    combine_GTEC = jnp.einsum("GTKE,GTKC,GTK->GTEC", expert_GTKE, slot_GTKC, plan.combine_weight_TK)
-    dispatch_GTEC = jnp.einsum("GTKE,GTKC->GTEC", expert_GTKE, slot_GTKC).astype(dtype)
-    x_EGCD = jnp.einsum("GTEC,GTD->EGCD", dispatch_GTEC, x_GTD)
+    # Full precision: a row must reach its expert as it is, and accelerators would round float32 factors.
+    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    combine_GTEC = einsum("GTKE,GTKC,GTK->GTEC", expert_GTKE, slot_GTKC, plan.combine_weight_TK)
+    dispatch_GTEC = einsum("GTKE,GTKC->GTEC", expert_GTKE, slot_GTKC).astype(dtype)
+    x_EGCD = einsum("GTEC,GTD->EGCD", dispatch_GTEC, x_GTD)
     y_EGCD = experts(x_EGCD.reshape(num_experts, G * capacity, D)).reshape(x_EGCD.shape)
-    y_GTD = jnp.einsum("GTEC,EGCD->GTD", combine_GTEC, y_EGCD.astype(jnp.float32))
+    y_GTD = einsum("GTEC,EGCD->GTD", combine_GTEC, y_EGCD.astype(jnp.float32))
     return y_GTD.astype(dtype), placement.kept_TK
 
 
@@ -56,7 +59,7 @@ def gather_dispatch(x_GTD: Array, plan: RoutingPlan, num_experts: int, capacity:
     y_EGCD = experts(x_EGCD.reshape(num_experts, G * capacity, D)).reshape(x_EGCD.shape)
     y_GTKD = jax.vmap(_slots_to_rows, in_axes=(1, 0, 0))(y_EGCD, slot_GTK, row_GEC)
     weight_GTK = plan.combine_weight_TK * placement.kept_TK
-    y_GTD = jnp.einsum("GTKD,GTK->GTD", y_GTKD.astype(jnp.float32), weight_GTK)
+    y_GTD = jnp.sum(y_GTKD.astype(jnp.float32) * weight_GTK[..., None], axis=2)
     return y_GTD.astype(x_GTD.dtype), placement.kept_TK
 
 

@@ -1,5 +1,6 @@
 """The MoE layer: creates the parameters and joins router, dispatcher and experts."""
 
+import functools
 import math
 
 import flax.linen as nn
@@ -33,8 +34,9 @@ def expert_capacity(moe: MoEConfig, num_tokens: int, *, train: bool) -> int:
     """
     if not train or moe.capacity_factor is None:
         return num_tokens
-    balanced = num_tokens * moe.top_k / moe.num_experts
-    return min(num_tokens, math.ceil(balanced * moe.capacity_factor))
+    # Rounded first: 10 rows at a factor of 1.1 are 11, not ceil(11.000000000000002).
+    rows = round(num_tokens * moe.top_k / moe.num_experts * moe.capacity_factor, 6)
+    return min(num_tokens, max(1, math.ceil(rows)))
 
 
 class MoE(nn.Module):
@@ -52,9 +54,11 @@ class MoE(nn.Module):
         if token_mask_GT is not None:
             x_GTD = jnp.where(token_mask_GT[..., None], x_GTD, 0)
         x32_GTD = x_GTD.astype(jnp.float32)
-        logits_GTE = x32_GTD @ self._router_matrix("router", D, E)
+        # Accelerators round float32 factors by default, to 10 bits or fewer: enough to choose another expert.
+        score = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        logits_GTE = score(x32_GTD, self._router_matrix("router", D, E))
         if moe.router == "noisy_top_k":
-            noise_scale_GTE = x32_GTD @ self._router_matrix("router_noise", D, E)
+            noise_scale_GTE = score(x32_GTD, self._router_matrix("router_noise", D, E))
             if noise_keys_G is not None:
                 logits_GTE = jax.vmap(noisy_logits)(logits_GTE, noise_scale_GTE, noise_keys_G)
         plan = jax.vmap(lambda logits, mask: top_k_plan(logits, moe.top_k, mask))(logits_GTE, token_mask_GT)

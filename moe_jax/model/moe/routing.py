@@ -10,7 +10,8 @@ from moe_jax.model.moe.plan import RouterStatistics, RoutingPlan
 def noisy_logits(router_logits_TE: Array, noise_scale_TE: Array, noise_key: Array) -> Array:
     """Adds Gaussian noise of learned scale to the scores (arXiv 1701.06538, eq. 4).
 
-    H(x) = x·W_g + StandardNormal() · softplus(x·W_noise); ``noise_scale_TE`` is x·W_noise. Both [T, E] float32.
+    H(x) = x·W_g + StandardNormal() · softplus(x·W_noise); ``noise_scale_TE`` is x·W_noise. Both [T, E] float32. The
+    noisy scores then choose and weigh experts, and all statistics and losses are of them.
     """
     noise_TE = jax.random.normal(noise_key, router_logits_TE.shape, jnp.float32)
     return router_logits_TE + noise_TE * jax.nn.softplus(noise_scale_TE)
