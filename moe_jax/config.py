@@ -197,7 +197,7 @@ def validate(config: Config) -> Config:
             owner = getattr(owner, part)
         value = getattr(owner, setting)
         if value is not None and not low <= value <= high:
-            bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+            bounds = f"at least {low}" if high >= _MANY and value < low else f"in [{low}, {high}]"
             raise UserError(f"{name} must be {bounds}, got {value}")
     _check_model(config.model)
     if config.model.moe.num_experts:
@@ -207,7 +207,8 @@ def validate(config: Config) -> Config:
 
 
 _POSITIVE = (1e-12, math.inf)
-_COUNT = (1, 2**31 - 1)
+_MANY = 2**31 - 1  # the largest index of an array
+_COUNT = (1, _MANY)
 _NOT_NEGATIVE = (0, math.inf)
 _FRACTION = (0.0, 1.0)
 _RANGES = {
@@ -216,7 +217,7 @@ _RANGES = {
     **dict.fromkeys(["model.rope_theta", "model.init_std"], _POSITIVE),
     "model.dropout_rate": (0.0, 0.99),
     "model.moe.num_experts": (0, 2**16),
-    **dict.fromkeys(["model.moe.top_k", "model.moe.expert_dim", "model.moe.every"], _COUNT),
+    **dict.fromkeys(["model.moe.expert_dim", "model.moe.every"], _COUNT),
     "model.moe.capacity_factor": _POSITIVE,
     **dict.fromkeys(["model.moe.load_balancing_weight", "model.moe.router_z_weight"], _NOT_NEGATIVE),
     "model.moe.importance_weight": _NOT_NEGATIVE,
@@ -249,6 +250,11 @@ def _check_model(model: ModelConfig) -> None:
     if model.embed_dim % model.num_heads:
         raise UserError(
             f"model.num_heads must divide model.embed_dim={model.embed_dim}, got {model.num_heads}; change one of them"
+        )
+    if not model.moe.num_experts and model.mlp_dim is None and model.moe.top_k < 1:
+        raise UserError(
+            f"model.moe.top_k must be at least 1, got {model.moe.top_k}: "
+            "top_k * expert_dim is the width of a dense MLP; raise it, or set model.mlp_dim"
         )
     if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
         raise UserError(

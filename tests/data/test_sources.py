@@ -93,7 +93,7 @@ def lengths(documents):
         ({"a": 10, "b": 1000}, 0.1, {"a": 10, "b": 899}, {"b": 101}),
         ({"a": 1000, "b": 1000}, 0.05, {"a": 1000, "b": 900}, {"b": 100}),
         # Never all of them.
-        ({"a": 100, "b": 100}, 0.9, {"b": 100}, {"a": 100}),
+        ({"a": 100, "b": 100}, 0.9, {"a": 100}, {"b": 100}),
     ],
 )
 def test_how_much_is_held_out_of_uneven_documents(sizes, fraction, train, val):

@@ -32,14 +32,19 @@ def tiny(tmp_path_factory) -> Config:
         ),
         data=DataConfig(path=str(folder / "verse.txt"), tokenizer="char", val_fraction=0.1, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
-        train=TrainConfig(num_steps=30, eval_every=10, checkpoint_every=10, log_every=5, compile_cache=False),
+        train=TrainConfig(num_steps=30, eval_every=10, checkpoint_every=10, log_every=5),
         sample=SampleConfig(max_new_tokens=20),
     )
 
 
+def cache_home(tmp_path_factory) -> str:
+    return str(tmp_path_factory.getbasetemp() / "cache")
+
+
 @pytest.fixture(autouse=True)
-def own_cache(monkeypatch, tmp_path_factory):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+def one_cache_for_all(monkeypatch, tmp_path_factory):
+    """Neither the user's cache nor an old one; the runs here share their compiled programs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", cache_home(tmp_path_factory))
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +55,7 @@ def finished(tiny, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setenv("XDG_CACHE_HOME", cache_home(tmp_path_factory))
         train(tiny, folder)
     return RunDirectory(folder)
 

@@ -5,12 +5,13 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
 
-from moe_jax.command import Interrupted, UserError
+from moe_jax.command import Interrupted, UserError, cache_folder
 from moe_jax.runs.checkpoint import saved_steps
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.metrics import read_metrics
@@ -91,8 +92,8 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, finished, tmp_p
     with pytest.raises(Interrupted) as caught:
         train(tiny, run.path)
     assert caught.value.exit_code == 128 + number
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
+    monkeypatch.setattr(Loop, "_read", read)
+    shutil.rmtree(cache_folder("data"))  # the same text, prepared anew
     saved = saved_steps(run.checkpoints)[-1]
     assert at <= saved <= at + 2
     assert f"interrupted: the checkpoint of step {saved} is on disk" in run.log_file.read_text()
@@ -107,12 +108,18 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, finished, tmp_p
         np.testing.assert_array_equal(got, want)
 
 
-def test_a_finished_run_says_so_and_can_be_extended(tiny, finished, change, capsys):
+def test_a_finished_run_says_so_and_can_be_extended(tiny, finished, change, tmp_path, capsys):
     before = finished.metrics_file.read_bytes()
     train(tiny, finished.path)
     assert "is finished: 30 steps are done" in capsys.readouterr().out
     assert finished.metrics_file.read_bytes() == before
-    assert finished.load_config().optimizer.decay_steps == 30
+    run = RunDirectory(tmp_path / "longer")
+    shutil.copytree(finished.path, run.path)
+    train(change(train={"num_steps": 36}), run.path)
+    assert list(column(run, "val/loss")) == [10, 20, 30, 36]
+    # The schedule ended where the first start had its end: the rate stays at a tenth of the peak.
+    assert run.load_config().optimizer.decay_steps == 30
+    np.testing.assert_allclose(column(run, "train/learning_rate")[36], 1e-3, rtol=1e-5)
 
 
 def test_a_run_stops_when_its_patience_ends(change, tmp_path, capsys):

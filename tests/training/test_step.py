@@ -104,8 +104,8 @@ def test_the_reported_loss_is_the_language_model_loss_alone():
     with use_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
         params = init_state(decoder, optimizer, mesh, seed=0).params
-        logits = decoder.apply({"params": params}, batch()["inputs"]).logits_BLV
-        evaluated = make_eval_step(decoder)(params, {**batch(), "mask": np.ones((BATCH, L), bool)})
+        logits = jax.jit(decoder.apply)({"params": params}, batch()["inputs"]).logits_BLV
+        evaluated = jax.jit(make_eval_step(decoder))(params, {**batch(), "mask": np.ones((BATCH, L), bool)})
     log_probs = jax.nn.log_softmax(logits)
     expected = -np.mean(np.take_along_axis(np.asarray(log_probs), batch()["targets"][..., None], axis=-1))
     np.testing.assert_allclose(first.loss, expected, rtol=1e-5)
