@@ -8,10 +8,10 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from moe_jax.command import UserError
-from moe_jax.sections import check_type, section_from_dict, settings
+from moe_jax.sections import MANY, check_range, check_type, section_from_dict, settings
 
 
 @dataclass(frozen=True)
@@ -190,15 +190,8 @@ def validate(config: Config) -> Config:
     """Returns ``config``, or raises UserError on a wrong type, a value out of range or an impossible combination."""
     for name, expected, value in settings(config):
         check_type(name, expected, value)
-    for name, (low, high) in _RANGES.items():
-        section, _, setting = name.rpartition(".")
-        owner: Any = config
-        for part in section.split("."):
-            owner = getattr(owner, part)
-        value = getattr(owner, setting)
-        if value is not None and not low <= value <= high:
-            bounds = f"at least {low}" if high >= _MANY and value < low else f"in [{low}, {high}]"
-            raise UserError(f"{name} must be {bounds}, got {value}")
+        if value is not None and name in _RANGES:
+            check_range(name, value, *_RANGES[name])
     _check_model(config.model)
     if config.model.moe.num_experts:
         _check_moe(config.model)
@@ -207,8 +200,7 @@ def validate(config: Config) -> Config:
 
 
 _POSITIVE = (1e-12, math.inf)
-_MANY = 2**31 - 1  # the largest index of an array
-_COUNT = (1, _MANY)
+_COUNT = (1, MANY)
 _NOT_NEGATIVE = (0, math.inf)
 _FRACTION = (0.0, 1.0)
 _RANGES = {

@@ -60,3 +60,14 @@ def check_type(name: str, expected: Any, value: Any) -> None:
         raise UserError(f"{name} must be of type {kinds}, got {value!r} of type {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} must be a finite number, got {value}")
+
+
+MANY = 2**31 - 1
+"""The largest index of an array: an upper bound that nobody needs to be told."""
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """UserError unless ``value`` is in [low, high]."""
+    if not low <= value <= high:
+        bounds = f"at least {low}" if high >= MANY and value < low else f"in [{low}, {high}]"
+        raise UserError(f"{name} must be {bounds}, got {value}")

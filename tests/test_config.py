@@ -4,13 +4,14 @@ import dataclasses
 import json
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
 from moe_jax.command import UserError
 from moe_jax.command_line import load_recipe, parse_sample, parse_train
-from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig, profile_steps, validate
+from moe_jax.config import _RANGES, Config, ModelConfig, MoEConfig, SampleConfig, profile_steps, validate
 from moe_jax.sections import settings
 
 REPOSITORY = Path(__file__).parents[1]
@@ -28,6 +29,12 @@ def test_the_defaults_and_every_recipe_are_valid():
     assert {"moe.py", "dense.py"} <= {recipe.name for recipe in recipes}
     for recipe in recipes:
         validate(load_recipe(recipe))
+
+
+def test_every_number_has_its_range():
+    numbers = {name for name, kind, _ in settings(Config()) if {int, float} & {kind, *typing.get_args(kind)}}
+    unchecked_here = {"model.moe.top_k", "mesh.data"}  # by rules of their own
+    assert numbers - unchecked_here == set(_RANGES)
 
 
 @pytest.mark.parametrize(
