@@ -1,4 +1,9 @@
-"""Characters of Tiny Shakespeare in a context of 64, as nanoGPT's recipe for a processor has it."""
+"""Characters of Tiny Shakespeare in a context of 64, the setting of nanoGPT's recipe for a processor.
+
+    python train.py --config configs/tiny_shakespeare.py --data.path input.txt
+
+@TINY@
+"""
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, SampleConfig, TrainConfig
 
@@ -7,13 +12,11 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(
             context_length=64,
-            num_layers=4,
-            embed_dim=128,
-            num_heads=4,
             qk_norm=True,
             tie_embeddings=False,
+            init_std=0.05,
             scan_unroll=4,
-            moe=MoEConfig(num_experts=8, top_k=2, expert_dim=256, capacity_factor=2.0),
+            moe=MoEConfig(capacity_factor=2.0),
         ),
         data=DataConfig(tokenizer="char", val_fraction=0.1, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=60, final_fraction=0.02),

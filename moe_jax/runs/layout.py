@@ -82,7 +82,10 @@ class RunDirectory:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Creates the folder and keeps other processes from training in it. UserError where one already does."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileNotFoundError:  # /proc and the like
+            raise UserError(f"--workdir {self.path} cannot be made in that file system; choose another") from None
         with open(self.path / ".lock", "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
