@@ -31,7 +31,9 @@ def parse_train(arguments: list[str]) -> tuple[Config, Path]:
     if recipe is None and not {"-h", "--help"} & set(arguments):
         raise UserError("--config is required: name a recipe, such as --config configs/moe.py")
     base = load_recipe(Path(recipe)) if recipe else Config()
-    command = tyro.cli(TrainCommand, args=arguments, default=TrainCommand(config=recipe or "", settings=base))
+    command = tyro.cli(
+        TrainCommand, args=arguments, default=TrainCommand(config=recipe or tyro.MISSING, settings=base)
+    )
     workdir = Path(command.workdir) if command.workdir else Path("runs") / Path(command.config).stem
     return validate(command.settings), workdir
 
@@ -51,7 +53,8 @@ def load_recipe(path: Path) -> Config:
     """Runs the recipe's ``get_config()``. Raises UserError with the recipe's own line on any fault in it."""
     if not path.is_file():
         known = sorted(str(item) for item in Path("configs").glob("*.py"))
-        raise UserError(f"--config {path} does not exist; recipes here: {', '.join(known) or 'none'}")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"--config {path} {what}; recipes here: {', '.join(known) or 'none'}")
     spec = importlib.util.spec_from_file_location("recipe", path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config {path} is not a Python file; a recipe ends in .py and has get_config()")

@@ -98,6 +98,7 @@ def test_an_interrupted_run_goes_on_with_the_same_command(run):
     workdir, first, second = run
     saved = int(re.findall(r"checkpoint of step (\d+)", first)[0])
     assert "run the same command to go on" in first
+    assert "WARNING" not in first + second
     assert f"going on from step {saved}\n" in second
     assert f"step {saved + 20}: train" in second
     assert f"sample from it: python sample.py --workdir {workdir}" in second

@@ -34,6 +34,10 @@ def start_log(file: Path) -> Iterator[None]:
     to_file = logging.FileHandler(file, encoding="utf-8", delay=True)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     level, propagate = log.level, log.propagate
+    # Orbax warns of each checkpoint without a validation loss, as one made between two evaluations is.
+    orbax_log = logging.getLogger("absl")
+    orbax_level = orbax_log.level
+    orbax_log.setLevel(logging.ERROR)
     log.setLevel(logging.DEBUG)
     log.propagate = False
     for handler in (console, to_file):
@@ -46,6 +50,7 @@ def start_log(file: Path) -> Iterator[None]:
             handler.close()
         log.setLevel(level)
         log.propagate = propagate
+        orbax_log.setLevel(orbax_level)
 
 
 class TrainingBar:
