@@ -103,7 +103,7 @@ class SampleCommand:
     prompt: str | None = None
     """Text to continue; - reads it from standard input; None: start from nothing."""
     checkpoint: Literal["best", "newest"] = "best"
-    """Which checkpoint: best (lowest validation loss) or newest."""
+    """Which checkpoint: best (lowest validation loss; the newest where none was evaluated) or newest."""
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 
 

@@ -61,9 +61,12 @@ def restore_params(folder: Path, which: Literal["best", "newest"], params: PyTre
     step = min(losses, key=lambda each: losses[each]) if which == "best" and losses else steps[-1]
     damage = _damage(folder / str(step))
     if damage is not None:
+        sound = [each for each in steps if _damage(folder / str(each)) is None]
+        others = {"newest": steps[-1], "best": min(losses, key=lambda each: losses[each], default=steps[-1])}
+        remedy = [f", or use --checkpoint {name}" for name, other in others.items() if other in sound]
         raise UserError(
-            f"the {which} checkpoint {folder / str(step)} is damaged ({damage}); put a copy of it back, "
-            f"or use --checkpoint {'newest' if which == 'best' else 'best'}"
+            f"the {which} checkpoint {folder / str(step)} is damaged ({damage}); put a copy of it back"
+            + (remedy[0] if remedy else ", or train on: the same train.py command goes on from the newest sound one")
         )
     return _arrays(folder / str(step) / "params", params)
 

@@ -73,11 +73,12 @@ class RunDirectory:
                 "train one with train.py, or name another by --workdir"
             ) from None
         except ValueError as error:  # not JSON, or not UTF-8
-            raise UserError(f"{file} is corrupt ({error}); put a copy of it back, or train the model again") from None
+            raise UserError(f"{file} is corrupt ({error}); put a copy of it back, or name another --workdir") from None
+        config = Config.from_dict(values, str(file))
         try:
-            return validate(Config.from_dict(values, str(file)))
+            return validate(config)
         except UserError as error:
-            raise UserError(f"{file} is not a valid configuration: {error}") from None
+            raise UserError(f"{file}: {error}") from None
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -1,9 +1,12 @@
 """SIGINT and SIGTERM become a request that the loop answers between two steps, once a checkpoint is safe."""
 
 import contextlib
+import logging
 import signal
 from collections.abc import Iterator
 from types import FrameType
+
+log = logging.getLogger("moe_jax")
 
 
 class StopRequest:
@@ -21,6 +24,7 @@ def catch_signals() -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:
         request.exit_code = 128 + number
+        log.info("stopping after this step, once a checkpoint is on disk; a second signal ends the run at once")
         for each in previous:
             signal.signal(each, signal.SIG_DFL)
 

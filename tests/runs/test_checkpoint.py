@@ -135,6 +135,9 @@ def test_no_sound_checkpoint_is_told_and_nothing_moved(tmp_path):
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged, the newest one by params"):
         restored(folder)
     assert (folder / "10").is_dir()
+    for which in ("best", "newest"):
+        with pytest.raises(UserError, match=r"is damaged .* put a copy of it back, or train on"):
+            best_value(folder, which)
 
 
 def test_half_a_checkpoint_is_removed_and_ignored(tmp_path):
