@@ -129,7 +129,8 @@ def _describe(config: Config, mesh: jax.sharding.Mesh, data: PreparedData, state
     log.info(f"parameters: {total:,} in all, {active:,} active for a token")
     log.info(
         f"text: {data.train.num_tokens:,} tokens to train on, {data.val.num_tokens:,} to validate, "
-        f"{data.val.num_bytes / data.val.num_tokens:.3f} bytes a token ({data.tokenizer.name})"
+        f"{data.val.num_bytes / data.val.num_tokens:.3f} bytes a token "
+        f"({data.tokenizer.name}, {data.tokenizer.vocab_size:,} different)"
     )
     log.info(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})")
     if moe.num_experts:
