@@ -12,7 +12,11 @@ def main() -> None:
     from moe_jax.runs.layout import RunDirectory, latest_run
 
     arguments = parse_sample(sys.argv[1:], SampleConfig())
-    run = RunDirectory(Path(arguments.workdir)) if arguments.workdir else latest_run()
+    if arguments.workdir:
+        run = RunDirectory(Path(arguments.workdir))
+    else:
+        run = latest_run()
+        print(f"note: sampling from {run.path}, the run that changed last", file=sys.stderr)
     # What the command line leaves out is as the run was configured.
     sample = parse_sample(sys.argv[1:], run.load_config().sample).sample
 

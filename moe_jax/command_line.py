@@ -16,7 +16,10 @@ from moe_jax.sections import settings, unknown_name
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Train a model; run the same command again to go on where it stopped."""
+    """Train a model; run the same command again to go on where it stopped.
+
+    Together with --config, --help shows the recipe's values.
+    """
 
     config: str
     """Recipe to start from: a file with get_config(), such as configs/moe.py; the flags below change it."""
@@ -110,5 +113,9 @@ class SampleCommand:
 def parse_sample(arguments: list[str], defaults: SampleConfig) -> SampleCommand:
     """What ``sample.py``'s arguments ask for, where ``defaults`` stand for what they leave out. Raises UserError."""
     command = tyro.cli(SampleCommand, args=arguments, default=SampleCommand(sample=defaults))
-    validate(Config(sample=command.sample))
+    try:
+        validate(Config(sample=command.sample))
+    except UserError as error:  # the flags of this command stand without their section
+        named = re.sub(r"\bsample\.(\w+)", lambda match: "--" + match[1].replace("_", "-"), str(error))
+        raise UserError(named) from None
     return command

@@ -117,7 +117,7 @@ def test_sampling_flags_default_to_the_runs_own():
     defaults = SampleConfig(temperature=0.3, max_new_tokens=7)
     command = parse_sample(["--prompt", "x", "--top-k", "5"], defaults)
     assert command.sample == dataclasses.replace(defaults, top_k=5)
-    with pytest.raises(UserError, match=r"sample.temperature must be at least 0, got -1"):
+    with pytest.raises(UserError, match=r"--temperature must be at least 0, got -1"):
         parse_sample(["--temperature", "-1"], defaults)
 
 

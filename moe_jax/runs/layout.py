@@ -103,12 +103,13 @@ class RunDirectory:
 
 
 def latest_run(folder: Path = Path("runs")) -> RunDirectory:
-    """The run in ``folder`` whose files changed last. UserError where there is none."""
+    """Of the runs in ``folder`` with a checkpoint, the one whose files changed last. UserError where there is none."""
     runs = [RunDirectory(file.parent) for file in folder.glob("*/config.json")]
+    runs = [run for run in runs if any(run.checkpoints.glob("[0-9]*"))]
     if not runs:
         raise UserError(
-            f"there is no run in {folder.resolve()}; train one with: python train.py --config configs/moe.py, "
-            "or name one by --workdir"
+            f"there is no run with a checkpoint in {folder.resolve()}; train one with: "
+            "python train.py --config configs/moe.py, or name one by --workdir"
         )
     return max(runs, key=_last_change)
 

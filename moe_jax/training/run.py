@@ -77,10 +77,10 @@ def _check_same_text(run: RunDirectory, config: Config, data: PreparedData) -> N
     """UserError where the run's newest checkpoint was trained on other text: its vocabulary, too, would be another."""
     saved = read_progress(run.checkpoints)
     if saved is not None and saved["data_fingerprint"] != data.fingerprint:
+        text = "the text of the embedded plays" if config.data.path is None else f"the text of {config.data.path}"
         raise UserError(
-            f"the text of data.path={config.data.path} is not the one this run was trained on "
-            f"(fingerprint {data.fingerprint}, was {saved['data_fingerprint']}); "
-            "name the old text, or start a new run in another --workdir"
+            f"{text} is not the one this run was trained on (fingerprint {data.fingerprint}, "
+            f"was {saved['data_fingerprint']}); name the old text, or start a new run in another --workdir"
         )
 
 

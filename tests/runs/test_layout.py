@@ -49,15 +49,20 @@ def test_a_folder_that_is_no_run_is_told(tmp_path):
 
 
 def test_the_last_run_is_the_one_whose_files_changed_last(tmp_path):
-    with pytest.raises(UserError, match="there is no run in"):
+    with pytest.raises(UserError, match="there is no run with a checkpoint in"):
         latest_run(tmp_path)
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
     for name, time in (("a", 100), ("b", 50)):
         RunDirectory(tmp_path / name).save_config(Config())
+        (tmp_path / name / "checkpoints" / "10").mkdir(parents=True)
+        os.utime(tmp_path / name / "checkpoints", (time, time))
         os.utime(tmp_path / name / "config.json", (time, time))
     assert latest_run(tmp_path).path == tmp_path / "a"
     (tmp_path / "b" / "metrics.jsonl").touch()
+    assert latest_run(tmp_path).path == tmp_path / "b"
+    # One that has just started has nothing to sample from.
+    RunDirectory(tmp_path / "c").save_config(Config())
     assert latest_run(tmp_path).path == tmp_path / "b"
 
 
