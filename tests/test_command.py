@@ -43,7 +43,9 @@ def test_our_own_faults_keep_their_traceback():
 
 
 def test_success_returns():
-    command.run(lambda: None)
+    calls = []
+    command.run(lambda: calls.append("main"))
+    assert calls == ["main"]
 
 
 def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):

@@ -73,7 +73,10 @@ def test_what_is_impossible_is_refused_with_rule_value_and_remedy(name, value, w
 
 
 def test_a_dense_model_needs_no_possible_moe_settings():
-    validate(Config(model=ModelConfig(moe=MoEConfig(num_experts=0, top_k=2, every=7))))
+    dense = Config(model=ModelConfig(moe=MoEConfig(num_experts=0, top_k=2, every=7)))
+    assert validate(dense) == dense
+    with pytest.raises(UserError, match=r"model\.moe\.every must divide"):
+        validate(changed("model.moe.num_experts", 8, dense))
 
 
 def test_settings_survive_json():

@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moe_jax.axes import PyTree
 from moe_jax.command import UserError
-from moe_jax.runs.layout import atomic_write_text
+from moe_jax.runs.layout import atomic_write_text, saved_steps
 
 log = logging.getLogger("moe_jax")
 
@@ -33,11 +33,6 @@ class Restored:
     params: PyTree
     optimizer_state: PyTree
     progress: dict[str, Any]
-
-
-def saved_steps(folder: Path) -> list[int]:
-    """The finished steps in ``folder``, oldest first."""
-    return sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit() and item.is_dir())
 
 
 def read_progress(folder: Path) -> dict[str, Any] | None:

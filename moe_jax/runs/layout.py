@@ -102,10 +102,15 @@ class RunDirectory:
             yield
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """The steps whose checkpoints in ``folder`` are finished, oldest first."""
+    return sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit() and item.is_dir())
+
+
 def latest_run(folder: Path = Path("runs")) -> RunDirectory:
     """Of the runs in ``folder`` with a checkpoint, the one whose files changed last. UserError where there is none."""
     runs = [RunDirectory(file.parent) for file in folder.glob("*/config.json")]
-    runs = [run for run in runs if any(run.checkpoints.glob("[0-9]*"))]
+    runs = [run for run in runs if saved_steps(run.checkpoints)]
     if not runs:
         raise UserError(
             f"there is no run with a checkpoint in {folder.resolve()}; train one with: "

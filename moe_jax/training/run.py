@@ -16,8 +16,8 @@ from moe_jax.model.decoder import Decoder
 from moe_jax.parallel.mesh import make_mesh, use_mesh
 from moe_jax.parallel.startup import enable_compile_cache
 from moe_jax.report.plots import plot_expert_load, plot_loss_curve
-from moe_jax.runs.checkpoint import Checkpoints, read_progress, saved_steps
-from moe_jax.runs.layout import RunDirectory, check_same_run
+from moe_jax.runs.checkpoint import Checkpoints, read_progress
+from moe_jax.runs.layout import RunDirectory, check_same_run, saved_steps
 from moe_jax.runs.log import start_log
 from moe_jax.runs.metrics import MetricsWriter
 from moe_jax.training.interrupt import catch_signals

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax.command import UserError
-from moe_jax.runs.checkpoint import Checkpoints, read_progress, restore_params, saved_steps
+from moe_jax.runs.checkpoint import Checkpoints, read_progress, restore_params
+from moe_jax.runs.layout import saved_steps
 
 
 def mesh_of(count):

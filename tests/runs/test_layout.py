@@ -63,6 +63,7 @@ def test_the_last_run_is_the_one_whose_files_changed_last(tmp_path):
     assert latest_run(tmp_path).path == tmp_path / "b"
     # One that has just started has nothing to sample from.
     RunDirectory(tmp_path / "c").save_config(Config())
+    (tmp_path / "c" / "checkpoints" / "10.orbax-checkpoint-tmp").mkdir(parents=True)
     assert latest_run(tmp_path).path == tmp_path / "b"
 
 

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.command import Interrupted, UserError, cache_folder
-from moe_jax.runs.checkpoint import saved_steps
-from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.layout import RunDirectory, saved_steps
 from moe_jax.runs.metrics import read_metrics
 from moe_jax.sampling.generator import load_generator
 from moe_jax.training.loop import Loop
