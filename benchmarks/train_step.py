@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from moe_jax.command import run, use_huge_pages
+from moe_jax.command import UserError, run, use_huge_pages
 from moe_jax.command_line import load_recipe
 from moe_jax.config import Config, validate
 
@@ -113,6 +113,8 @@ def main() -> None:
     arguments = parser.parse_args()
     use_huge_pages()
     config = load_recipe(arguments.config)
+    if not config.model.moe.num_experts:
+        raise UserError(f"--config {arguments.config} has no experts to dispatch to; name a sparse recipe")
     prepared = {name: prepare_step(each, arguments.vocab_size) for name, each in variants(config).items()}
     rate = product_rate()
     rates: list[float] = []

@@ -57,7 +57,7 @@ class TrainingBar:
     """Shows steps done, loss, tokens per second and time left: as a bar on a terminal, else a line at times."""
 
     def __init__(self, progress: Progress | None, num_steps: int, first: int):
-        self._progress, self._num_steps, self._first = progress, num_steps, first
+        self._progress, self._num_steps = progress, num_steps
         self._task = (
             None if progress is None else progress.add_task("compiling", total=num_steps, completed=first, values="")
         )
