@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from moe_jax.command import UserError, run, use_huge_pages
 from moe_jax.command_line import load_recipe
-from moe_jax.config import Config, validate
+from moe_jax.config import Config
+from moe_jax.validation import validate
 
 
 def with_model(config: Config, moe: dict | None = None, **model: Any) -> Config:

@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 import tyro
 
 from moe_jax.command import UserError
-from moe_jax.config import Config, SampleConfig, validate
+from moe_jax.config import Config, SampleConfig
 from moe_jax.sections import settings, unknown_name
+from moe_jax.validation import validate
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,14 @@
 """Every setting of a run, as frozen typed sections. Imports no jax, so that a mistake is told within a second.
 
 A recipe in ``configs/`` is a file with ``get_config() -> Config`` that names only what differs from the defaults here.
-``validate`` is called once, right after parsing; each part of the package then takes the section it needs.
+``validation.validate`` is called once, right after parsing; each part of the package then takes the section it needs.
 """
 
 import dataclasses
-import math
-import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_jax.command import UserError
-from moe_jax.sections import MANY, check_range, check_type, section_from_dict, settings
+from moe_jax.sections import section_from_dict
 
 
 @dataclass(frozen=True)
@@ -22,11 +19,27 @@ class MoEConfig:
     """Experts that each token is sent to (K)."""
     expert_dim: int = 256
     """Hidden width of one expert (F)."""
-    router: Literal["top_k", "noisy_top_k"] = "top_k"
-    """How experts are chosen: by score, or by score plus learned noise while training (arXiv 1701.06538)."""
-    dispatch: Literal["einsum", "gather"] = "gather"
-    """How rows reach their experts: one-hot products, or gathers by row index. Both make the same decisions."""
-    capacity_factor: float | None = 1.25
+    router: Literal["top_k", "noisy_top_k", "switch", "expert_choice", "sigmoid_bias"] = "top_k"
+    """How experts are chosen; docs/routing.md has each one's equation, use and traps."""
+    renormalise: bool = True
+    """Whether the weights of a token's experts sum to one, or are the scores among all experts (tokens' choice)."""
+    routed_scaling_factor: float = 1.0
+    """Multiplies the sum of the routed experts' outputs (DeepSeek-V3: 2.5)."""
+    router_jitter: float = 0.01
+    """switch: in training the router's input is multiplied by noise in [1 - this, 1 + this]."""
+    bias_update_rate: float = 0.001
+    """sigmoid_bias: what a step adds to the bias of an underloaded expert and takes from that of an overloaded one."""
+    num_expert_groups: int = 1
+    """sigmoid_bias: groups of neighbouring experts, of which a token may use only some."""
+    top_k_groups: int = 1
+    """sigmoid_bias: groups that a token may use."""
+    num_shared_experts: int = 0
+    """Experts that every token passes, beside its routed ones; computed as one MLP of their joint width."""
+    dispatch: Literal["auto", "einsum", "gather", "sorted"] = "auto"
+    """How rows reach their experts: one-hot products, gathers by row index, a sort without drops, or the fastest."""
+    grouped_matmul: Literal["auto", "blocked", "ragged", "tokamax", "by_row"] = "auto"
+    """The product of sorted rows: for processors, TPUs, NVIDIA GPUs, a few rows, or the fastest (docs/dispatch.md)."""
+    capacity_factor: float | None = None
     """Rows an expert accepts in training, as a multiple of the balanced share T*K/E; None drops nothing."""
     load_balancing_weight: float = 0.01
     """Weight of the load-balancing loss (arXiv 2101.03961, eq. 4) in the training objective."""
@@ -55,7 +68,7 @@ class ModelConfig:
     num_kv_heads: int | None = None
     """Key/value heads (J), each shared by num_heads/num_kv_heads query heads; None: as many as query heads."""
     mlp_dim: int | None = None
-    """Hidden width of a dense block's MLP; None: top_k * expert_dim, the active width of a MoE layer."""
+    """Hidden width of a dense block's MLP; None: what a token passes in a MoE layer, (K + shared) * expert_dim."""
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalisation before attention, before the MLP and before the output."""
     positions: Literal["rotary", "learned"] = "rotary"
@@ -184,135 +197,3 @@ class Config:
     def from_dict(values: dict, source: str) -> "Config":
         """The settings of ``to_dict``; ``source`` names where they were read from in errors. Raises UserError."""
         return section_from_dict(Config, values, source, "")
-
-
-def validate(config: Config) -> Config:
-    """Returns ``config``, or raises UserError on a wrong type, a value out of range or an impossible combination."""
-    for name, expected, value in settings(config):
-        check_type(name, expected, value)
-        if value is not None and name in _RANGES:
-            check_range(name, value, *_RANGES[name])
-    _check_model(config.model)
-    if config.model.moe.num_experts:
-        _check_moe(config.model)
-    _check_training(config)
-    return config
-
-
-_POSITIVE = (1e-12, math.inf)
-_COUNT = (1, MANY)
-_NOT_NEGATIVE = (0, math.inf)
-_FRACTION = (0.0, 1.0)
-_RANGES = {
-    **dict.fromkeys(["model.context_length", "model.num_layers", "model.embed_dim", "model.num_heads"], _COUNT),
-    **dict.fromkeys(["model.num_kv_heads", "model.mlp_dim", "model.scan_unroll"], _COUNT),
-    **dict.fromkeys(["model.rope_theta", "model.init_std"], _POSITIVE),
-    "model.dropout_rate": (0.0, 0.99),
-    "model.moe.num_experts": (0, 2**16),
-    **dict.fromkeys(["model.moe.expert_dim", "model.moe.every"], _COUNT),
-    "model.moe.capacity_factor": _POSITIVE,
-    **dict.fromkeys(["model.moe.load_balancing_weight", "model.moe.router_z_weight"], _NOT_NEGATIVE),
-    "model.moe.importance_weight": _NOT_NEGATIVE,
-    "model.moe.first_dense": _NOT_NEGATIVE,
-    "data.val_fraction": (0.0001, 0.9),
-    "data.batch_size": _COUNT,
-    "data.seed": (0, 2**32 - 1),
-    "optimizer.learning_rate": _POSITIVE,
-    "optimizer.warmup_steps": _NOT_NEGATIVE,
-    "optimizer.decay_steps": _COUNT,
-    "optimizer.final_fraction": _FRACTION,
-    "optimizer.beta1": (0.0, 0.9999),
-    "optimizer.beta2": (0.0, 0.999999),
-    "optimizer.epsilon": (1e-30, 1.0),
-    "optimizer.weight_decay": _NOT_NEGATIVE,
-    "optimizer.clip_norm": _POSITIVE,
-    "optimizer.accumulation_steps": _COUNT,
-    **dict.fromkeys(["train.num_steps", "train.eval_every", "train.checkpoint_every", "train.log_every"], _COUNT),
-    **dict.fromkeys(["train.patience", "train.keep_checkpoints"], _COUNT),
-    "train.seed": (0, 2**32 - 1),
-    **dict.fromkeys(["sample.num_samples", "sample.top_k"], _COUNT),
-    "sample.max_new_tokens": (1, 2**20),
-    "sample.temperature": _NOT_NEGATIVE,
-    "sample.top_p": (1e-6, 1.0),
-    "sample.seed": (0, 2**32 - 1),
-}
-
-
-def _check_model(model: ModelConfig) -> None:
-    if model.embed_dim % model.num_heads:
-        raise UserError(
-            f"model.num_heads must divide model.embed_dim={model.embed_dim}, got {model.num_heads}; change one of them"
-        )
-    if not model.moe.num_experts and model.mlp_dim is None and model.moe.top_k < 1:
-        raise UserError(
-            f"model.moe.top_k must be at least 1, got {model.moe.top_k}: "
-            "top_k * expert_dim is the width of a dense MLP; raise it, or set model.mlp_dim"
-        )
-    if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
-        raise UserError(
-            f"model.num_kv_heads must divide model.num_heads={model.num_heads}, got {model.num_kv_heads}; "
-            "change one of them"
-        )
-    head_dim = model.embed_dim // model.num_heads
-    if model.positions == "rotary" and head_dim % 2:
-        raise UserError(
-            f"model.positions=rotary needs an even head width embed_dim/num_heads, got {head_dim}; "
-            "change model.num_heads or use learned positions"
-        )
-
-
-def _check_moe(model: ModelConfig) -> None:
-    moe = model.moe
-    if not 1 <= moe.top_k <= moe.num_experts:
-        raise UserError(
-            f"model.moe.top_k must be in [1, num_experts={moe.num_experts}], got {moe.top_k}; "
-            "lower top_k or raise num_experts"
-        )
-    if moe.first_dense >= model.num_layers:
-        raise UserError(
-            f"model.moe.first_dense must be below model.num_layers={model.num_layers}, got {moe.first_dense}; "
-            "lower it, or set model.moe.num_experts to 0 for a dense model"
-        )
-    if (model.num_layers - moe.first_dense) % moe.every:
-        raise UserError(
-            f"model.moe.every must divide num_layers - first_dense = {model.num_layers - moe.first_dense}, "
-            f"got {moe.every}; change model.num_layers, model.moe.first_dense or model.moe.every"
-        )
-
-
-def _check_training(config: Config) -> None:
-    data, optimizer, train = config.data, config.optimizer, config.train
-    tokenizer = re.fullmatch(r"char|byte|bpe:(\d{1,6})", data.tokenizer)
-    if not tokenizer:
-        raise UserError(f"data.tokenizer must be char, byte or bpe:VOCAB (such as bpe:2048), got {data.tokenizer!r}")
-    if tokenizer.group(1) and not 300 <= int(tokenizer.group(1)) <= 262144:
-        raise UserError(f"data.tokenizer bpe:VOCAB needs VOCAB in [300, 262144], got {tokenizer.group(1)}")
-    if data.batch_size % optimizer.accumulation_steps:
-        raise UserError(
-            f"optimizer.accumulation_steps must divide data.batch_size={data.batch_size}, "
-            f"got {optimizer.accumulation_steps}; change one of them"
-        )
-    decay_steps = optimizer.decay_steps or train.num_steps
-    if optimizer.warmup_steps >= decay_steps:
-        raise UserError(
-            f"optimizer.warmup_steps must be below the {decay_steps} steps of the schedule, "
-            f"got {optimizer.warmup_steps}; lower it or raise train.num_steps"
-        )
-    if 0 < config.sample.temperature < 0.001:
-        raise UserError(
-            f"sample.temperature must be 0 (the most likely token) or at least 0.001, got {config.sample.temperature}"
-        )
-    if config.mesh.data != -1 and config.mesh.data < 1:
-        raise UserError(f"mesh.data must be -1 (all devices) or at least 1, got {config.mesh.data}")
-    if train.profile is not None and profile_steps(train.profile)[0] >= train.num_steps:
-        raise UserError(
-            f"train.profile must start before train.num_steps={train.num_steps}, got {train.profile}; lower its START"
-        )
-
-
-def profile_steps(profile: str) -> tuple[int, int]:
-    """The steps (start, stop) of train.profile; raises UserError unless it is START:STOP with START < STOP."""
-    match = re.fullmatch(r"(\d+):(\d+)", profile)
-    if not match or int(match.group(1)) >= int(match.group(2)):
-        raise UserError(f"train.profile must be START:STOP with START < STOP, such as 10:15; got {profile!r}")
-    return int(match.group(1)), int(match.group(2))

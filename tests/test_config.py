@@ -11,8 +11,9 @@ import pytest
 
 from moe_jax.command import UserError
 from moe_jax.command_line import load_recipe, parse_sample, parse_train
-from moe_jax.config import _RANGES, Config, ModelConfig, MoEConfig, SampleConfig, profile_steps, validate
+from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig
 from moe_jax.sections import settings
+from moe_jax.validation import RANGES, profile_steps, validate
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -34,7 +35,7 @@ def test_the_defaults_and_every_recipe_are_valid():
 def test_every_number_has_its_range():
     numbers = {name for name, kind, _ in settings(Config()) if {int, float} & {kind, *typing.get_args(kind)}}
     unchecked_here = {"model.moe.top_k", "mesh.data"}  # by rules of their own
-    assert numbers - unchecked_here == set(_RANGES)
+    assert numbers - unchecked_here == set(RANGES)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,11 @@ def test_every_number_has_its_range():
         ("model.moe.every", 3, "model.moe.every must divide num_layers - first_dense = 4, got 3"),
         ("model.moe.first_dense", 4, "model.moe.first_dense must be below model.num_layers=4, got 4"),
         ("model.moe.capacity_factor", 0.0, "model.moe.capacity_factor must be at least"),
-        ("model.moe.router", "topk", "model.moe.router must be one of top_k, noisy_top_k; got 'topk'"),
+        ("model.moe.router", "topk", "model.moe.router must be one of top_k, noisy_top_k, switch, expert_choice"),
+        ("model.moe.router", "switch", "router=switch sends a token to one expert, but model.moe.top_k is 2; set it"),
+        ("model.moe.router", "expert_choice", "needs a model.moe.capacity_factor, which sets how many tokens"),
+        ("model.moe.num_expert_groups", 2, "are for model.moe.router=sigmoid_bias, got 2 and 1 with top_k; leave"),
+        ("model.moe.bias_update_rate", -0.1, "model.moe.bias_update_rate must be in [0.0, 1.0], got -0.1"),
         ("model.embed_dim", 128.0, "model.embed_dim must be of type int, got 128.0 of type float"),
         ("model.qk_norm", 1, "model.qk_norm must be of type bool"),
         ("model.num_layers", True, "model.num_layers must be of type int, got True of type bool"),
@@ -70,6 +75,43 @@ def test_what_is_impossible_is_refused_with_rule_value_and_remedy(name, value, w
         validate(changed(name, value))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("moe", "words"),
+    [
+        ({"num_expert_groups": 3}, "num_expert_groups must divide num_experts=8, got 3"),
+        ({"num_expert_groups": 4, "top_k_groups": 5}, "top_k_groups must be in [1, num_expert_groups=4], got 5"),
+        ({"num_expert_groups": 4, "top_k": 3}, "at most the 2 experts of 1 of 4 groups, got 3; lower it, or raise"),
+    ],
+)
+def test_impossible_groups_of_experts_are_refused(moe, words):
+    with pytest.raises(UserError) as caught:
+        validate(Config(model=ModelConfig(moe=MoEConfig(router="sigmoid_bias", **moe))))
+    assert words in str(caught.value)
+
+
+def test_every_router_goes_with_every_dispatcher_or_is_refused_with_the_reason():
+    hints = typing.get_type_hints(MoEConfig)
+    refused = set()
+    for router in typing.get_args(hints["router"]):
+        for dispatch in typing.get_args(hints["dispatch"]):
+            for factor in (None, 1.0):
+                moe = MoEConfig(
+                    router=router, dispatch=dispatch, capacity_factor=factor, top_k=1 if router == "switch" else 2
+                )
+                try:
+                    validate(Config(model=ModelConfig(moe=moe)))
+                except UserError:
+                    refused.add((router, dispatch, factor))
+    no_capacity = {("expert_choice", dispatch, None) for dispatch in typing.get_args(hints["dispatch"])}
+    no_drops = {(router, "sorted", 1.0) for router in ("top_k", "noisy_top_k", "switch", "sigmoid_bias")}
+    assert refused == no_capacity | no_drops
+
+
+def test_the_grouped_product_is_no_setting_of_dispatchers_without_one():
+    with pytest.raises(UserError, match=r"grouped_matmul is for model\.moe\.dispatch=sorted or auto, got ragged"):
+        validate(Config(model=ModelConfig(moe=MoEConfig(dispatch="gather", grouped_matmul="ragged"))))
 
 
 def test_a_dense_model_needs_no_possible_moe_settings():

@@ -17,8 +17,27 @@ from moe_jax.axes import Array, PyTree
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import Attention, LayerCache, cache_mask, causal_mask
 from moe_jax.model.layers import Norm, dropout, fold_in, matrix_init, with_axes
-from moe_jax.model.moe.experts import expert_mlp
-from moe_jax.model.moe.layer import MoE, MoEStatistics, mlp_weights
+from moe_jax.model.mlp import DenseMLP
+from moe_jax.model.moe.grouped import PRODUCTS
+from moe_jax.model.moe.layer import MoE, MoEStatistics
+
+
+class Variables(flax.struct.PyTreeNode):
+    """What a forward pass computes with."""
+
+    params: PyTree
+    """What the gradient trains."""
+    expert_bias_NE: Array | None = None
+    """[MoE layers, E] float32, the router state of ``sigmoid_bias``: moved by each step, but by no gradient."""
+
+    def to_items(self) -> dict[str, PyTree]:
+        """Parameters and, where there is one, router state, as the items of a checkpoint."""
+        state = {} if self.expert_bias_NE is None else {"router_state": {"expert_bias": self.expert_bias_NE}}
+        return {"params": self.params} | state
+
+    @staticmethod
+    def from_items(items: dict[str, PyTree]) -> "Variables":
+        return Variables(items["params"], items["router_state"]["expert_bias"] if "router_state" in items else None)
 
 
 class Context(flax.struct.PyTreeNode):
@@ -49,7 +68,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: Array, layer: Array | int, context: Context, cache: LayerCache | None = None
+        self,
+        x_BLD: Array,
+        layer: Array | int,
+        context: Context,
+        expert_bias_E: Array | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Array, MoEStatistics | None, LayerCache | None]:
         config = self.config
         keys_B = fold_in(context.keys_B, layer)
@@ -63,24 +87,20 @@ class Block(nn.Module):
         if self.is_moe:
             noise_keys_B = fold_in(keys_B, 2) if context.train else None
             y_BLD, statistics = MoE(config, name="moe")(
-                normed_BLD, train=context.train, token_mask_GT=context.token_mask_BL, noise_keys_G=noise_keys_B
+                normed_BLD,
+                train=context.train,
+                token_mask_GT=context.token_mask_BL,
+                noise_keys_G=noise_keys_B,
+                expert_bias_E=expert_bias_E,
             )
         else:
-            y_BLD = DenseMLP(config, name="mlp")(normed_BLD)
+            y_BLD = DenseMLP(config, dense_width(config), name="mlp")(normed_BLD)
         return x_BLD + _dropout(config, y_BLD, keys_B, 3), statistics, cache
 
 
-class DenseMLP(nn.Module):
-    """The MLP of a dense block."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_BLD: Array) -> Array:
-        D = x_BLD.shape[-1]
-        width = self.config.mlp_dim or self.config.moe.top_k * self.config.moe.expert_dim
-        weights = mlp_weights(self, self.config, D, width)
-        return expert_mlp(weights, x_BLD.reshape(-1, D), self.config.activation).reshape(x_BLD.shape)
+def dense_width(config: ModelConfig) -> int:
+    """Hidden width of a dense block's MLP: as set, or the width that a token passes in a MoE layer."""
+    return config.mlp_dim or (config.moe.top_k + config.moe.num_shared_experts) * config.moe.expert_dim
 
 
 class Period(nn.Module):
@@ -91,11 +111,13 @@ class Period(nn.Module):
     """Which of the period's blocks are MoE."""
 
     @nn.compact
-    def __call__(self, x_BLD: Array, first_layer: Array, context: Context) -> tuple[Array, MoEStatistics | None]:
+    def __call__(
+        self, x_BLD: Array, first_layer: Array, context: Context, expert_bias_E: Array | None
+    ) -> tuple[Array, MoEStatistics | None]:
         statistics = None
         for index, is_moe in enumerate(self.kinds):
             block = Block(self.config, is_moe, name=f"block_{index}")
-            x_BLD, block_statistics, _ = block(x_BLD, first_layer + index, context)
+            x_BLD, block_statistics, _ = block(x_BLD, first_layer + index, context, expert_bias_E)
             statistics = block_statistics if is_moe else statistics
         return x_BLD, statistics
 
@@ -114,6 +136,7 @@ class Decoder(nn.Module):
         tokens_BL: Array,
         *,
         train: bool = False,
+        expert_bias_NE: Array | None = None,
         token_mask_BL: Array | None = None,
         keys_B: Array | None = None,
         position_BL: Array | None = None,
@@ -124,6 +147,7 @@ class Decoder(nn.Module):
         Args:
           tokens_BL: int32.
           train: capacity binds and router noise is on; otherwise nothing is dropped.
+          expert_bias_NE: the router state of ``sigmoid_bias``, which needs it; zeros while parameters are created.
           token_mask_BL: True for real tokens; a masked token sends no rows, takes no capacity and counts nowhere.
           keys_B: one random key a sequence for dropout and noise; None: neither.
           position_BL: int32 positions; None: 0 to L-1. A negative one is padding.
@@ -149,9 +173,12 @@ class Decoder(nn.Module):
         x_BLD = x_BLD.astype(config.dtype)
         x_BLD = _dropout(config, x_BLD, fold_in(keys_B, config.num_layers), 0)
         x_BLD = nn.with_logical_constraint(x_BLD, ("batch", None, None))
-        x_BLD, statistics, caches = (
-            self._walk(x_BLD, context, caches) if self.unstacked else (*self._scan(x_BLD, context), None)
-        )
+        if expert_bias_NE is None and self.is_initializing():
+            expert_bias_NE = initial_expert_bias(config)
+        if self.unstacked:
+            x_BLD, statistics, caches = self._walk(x_BLD, context, expert_bias_NE, caches)
+        else:
+            x_BLD, statistics = self._scan(x_BLD, context, expert_bias_NE)
         x_BLD = Norm(config, name="final_norm")(x_BLD)
         if config.tie_embeddings:
             output_DV = embedding_VD.T
@@ -161,7 +188,9 @@ class Decoder(nn.Module):
         logits_BLV = jnp.matmul(x_BLD, output_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32)
         return DecoderOutput(logits_BLV, statistics, caches)
 
-    def _scan(self, x_BLD: Array, context: Context) -> tuple[Array, MoEStatistics | None]:
+    def _scan(
+        self, x_BLD: Array, context: Context, expert_bias_NE: Array | None
+    ) -> tuple[Array, MoEStatistics | None]:
         statistics = None
         for name, kinds, first, repeats in layout(self.config):
             period = Period
@@ -171,23 +200,30 @@ class Decoder(nn.Module):
                 period,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, nn.broadcast),
+                in_axes=(0, nn.broadcast, 0),
                 length=repeats,
                 unroll=min(self.config.scan_unroll, repeats),
                 metadata_params={nn.PARTITION_NAME: "layer"},
             )
             first_layers = first + len(kinds) * jnp.arange(repeats)
-            x_BLD, statistics = scan(self.config, kinds, name=name)(x_BLD, first_layers, context)
+            bias_NE = expert_bias_NE if any(kinds) else None
+            x_BLD, statistics = scan(self.config, kinds, name=name)(x_BLD, first_layers, context, bias_NE)
         return x_BLD, statistics
 
     def _walk(
-        self, x_BLD: Array, context: Context, caches: tuple[LayerCache, ...] | None
+        self,
+        x_BLD: Array,
+        context: Context,
+        expert_bias_NE: Array | None,
+        caches: tuple[LayerCache, ...] | None,
     ) -> tuple[Array, MoEStatistics | None, tuple[LayerCache, ...] | None]:
         all_statistics, new_caches = [], []
         is_moe = [kind for _, kinds, _, repeats in layout(self.config) for kind in kinds * repeats]
         for layer in range(self.config.num_layers):
             block = Block(self.config, is_moe[layer], name=f"layer_{layer}")
-            x_BLD, statistics, cache = block(x_BLD, layer, context, None if caches is None else caches[layer])
+            bias_E = expert_bias_NE[len(all_statistics)] if is_moe[layer] and expert_bias_NE is not None else None
+            cache = None if caches is None else caches[layer]
+            x_BLD, statistics, cache = block(x_BLD, layer, context, bias_E, cache)
             new_caches.append(cache)
             if statistics is not None:
                 all_statistics.append(statistics)
@@ -197,7 +233,7 @@ class Decoder(nn.Module):
 
 def forward(
     decoder: Decoder,
-    params: PyTree,
+    variables: Variables,
     tokens_BL: Array,
     *,
     train: bool = False,
@@ -206,13 +242,14 @@ def forward(
     position_BL: Array | None = None,
     caches: tuple[LayerCache, ...] | None = None,
 ) -> DecoderOutput:
-    """``decoder`` as a pure function of its parameters; arguments as in ``Decoder.__call__``."""
+    """``decoder`` as a pure function of its variables; arguments as in ``Decoder.__call__``."""
     return cast(
         DecoderOutput,
         decoder.apply(
-            {"params": params},
+            {"params": variables.params},
             tokens_BL,
             train=train,
+            expert_bias_NE=variables.expert_bias_NE,
             token_mask_BL=token_mask_BL,
             keys_B=keys_B,
             position_BL=position_BL,
@@ -231,8 +268,17 @@ def layout(config: ModelConfig) -> list[tuple[str, tuple[bool, ...], int, int]]:
     return [*dense, ("periods", kinds, moe.first_dense, (config.num_layers - moe.first_dense) // moe.every)]
 
 
-def unstack(params: PyTree, config: ModelConfig) -> PyTree:
-    """The parameters of a scanned ``Decoder`` as those of an ``unstacked`` one: ``layer_0`` to ``layer_{N-1}``."""
+def initial_expert_bias(config: ModelConfig) -> Array | None:
+    """The router state before the first step: [MoE layers, E] zeros with ``sigmoid_bias``, otherwise None."""
+    moe = config.moe
+    if not moe.num_experts or moe.router != "sigmoid_bias":
+        return None
+    return jnp.zeros(((config.num_layers - moe.first_dense) // moe.every, moe.num_experts), jnp.float32)
+
+
+def unstack(variables: Variables, config: ModelConfig) -> Variables:
+    """The variables of a scanned ``Decoder`` for an ``unstacked`` one: parameters ``layer_0`` to ``layer_{N-1}``."""
+    params = variables.params
     names = {name for name, _, _, _ in layout(config)}
     unstacked = {name: value for name, value in params.items() if name not in names}
     for name, kinds, first, repeats in layout(config):
@@ -240,7 +286,7 @@ def unstack(params: PyTree, config: ModelConfig) -> PyTree:
             for index in range(len(kinds)):
                 block = jax.tree.map(lambda leaf, turn=turn: leaf[turn], params[name][f"block_{index}"])
                 unstacked[f"layer_{first + turn * len(kinds) + index}"] = block
-    return unstacked
+    return variables.replace(params=unstacked)
 
 
 def init_caches(config: ModelConfig, batch_size: int, cache_length: int) -> tuple[LayerCache, ...]:
@@ -260,4 +306,7 @@ def _dropout(config: ModelConfig, x_BLD: Array, keys_B: Array | None, site: int)
 
 def _remat_policy(remat: Literal["dots", "full"]) -> Any:
     """What the forward pass keeps for the backward pass: the matrix products' results, or only each period's input."""
-    return jax.checkpoint_policies.dots_saveable if remat == "dots" else None
+    policies = jax.checkpoint_policies
+    # The products of sorted experts are in a loop, where the first policy does not see them.
+    saved = policies.save_from_both_policies(policies.dots_saveable, policies.save_only_these_names(PRODUCTS))
+    return saved if remat == "dots" else None

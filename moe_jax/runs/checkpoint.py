@@ -1,8 +1,8 @@
 """Checkpoints: Orbax steps with checksums; the newest ones and the one of the lowest validation loss are kept.
 
-A step's folder holds the items params, optimizer_state and progress (JSON). The parameters are an item of their own,
-so that sampling reads nothing else. Orbax restores a flipped bit without a word, so each finished step is sealed with
-the checksums of its files, and they are compared before anything is read.
+A step's folder holds the items params, router_state (where the router has one), optimizer_state and progress (JSON).
+The first two are items of their own, so that sampling reads nothing else. Orbax restores a flipped bit without a word,
+so each finished step is sealed with the checksums of its files, and they are compared before anything is read.
 """
 
 import hashlib
@@ -30,8 +30,7 @@ _SUMS = "SHA256SUMS.json"
 @dataclass(frozen=True)
 class Restored:
     step: int
-    params: PyTree
-    optimizer_state: PyTree
+    items: dict[str, PyTree]
     progress: dict[str, Any]
 
 
@@ -43,10 +42,10 @@ def read_progress(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def restore_params(folder: Path, which: Literal["best", "newest"], params: PyTree) -> PyTree:
-    """The parameters of the checkpoint of the lowest validation loss, or of the newest one.
+def restore_items(folder: Path, which: Literal["best", "newest"], items: Mapping[str, PyTree]) -> dict[str, PyTree]:
+    """The named items of the checkpoint of the lowest validation loss, or of the newest one.
 
-    Before the first evaluation the best is the newest. ``params`` gives shapes, types and shardings. UserError where
+    Before the first evaluation the best is the newest. ``items`` gives shapes, types and shardings. UserError where
     there is no checkpoint, or it is damaged.
     """
     steps = saved_steps(folder)
@@ -63,7 +62,7 @@ def restore_params(folder: Path, which: Literal["best", "newest"], params: PyTre
             f"the {which} checkpoint {folder / str(step)} is damaged ({damage}); put a copy of it back"
             + (remedy[0] if remedy else ", or train on: the same train.py command goes on from the newest sound one")
         )
-    return _arrays(folder / str(step) / "params", params)
+    return _restore(folder / str(step), items)
 
 
 class Checkpoints:
@@ -95,7 +94,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_val_loss, best_mode="min"),
-            item_names=("params", "optimizer_state", "progress"),
+            item_names=("params", "router_state", "optimizer_state", "progress"),
         )
 
     def __enter__(self) -> Self:
@@ -108,13 +107,12 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        params: PyTree,
-        optimizer_state: PyTree,
+        items: Mapping[str, PyTree],
         *,
         progress: Mapping[str, Any],
         val_loss: float | None,
     ) -> None:
-        """Starts to write ``step`` and returns once the arrays are copied.
+        """Starts to write the arrays ``items`` of ``step`` and returns once they are copied.
 
         ``val_loss`` is None if the step was not evaluated; one that is not finite is never the best.
         """
@@ -122,25 +120,19 @@ class Checkpoints:
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params),
-                optimizer_state=ocp.args.StandardSave(optimizer_state),
                 progress=ocp.args.JsonSave(dict(progress)),
+                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
             ),
             metrics={"val_loss": val_loss} if val_loss is not None and math.isfinite(val_loss) else None,
         )
 
-    def restore(self, params: PyTree, optimizer_state: PyTree) -> Restored | None:
-        """The newest checkpoint, in the shapes, types and shardings of the two trees; None without any."""
+    def restore(self, items: Mapping[str, PyTree]) -> Restored | None:
+        """The newest checkpoint, in the shapes, types and shardings of ``items``; None without any."""
         steps = saved_steps(self._folder)
         if not steps:
             return None
         folder = self._folder / str(steps[-1])
-        return Restored(
-            steps[-1],
-            _arrays(folder / "params", params),
-            _arrays(folder / "optimizer_state", optimizer_state),
-            _progress(folder),
-        )
+        return Restored(steps[-1], _restore(folder, items), _progress(folder))
 
     def _seal(self) -> None:
         """Writes the checksums of every finished step that has none."""
@@ -186,9 +178,9 @@ def _damage(step_folder: Path) -> str | None:
     return None
 
 
-def _arrays(item: Path, target: PyTree) -> PyTree:
+def _restore(step_folder: Path, items: Mapping[str, PyTree]) -> dict[str, PyTree]:
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(item.absolute(), target)
+        return {name: checkpointer.restore((step_folder / name).absolute(), tree) for name, tree in items.items()}
 
 
 def _progress(step_folder: Path) -> dict[str, Any]:

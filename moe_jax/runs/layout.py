@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moe_jax.command import UserError
-from moe_jax.config import Config, validate
+from moe_jax.config import Config
 from moe_jax.sections import settings
+from moe_jax.validation import validate
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from moe_jax.axes import Array, PyTree
+from moe_jax.axes import Array
 from moe_jax.model.attention import LayerCache
-from moe_jax.model.decoder import Decoder, forward, init_caches
+from moe_jax.model.decoder import Decoder, Variables, forward, init_caches
 from moe_jax.sampling.processors import keep_top_k, keep_top_p, scale_by_temperature
 
 
@@ -22,12 +22,12 @@ class Settings(flax.struct.PyTreeNode):
 
 
 def prefill(
-    decoder: Decoder, params: PyTree, prompt_BL: Array, prompt_length: Array
+    decoder: Decoder, variables: Variables, prompt_BL: Array, prompt_length: Array
 ) -> tuple[Array, tuple[LayerCache, ...]]:
     """Runs the prompt through the model.
 
     Args:
-      decoder: an ``unstacked`` decoder, with ``params`` from ``unstack``.
+      decoder: an ``unstacked`` decoder, with ``variables`` from ``unstack``.
       prompt_BL: token ids, padded on the right; L is at most the context.
       prompt_length: [] real tokens of every row, at least 1.
 
@@ -39,7 +39,7 @@ def prefill(
     real_BL = index_BL < prompt_length
     output = forward(
         decoder,
-        params,
+        variables,
         prompt_BL,
         token_mask_BL=real_BL,
         position_BL=jnp.where(real_BL, index_BL, -1),
@@ -65,7 +65,7 @@ def draw(logits_BV: Array, settings: Settings, position: Array) -> Array:
 
 def decode(
     decoder: Decoder,
-    params: PyTree,
+    variables: Variables,
     logits_BV: Array,
     caches: tuple[LayerCache, ...],
     prompt_length: Array,
@@ -95,7 +95,7 @@ def decode(
         token_B = jnp.where(ended_B, end_token, draw(logits_BV, settings, position))
         ended_B = ended_B | (token_B == end_token)
         drawn_BS = jax.lax.dynamic_update_index_in_dim(drawn_BS, token_B, index, axis=1)
-        output = forward(decoder, params, token_B[:, None], position_BL=jnp.full((B, 1), position), caches=caches)
+        output = forward(decoder, variables, token_B[:, None], position_BL=jnp.full((B, 1), position), caches=caches)
         return index + 1, drawn_BS, output.logits_BLV[:, 0], output.caches, ended_B
 
     drawn_BS = jnp.full((B, buffer_length), end_token, jnp.int32)

@@ -20,8 +20,8 @@ def sample_to_terminal(
         _check_encodable(prompt)
     if run.load_config().train.compile_cache:
         enable_compile_cache()
-    generator, params = load_generator(run, which)
-    samples = generator.generate(params, prompt or "", sample)
+    generator, variables = load_generator(run, which)
+    samples = generator.generate(variables, prompt or "", sample)
     text = "\n\n---\n\n".join(item.prompt + item.text for item in samples) + "\n"
     sys.stdout.write(text)
     sys.stdout.flush()

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from moe_jax.axes import PyTree
 from moe_jax.command import UserError
 from moe_jax.config import ModelConfig, SampleConfig
 from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
-from moe_jax.model.decoder import Decoder, unstack
-from moe_jax.runs.checkpoint import restore_params
+from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias, unstack
+from moe_jax.runs.checkpoint import restore_items
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.sampling.decode import Settings, decode, prefill
 
@@ -35,20 +34,26 @@ class Generator:
     """A model ready to sample: compiled functions for its shapes, kept from call to call."""
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer):
+        """Raises UserError for a model that cannot be sampled from."""
+        if not is_causal(config):
+            raise UserError(
+                "a model of model.moe.router=expert_choice cannot be sampled from: its experts choose among all "
+                "tokens of a text, later ones included; train one with another router"
+            )
         self.config = config
         self.tokenizer = tokenizer
         decoder = Decoder(config, tokenizer.vocab_size, unstacked=True)
-        self._unstack = jax.jit(lambda params: unstack(params, config))
+        self._unstack = jax.jit(lambda variables: unstack(variables, config))
         self._prefill = jax.jit(functools.partial(prefill, decoder))
         self._decode = jax.jit(
             functools.partial(decode, decoder, end_token=tokenizer.endoftext_id),
             static_argnames="buffer_length",
         )
 
-    def generate(self, params: PyTree, prompt: str, sample: SampleConfig) -> list[Sample]:
+    def generate(self, variables: Variables, prompt: str, sample: SampleConfig) -> list[Sample]:
         """``sample.num_samples`` continuations of ``prompt``, or texts from nothing where it is empty.
 
-        ``params`` are those of the training decoder. Raises UserError for a prompt longer than the context.
+        ``variables`` are those of the training decoder. Raises UserError for a prompt longer than the context.
         """
         prompt_ids = self.tokenizer.encode(prompt) if prompt else [self.tokenizer.endoftext_id]
         context = self.config.context_length
@@ -63,7 +68,7 @@ class Generator:
         padded = np.zeros((sample.num_samples, min(context, _power_of_two(len(prompt_ids)))), np.int32)
         padded[:, : len(prompt_ids)] = prompt_ids
         length = jnp.asarray(len(prompt_ids), jnp.int32)
-        unstacked = self._unstack(params)
+        unstacked = self._unstack(variables)
         logits_BV, caches = self._prefill(unstacked, padded, length)
         drawn_BS = self._decode(
             unstacked,
@@ -85,15 +90,26 @@ class Generator:
         return Sample(prompt, self.tokenizer.decode(tokens), tokens, "stop" if end in row else unfinished)
 
 
-def load_generator(run: RunDirectory, which: Literal["best", "newest"]) -> tuple[Generator, PyTree]:
-    """The generator of a finished or running training run and its "best" or "newest" parameters. Raises UserError."""
+def is_causal(config: ModelConfig) -> bool:
+    """Whether the logits after a token depend on it and earlier ones only, as sampling needs."""
+    return not config.moe.num_experts or config.moe.router != "expert_choice"
+
+
+def load_generator(run: RunDirectory, which: Literal["best", "newest"]) -> tuple[Generator, Variables]:
+    """The generator of a finished or running training run and its "best" or "newest" variables. Raises UserError."""
     config = run.load_config()
     tokenizer = load_tokenizer(run.tokenizer)
+    generator = Generator(config.model, tokenizer)
     decoder = Decoder(config.model, tokenizer.vocab_size)
-    shapes = jax.eval_shape(lambda: nn.unbox(decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["params"])
+    shapes = jax.eval_shape(lambda: _initial_variables(decoder).to_items())
     device = SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-    return Generator(config.model, tokenizer), restore_params(run.checkpoints, which, abstract)
+    return generator, Variables.from_items(restore_items(run.checkpoints, which, abstract))
+
+
+def _initial_variables(decoder: Decoder) -> Variables:
+    boxed = decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    return Variables(nn.unbox(boxed), initial_expert_bias(decoder.config))
 
 
 def _settings(sample: SampleConfig, vocab_size: int) -> Settings:

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moe_jax.axes import PyTree
 from moe_jax.data.pipeline import evaluation_batches
 from moe_jax.data.prepare import Split
+from moe_jax.model.decoder import Variables
 from moe_jax.parallel.mesh import put_batch
 from moe_jax.training.step import EvalOutput, RoutingTotals
 
@@ -29,8 +29,8 @@ class Evaluation:
 
 
 def evaluate(
-    eval_step: Callable[[PyTree, dict], EvalOutput],
-    params: PyTree,
+    eval_step: Callable[[Variables, dict], EvalOutput],
+    variables: Variables,
     split: Split,
     mesh: Mesh,
     *,
@@ -47,7 +47,7 @@ def evaluate(
     )
     losses, counts, routing = [], [], None
     for batch in batches:
-        output = jax.device_get(eval_step(params, put_batch(batch, mesh)))
+        output = jax.device_get(eval_step(variables, put_batch(batch, mesh)))
         losses.append(float(output.loss))
         counts.append(int(output.num_tokens))
         if output.routing is not None:

@@ -17,7 +17,7 @@ from moe_jax.runs.checkpoint import Checkpoints
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.log import TrainingBar, training_bar
 from moe_jax.runs.metrics import MetricsWriter
-from moe_jax.sampling.generator import Generator
+from moe_jax.sampling.generator import Generator, is_causal
 from moe_jax.training.evaluation import Evaluation, bits_per_byte, evaluate
 from moe_jax.training.interrupt import StopRequest
 from moe_jax.training.metrics import Metrics, merge, named_metrics, routing_by_layer, routing_summary, step_metrics
@@ -61,7 +61,8 @@ class Loop:
         optimizer = make_optimizer(config.optimizer, self.schedule)
         self.train_step = jax.jit(make_train_step(config, decoder, optimizer), donate_argnums=0)
         self.eval_step = jax.jit(make_eval_step(decoder))
-        self.generator = Generator(config.model, data.tokenizer)
+        # Experts that choose tokens choose among later ones too, so that no text can be sampled from them.
+        self.generator = Generator(config.model, data.tokenizer) if is_causal(config.model) else None
         self.trace = Trace(config.train.profile, run.profile)
         # Of the steps since the last line of metrics.jsonl: their metrics, number and time.
         self.interval: Metrics | None = None
@@ -167,16 +168,18 @@ class Loop:
             f"step {done}: train {train.loss:.4f}, validation {val.loss:.4f} nats/token (perplexity "
             f"{val.perplexity:.2f}" + (f", {bits:.4f} bits/byte)" if bits is not None else ")") + usage
         )
-        text = self.generator.generate(self.state.params, "", dataclasses.replace(self.config.sample, num_samples=1))
-        self.writer.write_text(done, "sample", text[0].text)
-        log.info("sample:\n" + text[0].text.strip())
+        if self.generator is not None:
+            sample = dataclasses.replace(self.config.sample, num_samples=1)
+            text = self.generator.generate(self.state.variables, "", sample)
+            self.writer.write_text(done, "sample", text[0].text)
+            log.info("sample:\n" + text[0].text.strip())
         bar.describe("training")
         return val.loss
 
     def _score(self, name: str, max_tokens: int | None) -> Evaluation:
         return evaluate(
             self.eval_step,
-            self.state.params,
+            self.state.variables,
             self.data.val if name == "val" else self.data.train,
             self.mesh,
             context_length=self.config.model.context_length,
@@ -187,8 +190,7 @@ class Loop:
     def _save(self, done: int, val_loss: float | None) -> None:
         self.checkpoints.save(
             done,
-            self.state.params,
-            self.state.optimizer_state,
+            self.state.checkpoint_items(),
             progress=dataclasses.asdict(self.progress),
             val_loss=val_loss,
         )

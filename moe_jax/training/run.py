@@ -13,6 +13,7 @@ from moe_jax.data.pipeline import check_splits
 from moe_jax.data.prepare import PreparedData, prepare
 from moe_jax.data.tokenizer import save_tokenizer
 from moe_jax.model.decoder import Decoder
+from moe_jax.model.moe.choice import choose_dispatch
 from moe_jax.parallel.mesh import make_mesh, use_mesh
 from moe_jax.parallel.startup import enable_compile_cache
 from moe_jax.report.plots import plot_expert_load, plot_loss_curve
@@ -20,6 +21,7 @@ from moe_jax.runs.checkpoint import Checkpoints, read_progress
 from moe_jax.runs.layout import RunDirectory, check_same_run, saved_steps
 from moe_jax.runs.log import start_log
 from moe_jax.runs.metrics import MetricsWriter
+from moe_jax.sampling.generator import is_causal
 from moe_jax.training.interrupt import catch_signals
 from moe_jax.training.loop import Loop, Progress
 from moe_jax.training.optimizer import make_optimizer, make_schedule
@@ -94,12 +96,12 @@ def _state(
     decoder = Decoder(config.model, data.tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
     target = abstract_state(decoder, optimizer, mesh)
-    restored = checkpoints.restore(target.params, target.optimizer_state)
+    restored = checkpoints.restore(target.checkpoint_items())
     if restored is None:
         state = init_state(decoder, optimizer, mesh, config.train.seed)
         return state, Progress(data_fingerprint=data.fingerprint), None
     step = jax.device_put(jax.numpy.asarray(restored.step, target.step.dtype), target.step.sharding)
-    state = TrainState(step, restored.params, restored.optimizer_state)
+    state = TrainState.from_items(step, restored.items)
     return state, Progress(**restored.progress), restored.step
 
 
@@ -134,13 +136,25 @@ def _describe(config: Config, mesh: jax.sharding.Mesh, data: PreparedData, state
     )
     log.info(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})")
     if moe.num_experts:
-        exact = "every expert takes every token, E/K times the multiplications"
-        how = f"accept {moe.capacity_factor} of a balanced share and drop the rest" if moe.capacity_factor else exact
-        log.info(f"dispatch by {moe.dispatch}: in training experts {how}; in evaluation {exact}, nothing dropped")
+        _describe_dispatch(config)
         if moe.load_balancing_scope == "batch" and config.optimizer.accumulation_steps > 1:
             log.info("load is balanced over each microbatch, not over the accumulated batch")
     if int(state.step):
         log.info(f"going on from step {int(state.step)}")
+
+
+def _describe_dispatch(config: Config) -> None:
+    moe = config.model.moe
+    num_tokens = config.data.batch_size // config.optimizer.accumulation_steps * config.model.context_length
+    for name, train in (("training", True), ("evaluation", False)):
+        log.info(f"dispatch in {name}: {choose_dispatch(moe, num_tokens, train=train)}")
+    if moe.router == "expert_choice":
+        log.info(
+            f"experts take {moe.capacity_factor} of a balanced share each, in evaluation too, among all tokens of a "
+            "sequence, later ones included: the validation loss has seen the future, and no text can be sampled"
+        )
+    elif moe.capacity_factor is not None:
+        log.info(f"in training experts accept {moe.capacity_factor} of a balanced share and drop the rest")
 
 
 def _conclude(config: Config, run: RunDirectory, step: int, progress: Progress, exit_code: int | None) -> None:
@@ -151,4 +165,5 @@ def _conclude(config: Config, run: RunDirectory, step: int, progress: Progress, 
         log.info(f"interrupted: the checkpoint of step {step} is on disk; run the same command to go on")
     elif step < config.train.num_steps:
         log.info(f"stopped early: {progress.evaluations_without_gain} evaluations without a lower validation loss")
-    log.info(f"sample from it: python sample.py --workdir {run.path}")
+    if is_causal(config.model):
+        log.info(f"sample from it: python sample.py --workdir {run.path}")

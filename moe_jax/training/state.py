@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 
 from moe_jax.axes import Array, PyTree
-from moe_jax.model.decoder import Decoder
+from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
 from moe_jax.parallel.mesh import shardings
 
 
@@ -16,7 +16,22 @@ class TrainState(flax.struct.PyTreeNode):
     step: Array
     """[] int32: optimizer steps done."""
     params: PyTree
+    expert_bias_NE: Array | None
+    """The router state (``Variables.expert_bias_NE``)."""
     optimizer_state: PyTree
+
+    @property
+    def variables(self) -> Variables:
+        return Variables(self.params, self.expert_bias_NE)
+
+    def checkpoint_items(self) -> dict[str, PyTree]:
+        """What a checkpoint holds of it beside the step, by item; ``from_items`` is the inverse."""
+        return self.variables.to_items() | {"optimizer_state": self.optimizer_state}
+
+    @staticmethod
+    def from_items(step: Array, items: dict[str, PyTree]) -> "TrainState":
+        variables = Variables.from_items(items)
+        return TrainState(step, variables.params, variables.expert_bias_NE, items["optimizer_state"])
 
 
 def abstract_state(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -40,7 +55,12 @@ def init_state(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: 
 def _boxed_state(decoder: Decoder, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
     # Shapes do not depend on the batch, so one short sequence creates every parameter.
     params = decoder.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, optimizer_state=optimizer.init(params))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        expert_bias_NE=initial_expert_bias(decoder.config),
+        optimizer_state=optimizer.init(params),
+    )
 
 
 def count_params(params: PyTree, top_k: int, num_experts: int) -> tuple[int, int]:
@@ -48,7 +68,7 @@ def count_params(params: PyTree, top_k: int, num_experts: int) -> tuple[int, int
     total = active = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         keys = [part.key for part in path]
-        is_expert = "moe" in keys and not keys[-1].startswith("router")
+        is_expert = "moe" in keys and "shared" not in keys and not keys[-1].startswith("router")
         total += leaf.size
         active += leaf.size * top_k // num_experts if is_expert else leaf.size
     return total, active

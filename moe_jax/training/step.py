@@ -9,9 +9,10 @@ import optax
 
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import Config, MoEConfig
-from moe_jax.model.decoder import Decoder, forward
+from moe_jax.model.decoder import Decoder, Variables, forward
 from moe_jax.model.moe.layer import MoEStatistics
 from moe_jax.model.moe.losses import importance_loss, load_balancing_loss, router_z_loss
+from moe_jax.model.moe.routing import updated_bias
 from moe_jax.training.state import TrainState
 
 
@@ -56,13 +57,19 @@ def make_train_step(
     """
     accumulation = config.optimizer.accumulation_steps
     is_random = config.model.dropout_rate > 0 or (
-        config.model.moe.num_experts > 0 and config.model.moe.router == "noisy_top_k"
+        config.model.moe.num_experts > 0 and config.model.moe.router in ("noisy_top_k", "switch")
     )
 
-    def objective(params: PyTree, microbatch: dict[str, Array], keys_B: Array | None, batch_size: int):
+    def objective(
+        params: PyTree,
+        expert_bias_NE: Array | None,
+        microbatch: dict[str, Array],
+        keys_B: Array | None,
+        batch_size: int,
+    ):
         inputs_BL, targets_BL = microbatch["inputs"], microbatch["targets"]
         num_targets = batch_size * inputs_BL.shape[1]
-        output = forward(decoder, params, inputs_BL, train=True, keys_B=keys_B)
+        output = forward(decoder, Variables(params, expert_bias_NE), inputs_BL, train=True, keys_B=keys_B)
         loss = jnp.sum(cross_entropy(output.logits_BLV, targets_BL)) / num_targets
         if output.statistics is None:
             return loss, (loss, {}, None)
@@ -79,30 +86,38 @@ def make_train_step(
         batch_size = batch["inputs"].shape[0]
         keys_B = _sequence_keys(config.train.seed, state.step, batch_size) if is_random else None
         gradient_of = jax.grad(objective, has_aux=True)
-        if accumulation == 1:
-            gradients, sums = gradient_of(state.params, batch, keys_B, batch_size)
-        else:
-            microbatches, keys_AB = _split((batch, keys_B), accumulation)
-            zeros = jax.tree.map(
-                lambda leaf: jnp.zeros(leaf.shape, jnp.float32),
-                jax.eval_shape(
-                    lambda: gradient_of(
-                        state.params, *jax.tree.map(lambda leaf: leaf[0], (microbatches, keys_AB)), batch_size
-                    )
-                ),
-            )
-
-            def accumulate(total, slices):
-                microbatch, keys = slices
-                return jax.tree.map(jnp.add, total, gradient_of(state.params, microbatch, keys, batch_size)), None
-
-            (gradients, sums), _ = jax.lax.scan(accumulate, zeros, (microbatches, keys_AB))
+        gradients, sums = _accumulate(
+            lambda microbatch, keys_B: gradient_of(state.params, state.expert_bias_NE, microbatch, keys_B, batch_size),
+            (batch, keys_B),
+            accumulation,
+        )
         loss, moe_losses, routing = sums
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-        new_state = TrainState(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state)
+        new_state = state.replace(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            optimizer_state=optimizer_state,
+        )
+        if state.expert_bias_NE is not None:
+            bias_NE = updated_bias(state.expert_bias_NE, routing.load_NE, config.model.moe.bias_update_rate)
+            new_state = new_state.replace(expert_bias_NE=bias_NE)
         return new_state, StepOutput(loss, moe_losses, routing, optax.tree.norm(gradients))
 
     return train_step
+
+
+def _accumulate(function: Callable[..., PyTree], batch: PyTree, accumulation: int) -> PyTree:
+    """The float32 sum of ``function``'s results over the batch's microbatches, computed one after the other."""
+    if accumulation == 1:
+        return function(*batch)
+    microbatches = _split(batch, accumulation)
+    shapes = jax.eval_shape(function, *jax.tree.map(lambda leaf: leaf[0], microbatches))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), shapes)
+
+    def add(total: PyTree, microbatch: PyTree) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, function(*microbatch)), None
+
+    return jax.lax.scan(add, zeros, microbatches)[0]
 
 
 def cross_entropy(logits_BLV: Array, targets_BL: Array) -> Array:
@@ -145,12 +160,12 @@ class EvalOutput(flax.struct.PyTreeNode):
     routing: RoutingTotals | None
 
 
-def make_eval_step(decoder: Decoder) -> Callable[[PyTree, dict[str, Array]], EvalOutput]:
-    """The function (params, {"inputs", "targets", "mask": [B, L]}) -> sums, without noise, dropout or drops."""
+def make_eval_step(decoder: Decoder) -> Callable[[Variables, dict[str, Array]], EvalOutput]:
+    """The function (variables, {"inputs", "targets", "mask": [B, L]}) -> sums, without noise, dropout or drops."""
 
-    def eval_step(params: PyTree, batch: dict[str, Array]) -> EvalOutput:
+    def eval_step(variables: Variables, batch: dict[str, Array]) -> EvalOutput:
         mask_BL = batch["mask"]
-        output = forward(decoder, params, batch["inputs"], token_mask_BL=mask_BL)
+        output = forward(decoder, variables, batch["inputs"], token_mask_BL=mask_BL)
         loss_BL = jnp.where(mask_BL, cross_entropy(output.logits_BLV, batch["targets"]), 0.0)
         routing = None if output.statistics is None else routing_totals(output.statistics)
         return EvalOutput(jnp.sum(loss_BL), jnp.sum(mask_BL), routing)

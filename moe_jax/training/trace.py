@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 
 from moe_jax.axes import PyTree
-from moe_jax.config import profile_steps
+from moe_jax.validation import profile_steps
 
 log = logging.getLogger("moe_jax")
 

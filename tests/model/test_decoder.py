@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.decoder import Decoder, init_caches, layout, unstack
+from moe_jax.model.decoder import Decoder, Variables, init_caches, layout, unstack
 
 VOCAB, B, L = 29, 2, 10
 TINY = ModelConfig(
@@ -68,7 +68,7 @@ def test_no_position_sees_a_later_token_though_capacity_binds(model):
 def test_cached_decoding_equals_the_full_forward(model):
     config, params, tokens_BL = model
     expected = forward(config)(params, tokens_BL).logits_BLV
-    decoder, unstacked = Decoder(config, VOCAB, unstacked=True), unstack(params, config)
+    decoder, unstacked = Decoder(config, VOCAB, unstacked=True), unstack(Variables(params), config).params
 
     @jax.jit
     def step(tokens_BL, position_BL, caches):
@@ -113,7 +113,7 @@ def test_past_the_context_the_cache_equals_a_banded_full_forward():
     config, M, length = dataclasses.replace(LLAMA, context_length=4), 4, 11
     tokens_BL = jax.random.randint(jax.random.key(1), (B, length), 0, VOCAB)
     params = nn.unbox(jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), tokens_BL))["params"]
-    decoder, unstacked = Decoder(config, VOCAB, unstacked=True), unstack(params, config)
+    decoder, unstacked = Decoder(config, VOCAB, unstacked=True), unstack(Variables(params), config).params
     apply = jax.jit(
         lambda tokens, positions, caches: decoder.apply(
             {"params": unstacked}, tokens, position_BL=positions, caches=caches

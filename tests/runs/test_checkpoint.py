@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax.command import UserError
-from moe_jax.runs.checkpoint import Checkpoints, read_progress, restore_params
+from moe_jax.runs.checkpoint import Checkpoints, read_progress, restore_items
 from moe_jax.runs.layout import saved_steps
 
 
@@ -21,7 +21,7 @@ def mesh_of(count):
 def trees(value, devices=1):
     rows = NamedSharding(mesh_of(devices), PartitionSpec("data"))
     params = {"w": jax.device_put(jnp.arange(64.0).reshape(8, 8) + value, rows)}
-    return params, {"mu": jax.device_put(jnp.full((8,), value, jnp.float32), rows)}
+    return {"params": params, "optimizer_state": {"mu": jax.device_put(jnp.full((8,), value, jnp.float32), rows)}}
 
 
 def abstract(tree):
@@ -32,17 +32,17 @@ def fill(folder, losses, keep=2):
     """Saves steps 10, 20, ... with a validation loss each, None for one that was not evaluated."""
     with Checkpoints(folder, keep=keep) as checkpoints:
         for number, val_loss in enumerate(losses, start=1):
-            params, optimizer_state = trees(number)
-            checkpoints.save(10 * number, params, optimizer_state, progress={"number": number}, val_loss=val_loss)
+            checkpoints.save(10 * number, trees(number), progress={"number": number}, val_loss=val_loss)
 
 
 def restored(folder, devices=1):
     with Checkpoints(folder, keep=2) as checkpoints:
-        return checkpoints.restore(*map(abstract, trees(0, devices)))
+        return checkpoints.restore(abstract(trees(0, devices)))
 
 
 def best_value(folder, which="best"):
-    return float(restore_params(folder, which, abstract(trees(0)[0]))["w"][0, 0])
+    items = {"params": abstract(trees(0)["params"])}
+    return float(restore_items(folder, which, items)["params"]["w"][0, 0])
 
 
 def largest_file(folder):
@@ -70,10 +70,11 @@ def test_the_newest_comes_back_on_any_number_of_devices(tmp_path):
     for devices in (1, 8):
         found = restored(tmp_path, devices)
         assert (found.step, found.progress) == (20, {"number": 2})
-        want_params, want_state = trees(2)
-        np.testing.assert_array_equal(found.params["w"], want_params["w"])
-        np.testing.assert_array_equal(found.optimizer_state["mu"], want_state["mu"])
-        assert found.params["w"].sharding.num_devices == devices
+        want = trees(2)
+        assert found.items.keys() == want.keys()
+        np.testing.assert_array_equal(found.items["params"]["w"], want["params"]["w"])
+        np.testing.assert_array_equal(found.items["optimizer_state"]["mu"], want["optimizer_state"]["mu"])
+        assert found.items["params"]["w"].sharding.num_devices == devices
 
 
 def test_parameters_of_the_best_and_of_the_newest(tmp_path):
@@ -86,7 +87,7 @@ def test_the_best_is_kept_when_a_run_goes_on(tmp_path):
     fill(tmp_path, [2.0, 1.0, 3.0])
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step, val_loss in ((40, 1.5), (50, None), (60, 1.25)):
-            checkpoints.save(step, *trees(step), progress={}, val_loss=val_loss)
+            checkpoints.save(step, trees(step), progress={}, val_loss=val_loss)
     assert saved_steps(tmp_path) == [20, 50, 60]
     assert best_value(tmp_path) == 2.0
 
@@ -125,7 +126,7 @@ def test_damage_is_found_and_the_older_checkpoint_restored(tmp_path, damage, wor
     assert (tmp_path / "damaged" / "20").is_dir()
     # The step can be saved anew.
     with Checkpoints(folder, keep=2) as checkpoints:
-        checkpoints.save(20, *trees(7), progress={}, val_loss=0.5)
+        checkpoints.save(20, trees(7), progress={}, val_loss=0.5)
     assert best_value(folder) == 7.0
 
 

@@ -11,7 +11,7 @@ import pytest
 from moe_jax.command import UserError
 from moe_jax.config import ModelConfig, MoEConfig, SampleConfig
 from moe_jax.data.tokenizer import build_tokenizer
-from moe_jax.model.decoder import Decoder, forward
+from moe_jax.model.decoder import Decoder, Variables, forward
 from moe_jax.sampling.generator import Generator
 
 TOKENIZER = build_tokenizer("char", ["abcdefgh"])
@@ -28,7 +28,7 @@ CONFIG = ModelConfig(
 def make(config):
     decoder = Decoder(config, TOKENIZER.vocab_size)
     params = nn.unbox(jax.jit(decoder.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32)))["params"]
-    return Generator(config, TOKENIZER), params, decoder
+    return Generator(config, TOKENIZER), Variables(params), decoder
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +36,10 @@ def rotary():
     return make(CONFIG)
 
 
-def naive_greedy(decoder, params, prompt, count):
+def naive_greedy(decoder, variables, prompt, count):
     """Full forwards of the growing text, without a cache."""
     ids = list(prompt)
-    run = jax.jit(lambda tokens: forward(decoder, params, tokens).logits_BLV)
+    run = jax.jit(lambda tokens: forward(decoder, variables, tokens).logits_BLV)
     for _ in range(count):
         padded = np.zeros((1, 16), np.int32)
         padded[0, : len(ids)] = ids
@@ -51,51 +51,51 @@ def naive_greedy(decoder, params, prompt, count):
 
 @pytest.mark.parametrize("prompt", ["a", "bad", "hgfedcb"])
 def test_greedy_text_equals_a_loop_of_full_forwards(rotary, prompt):
-    generator, params, decoder = rotary
-    (sample,) = generator.generate(params, prompt, SampleConfig(temperature=0.0, max_new_tokens=8))
-    expected = naive_greedy(decoder, params, TOKENIZER.encode(prompt), 8)
+    generator, variables, decoder = rotary
+    (sample,) = generator.generate(variables, prompt, SampleConfig(temperature=0.0, max_new_tokens=8))
+    expected = naive_greedy(decoder, variables, TOKENIZER.encode(prompt), 8)
     assert sample.tokens == expected
     assert sample.text == TOKENIZER.decode(expected)
 
 
 def test_from_nothing_starts_at_the_end_of_text_token(rotary):
-    generator, params, decoder = rotary
-    (sample,) = generator.generate(params, "", SampleConfig(temperature=0.0, max_new_tokens=5))
-    assert sample.tokens == naive_greedy(decoder, params, [TOKENIZER.endoftext_id], 5)
+    generator, variables, decoder = rotary
+    (sample,) = generator.generate(variables, "", SampleConfig(temperature=0.0, max_new_tokens=5))
+    assert sample.tokens == naive_greedy(decoder, variables, [TOKENIZER.endoftext_id], 5)
 
 
 def test_the_same_seed_gives_the_same_text_and_samples_differ(rotary):
-    generator, params, _ = rotary
+    generator, variables, _ = rotary
     settings = SampleConfig(max_new_tokens=12, num_samples=4, temperature=1.0, top_p=1.0, seed=3)
-    first = generator.generate(params, "ab", settings)
-    assert [s.text for s in first] == [s.text for s in generator.generate(params, "ab", settings)]
+    first = generator.generate(variables, "ab", settings)
+    assert [s.text for s in first] == [s.text for s in generator.generate(variables, "ab", settings)]
     assert len({s.text for s in first}) > 1
-    other = generator.generate(params, "ab", dataclasses.replace(settings, seed=4))
+    other = generator.generate(variables, "ab", dataclasses.replace(settings, seed=4))
     assert [s.text for s in first] != [s.text for s in other]
     # A sample does not depend on how many others are drawn beside it.
-    alone = generator.generate(params, "ab", dataclasses.replace(settings, num_samples=1))
+    alone = generator.generate(variables, "ab", dataclasses.replace(settings, num_samples=1))
     assert alone[0].text == first[0].text
 
 
 def test_rotary_text_goes_on_past_the_context(rotary):
-    generator, params, _ = rotary
-    (sample,) = generator.generate(params, "abc", SampleConfig(max_new_tokens=40, temperature=1.0, seed=1))
+    generator, variables, _ = rotary
+    (sample,) = generator.generate(variables, "abc", SampleConfig(max_new_tokens=40, temperature=1.0, seed=1))
     assert sample.finish_reason in ("length", "stop")
     assert len(sample.tokens) > 16
 
 
 def test_learned_positions_end_with_the_context():
-    generator, params, _ = make(dataclasses.replace(CONFIG, positions="learned"))
+    generator, variables, _ = make(dataclasses.replace(CONFIG, positions="learned"))
     # Positions 3 to 15 take a token each, and the last one drawn needs none.
     samples = generator.generate(
-        params, "abc", SampleConfig(max_new_tokens=40, num_samples=8, temperature=1.0, seed=5)
+        variables, "abc", SampleConfig(max_new_tokens=40, num_samples=8, temperature=1.0, seed=5)
     )
     longest = max(samples, key=lambda sample: len(sample.tokens))
     assert (longest.finish_reason, len(longest.tokens)) == ("context", 14)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(rotary):
-    generator, params, _ = rotary
-    generator.generate(params, "a" * 16, SampleConfig(max_new_tokens=1))
+    generator, variables, _ = rotary
+    generator.generate(variables, "a" * 16, SampleConfig(max_new_tokens=1))
     with pytest.raises(UserError, match="the prompt must fit the context of 16 tokens, got 17; shorten the prompt"):
-        generator.generate(params, "a" * 17, SampleConfig(max_new_tokens=1))
+        generator.generate(variables, "a" * 17, SampleConfig(max_new_tokens=1))

@@ -71,8 +71,8 @@ def test_metrics_hold_every_promised_name(finished):
 
 
 def parameters(run):
-    _, params = load_generator(run, "newest")
-    return params
+    _, variables = load_generator(run, "newest")
+    return variables
 
 
 # Step 15 is one that is only logged: the signal comes between the decision not to save and the end of the turn.

@@ -8,12 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, validate
-from moe_jax.model.decoder import Decoder
+from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
+from moe_jax.model.decoder import Decoder, Variables
 from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
 from moe_jax.training.state import count_params, init_state
 from moe_jax.training.step import make_eval_step, make_train_step
+from moe_jax.validation import validate
 
 VOCAB, L, BATCH = 23, 12, 16
 CONFIG = Config(
@@ -105,7 +106,7 @@ def test_the_reported_loss_is_the_language_model_loss_alone():
         optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
         params = init_state(decoder, optimizer, mesh, seed=0).params
         logits = jax.jit(decoder.apply)({"params": params}, batch()["inputs"]).logits_BLV
-        evaluated = jax.jit(make_eval_step(decoder))(params, {**batch(), "mask": np.ones((BATCH, L), bool)})
+        evaluated = jax.jit(make_eval_step(decoder))(Variables(params), {**batch(), "mask": np.ones((BATCH, L), bool)})
     log_probs = jax.nn.log_softmax(logits)
     expected = -np.mean(np.take_along_axis(np.asarray(log_probs), batch()["targets"][..., None], axis=-1))
     np.testing.assert_allclose(first.loss, expected, rtol=1e-5)
@@ -124,9 +125,9 @@ def test_evaluation_scores_only_what_the_mask_says():
     mask[:3] = True
     mask[3, :5] = True
     eval_step = jax.jit(make_eval_step(decoder))
-    full = eval_step(params, {**batch(), "mask": mask})
+    full = eval_step(Variables(params), {**batch(), "mask": mask})
     poisoned = {name: np.where(mask, value, 7) for name, value in batch().items()}
-    again = eval_step(params, {**poisoned, "mask": mask})
+    again = eval_step(Variables(params), {**poisoned, "mask": mask})
     assert int(full.num_tokens) == 3 * L + 5
     np.testing.assert_allclose(full.loss, again.loss, rtol=1e-6)
     np.testing.assert_array_equal(full.routing.load_NE, again.routing.load_NE)

@@ -1,10 +1,18 @@
-"""Routers: pure functions from one group's scores to a routing plan, in float32."""
+"""Routers: pure functions from one group's scores to a routing plan, in float32.
+
+A router of the first kind lets each token choose its experts: ``top_k_plan`` and ``sigmoid_bias_plan``, on scores that
+``noisy_logits`` or ``jittered`` may have perturbed in training. ``expert_choice_plan`` lets each expert choose tokens.
+Ties go to the lower expert, or to the earlier token. A masked token has no rows and counts in no statistic.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.axes import Array
-from moe_jax.model.moe.plan import RouterStatistics, RoutingPlan
+from moe_jax.config import MoEConfig
+from moe_jax.model.moe.plan import RouterStatistics, RoutingPlan, chosen_experts, expert_capacity
 
 
 def noisy_logits(router_logits_TE: Array, noise_scale_TE: Array, noise_key: Array) -> Array:
@@ -17,38 +25,167 @@ def noisy_logits(router_logits_TE: Array, noise_scale_TE: Array, noise_key: Arra
     return router_logits_TE + noise_TE * jax.nn.softplus(noise_scale_TE)
 
 
-def top_k_plan(router_logits_TE: Array, top_k: int, token_mask_T: Array | None = None) -> RoutingPlan:
-    """Sends each token to its ``top_k`` highest scores, weighted by a softmax over those (arXiv 1701.06538, eq. 3, 5).
+def jittered(x_TD: Array, jitter: float, noise_key: Array) -> Array:
+    """Multiplies the router's input by uniform noise in [1 - ε, 1 + ε], element by element (Switch, arXiv 2101.03961,
+    appendix C, "input jitter"). Only the router sees it; the experts get the clean input."""
+    return x_TD * jax.random.uniform(noise_key, x_TD.shape, x_TD.dtype, 1.0 - jitter, 1.0 + jitter)
 
-    Equal to a softmax over all experts renormalised over the chosen ones. With ``top_k`` = 1 that weight would be 1
-    whatever the score, and the router would have no gradient, so the probability itself is used instead, as in Switch
-    (arXiv 2101.03961, eq. 2). Ties go to the lower expert. Masked tokens have no rows and count in no statistic.
+
+def top_k_plan(
+    router_logits_TE: Array, top_k: int, token_mask_T: Array | None = None, *, renormalise: bool = True
+) -> RoutingPlan:
+    """Sends each token to its ``top_k`` highest scores, weighted by their softmax (arXiv 1701.06538, eq. 3, 5).
+
+    Renormalised, the weights are a softmax over the chosen scores alone, which equals a softmax over all experts
+    divided by its sum over the chosen ones (Mixtral, arXiv 2401.04088, section 2.1). Otherwise they are the
+    probabilities among all experts themselves (OLMoE, arXiv 2409.02060). With ``top_k`` = 1 a renormalised weight
+    would be 1 whatever the score, and the router would have no gradient, so there it is always the probability, as in
+    Switch (arXiv 2101.03961, eq. 2).
 
     Args:
       router_logits_TE: [T, E] float32.
       top_k: experts per token, in [1, E].
       token_mask_T: [T] bool, True for real tokens; None: all are real.
     """
-    T, E = router_logits_TE.shape
-    if token_mask_T is not None:
-        # Clears NaN from padding, so that 0 * NaN reaches neither values nor gradients.
-        router_logits_TE = jnp.where(token_mask_T[:, None], router_logits_TE, 0.0)
-    log_normaliser_T = jax.nn.logsumexp(router_logits_TE, axis=-1)
-    log_probs_TE = router_logits_TE - log_normaliser_T[:, None]
-    probs_TE = jnp.exp(log_probs_TE)
+    router_logits_TE = _clear_masked(router_logits_TE, token_mask_T)
     chosen_logit_TK, expert_TK = jax.lax.top_k(router_logits_TE, top_k)
-    combine_weight_TK = jax.nn.softmax(chosen_logit_TK, axis=-1) if top_k > 1 else jnp.max(probs_TE, -1, keepdims=True)
-    entropy_T = -jnp.sum(probs_TE * log_probs_TE, axis=-1)
-    real_T = jnp.ones(T, jnp.float32) if token_mask_T is None else token_mask_T.astype(jnp.float32)
+    if renormalise and top_k > 1:
+        weight_TK = jax.nn.softmax(chosen_logit_TK, axis=-1)
+    else:
+        weight_TK = jnp.exp(chosen_logit_TK - jax.nn.logsumexp(router_logits_TE, axis=-1, keepdims=True))
+    return _plan(expert_TK, weight_TK, router_logits_TE, jax.nn.log_softmax(router_logits_TE), token_mask_T)
+
+
+def sigmoid_bias_plan(
+    router_logits_TE: Array,
+    expert_bias_E: Array,
+    top_k: int,
+    token_mask_T: Array | None = None,
+    *,
+    num_expert_groups: int = 1,
+    top_k_groups: int = 1,
+    renormalise: bool = True,
+) -> RoutingPlan:
+    """Chooses by sigmoid score plus a balancing bias, and weighs by the score alone (DeepSeek-V3, arXiv 2412.19437).
+
+    s = σ(router_logits) (eq. 15); the ``top_k`` highest s + bias are chosen (eq. 16); the weights are s over their sum
+    (eq. 13), or s itself where not renormalised and, so that the router has a gradient, where ``top_k`` is 1. With
+    groups, only experts of the ``top_k_groups`` groups with the highest sum of their two best s + bias may be chosen
+    (section 2.1.2, node-limited routing). The bias has no gradient: ``updated_bias`` moves it.
+
+    The statistics take s over its sum over all experts as the probabilities (eq. 19).
+
+    Args:
+      router_logits_TE: [T, E] float32.
+      expert_bias_E: [E] float32.
+      top_k: in [1, E / num_expert_groups · top_k_groups].
+      token_mask_T: [T] bool, True for real tokens; None: all are real.
+    """
+    T, E = router_logits_TE.shape
+    router_logits_TE = _clear_masked(router_logits_TE, token_mask_T)
+    log_score_TE = jax.nn.log_sigmoid(router_logits_TE)
+    biased_TE = jax.lax.stop_gradient(jnp.exp(log_score_TE) + expert_bias_E[None, :])
+    if num_expert_groups > 1:
+        grouped = biased_TE.reshape(T, num_expert_groups, E // num_expert_groups)  # experts of a group lie together
+        best_two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0]
+        allowed_groups = jax.lax.top_k(jnp.sum(best_two, axis=-1), top_k_groups)[1]
+        allowed = chosen_experts(allowed_groups, num_expert_groups)
+        biased_TE = jnp.where(allowed[:, :, None], grouped, -jnp.inf).reshape(T, E)
+    expert_TK = jax.lax.top_k(biased_TE, top_k)[1]
+    log_weight_TK = jnp.take_along_axis(log_score_TE, expert_TK, axis=1)
+    # In logarithms: scores as small as 1e-30 still give weights that sum to one.
+    weight_TK = jax.nn.softmax(log_weight_TK, axis=-1) if renormalise and top_k > 1 else jnp.exp(log_weight_TK)
+    return _plan(expert_TK, weight_TK, router_logits_TE, jax.nn.log_softmax(log_score_TE), token_mask_T)
+
+
+def updated_bias(expert_bias_E: Array, load_E: Array, rate: float) -> Array:
+    """The bias after one optimizer step: up by ``rate`` where the load was below its mean, down where above, for
+    each leading axis (arXiv 2412.19437, section 2.1.2). ``load_E`` is of the whole optimizer batch."""
+    return expert_bias_E + rate * jnp.sign(jnp.mean(load_E, axis=-1, keepdims=True) - load_E)
+
+
+def expert_choice_plan(router_logits_TE: Array, capacity: int, token_mask_T: Array | None = None) -> RoutingPlan:
+    """Each expert takes the ``capacity`` tokens that score it highest (Expert Choice, arXiv 2202.09368, eq. 1-2).
+
+    S = softmax over experts; expert e takes the largest entries of column e, and the weight of a row is its entry. A
+    token may end up with any number of experts, none included, and its choice depends on *later* tokens of its group:
+    the router is not causal.
+
+    Args:
+      router_logits_TE: [T, E] float32.
+      capacity: tokens that an expert takes, in [1, T]; fewer where fewer are real.
+      token_mask_T: [T] bool, True for real tokens; None: all are real.
+    """
+    T, E = router_logits_TE.shape
+    router_logits_TE = _clear_masked(router_logits_TE, token_mask_T)
+    log_probs_TE = jax.nn.log_softmax(router_logits_TE)
+    score_TE = log_probs_TE if token_mask_T is None else jnp.where(token_mask_T[:, None], log_probs_TE, -jnp.inf)
+    token_EC = jax.lax.top_k(score_TE.T, capacity)[1]
+    chosen_TE = jnp.zeros((T, E), bool).at[token_EC, jnp.arange(E)[:, None]].set(True)
+    expert_TE = jnp.where(chosen_TE, jnp.arange(E)[None, :], E)
+    weight_TE = jnp.where(chosen_TE, jnp.exp(log_probs_TE), 0.0)
+    plan = _plan(expert_TE, weight_TE, router_logits_TE, log_probs_TE, token_mask_T)
+    return plan.replace(max_rows=E * capacity)
+
+
+def _clear_masked(router_logits_TE: Array, token_mask_T: Array | None) -> Array:
+    """Zeros for masked tokens, so that a NaN in padding, times zero, reaches neither values nor gradients."""
+    return router_logits_TE if token_mask_T is None else jnp.where(token_mask_T[:, None], router_logits_TE, 0.0)
+
+
+def _plan(
+    expert_TK: Array, weight_TK: Array, router_logits_TE: Array, log_probs_TE: Array, token_mask_T: Array | None
+) -> RoutingPlan:
+    """The plan of the given choice, without masked tokens' rows, and its statistics."""
+    T, E = router_logits_TE.shape
+    real_T = jnp.ones(T, jnp.float32)
     if token_mask_T is not None:
+        real_T = token_mask_T.astype(jnp.float32)
         expert_TK = jnp.where(token_mask_T[:, None], expert_TK, E)
-        combine_weight_TK = jnp.where(token_mask_T[:, None], combine_weight_TK, 0.0)
-    load_E = jnp.sum(expert_TK.reshape(-1, 1) == jnp.arange(E)[None, :], axis=0).astype(jnp.float32)
+        weight_TK = jnp.where(token_mask_T[:, None], weight_TK, 0.0)
+    probs_TE = jnp.exp(log_probs_TE)
     statistics = RouterStatistics(
         num_tokens=jnp.sum(real_T),
-        load_E=load_E,
+        load_E=jnp.sum(chosen_experts(expert_TK, E).astype(jnp.float32), axis=0),
         probs_E=jnp.sum(probs_TE * real_T[:, None], axis=0),
-        squared_logsumexp=jnp.sum(log_normaliser_T**2 * real_T),
-        entropy=jnp.sum(entropy_T * real_T),
+        squared_logsumexp=jnp.sum(jax.nn.logsumexp(router_logits_TE, axis=-1) ** 2 * real_T),
+        entropy=-jnp.sum(probs_TE * log_probs_TE * real_T[:, None]),
     )
-    return RoutingPlan(expert_TK=expert_TK, combine_weight_TK=combine_weight_TK, statistics=statistics)
+    return RoutingPlan(expert_TK, weight_TK, statistics, max_rows=expert_TK.size)
+
+
+def _token_choice(
+    logits_TE: Array, moe: MoEConfig, token_mask_T: Array | None, expert_bias_E: Array | None
+) -> RoutingPlan:
+    return top_k_plan(logits_TE, moe.top_k, token_mask_T, renormalise=moe.renormalise)
+
+
+def _biased_choice(
+    logits_TE: Array, moe: MoEConfig, token_mask_T: Array | None, expert_bias_E: Array | None
+) -> RoutingPlan:
+    assert expert_bias_E is not None
+    return sigmoid_bias_plan(
+        logits_TE,
+        expert_bias_E,
+        moe.top_k,
+        token_mask_T,
+        num_expert_groups=moe.num_expert_groups,
+        top_k_groups=moe.top_k_groups,
+        renormalise=moe.renormalise,
+    )
+
+
+def _expert_choice(
+    logits_TE: Array, moe: MoEConfig, token_mask_T: Array | None, expert_bias_E: Array | None
+) -> RoutingPlan:
+    return expert_choice_plan(logits_TE, expert_capacity(moe, logits_TE.shape[0], train=True), token_mask_T)
+
+
+ROUTERS: dict[str, Callable[[Array, MoEConfig, Array | None, Array | None], RoutingPlan]] = {
+    "top_k": _token_choice,
+    "noisy_top_k": _token_choice,
+    "switch": _token_choice,
+    "expert_choice": _expert_choice,
+    "sigmoid_bias": _biased_choice,
+}
+"""(router_logits_TE, settings, token_mask_T, expert_bias_E) -> plan, with the names of ``model.moe.router``."""

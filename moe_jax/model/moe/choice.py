@@ -1,0 +1,61 @@
+"""Which dispatcher and which grouped product a layer uses: what the settings say, or what was measured fastest."""
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+
+from moe_jax.config import MoEConfig
+
+GroupedMatmul = Literal["blocked", "ragged", "tokamax", "by_row"]
+
+
+@dataclass(frozen=True)
+class DispatchChoice:
+    dispatch: Literal["einsum", "gather", "sorted"]
+    grouped_matmul: GroupedMatmul | None
+    """Only with sorted."""
+    reason: str
+    """Why, for the log."""
+
+    def __str__(self) -> str:
+        backend = f" ({self.grouped_matmul})" if self.grouped_matmul else ""
+        return f"{self.dispatch}{backend}, {self.reason}"
+
+
+def choose_dispatch(moe: MoEConfig, num_tokens: int, *, train: bool) -> DispatchChoice:
+    """The dispatcher for a batch of ``num_tokens`` on this process's devices; docs/dispatch.md has the measurements.
+
+    Experts of a fixed number of slots go by ``gather``; where nothing may be dropped, rows are ``sorted``, so that no
+    choice of ``auto`` ever computes experts on tokens that were not sent to them.
+    """
+    has_slots = moe.router == "expert_choice" or (train and moe.capacity_factor is not None)
+    if moe.dispatch == "einsum" or moe.dispatch == "gather":
+        dense = "" if has_slots else ": every expert computes every token, E/K times the multiplications"
+        return DispatchChoice(moe.dispatch, None, "as set" + dense)
+    if moe.dispatch == "auto" and has_slots:
+        return DispatchChoice("gather", None, "the fastest measured for experts of a fixed capacity")
+    backend, reason = _choose_grouped_matmul(moe, num_tokens * moe.top_k)
+    return DispatchChoice("sorted", backend, reason)
+
+
+def _choose_grouped_matmul(moe: MoEConfig, num_rows: int) -> tuple[GroupedMatmul, str]:
+    platform = jax.default_backend()
+    if moe.grouped_matmul != "auto":
+        dense = moe.grouped_matmul == "ragged" and platform != "tpu"
+        warning = f": XLA multiplies every row with every expert on a {platform}, E/K times the work" if dense else ""
+        return moe.grouped_matmul, "as set" + warning
+    if num_rows <= BY_ROW_ROWS:
+        return "by_row", f"{num_rows} rows: each reads its own expert's weights"
+    if platform == "tpu":
+        return "ragged", "XLA's grouped product of TPUs"
+    if platform == "gpu" and importlib.util.find_spec("tokamax") is not None:
+        return "tokamax", "grouped kernels for NVIDIA GPUs"
+    if platform == "gpu":
+        return "blocked", "a loop, slow on a GPU: pip install tokamax for its kernels, or set a capacity_factor"
+    return "blocked", "the fastest measured on a processor"
+
+
+BY_ROW_ROWS = 16
+"""Rows up to which gathering weights by row was faster than blocks of rows (docs/dispatch.md)."""

@@ -1,0 +1,227 @@
+"""Experts on rows that lie sorted by expert, in numbers known only at run time: the grouped matrix product.
+
+Each backend computes what ``experts.expert_mlp`` computes, and none of them computes an expert on rows that were not
+sent to it, but for padding (``blocked``) and for ``ragged`` off a TPU; ``choice.py`` says which runs where.
+
+    blocked  a loop over blocks of rows of one expert each, every block the whole MLP; for processors
+    ragged   ``jax.lax.ragged_dot``; for TPUs. Elsewhere XLA expands it to a masked product over all experts
+    tokamax  ``tokamax.ragged_dot``, kernels for NVIDIA GPUs; the extra "kernels"
+    by_row   each row gathers its expert's weights; for a handful of rows, as in decoding
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from moe_jax.axes import Array
+from moe_jax.command import UserError
+from moe_jax.model.moe.experts import Activation, ExpertWeights, activate, expert_mlp, mlp
+
+PRODUCTS = "expert_products"
+"""The name, for rematerialisation policies, of what ``blocked`` keeps for its backward pass."""
+
+
+def by_row_mlp(weights: ExpertWeights, x_RD: Array, expert_R: Array, activation: Activation) -> Array:
+    """Row r through expert ``expert_R[r]``, in any order: reads the weights of R experts, however many there are."""
+    of_rows = jax.tree.map(lambda leaf: jnp.take(leaf, expert_R, axis=0, mode="clip"), weights)
+    return expert_mlp(of_rows, x_RD[:, None], activation)[:, 0]
+
+
+def ragged_mlp(weights: ExpertWeights, x_SD: Array, size_E: Array, activation: Activation) -> Array:
+    """Rows sorted by expert, by ``jax.lax.ragged_dot``; rows past the last expert's hold anything."""
+    return _mlp_by_products(weights, x_SD, size_E, activation, jax.lax.ragged_dot)
+
+
+def tokamax_mlp(
+    weights: ExpertWeights,
+    x_SD: Array,
+    size_E: Array,
+    activation: Activation,
+    implementation: str | tuple[str, ...] = ("mosaic", "triton"),
+) -> Array:
+    """Rows sorted by expert, by ``tokamax.ragged_dot``. Without XLA among its implementations it raises rather than
+    computing a dense product where no kernel fits."""
+    try:
+        tokamax = importlib.import_module("tokamax")
+    except ModuleNotFoundError as error:
+        raise UserError(
+            "model.moe.grouped_matmul=tokamax needs the package tokamax, which is not installed; "
+            "pip install tokamax, or set it to auto"
+        ) from error
+    product = functools.partial(tokamax.ragged_dot, implementation=implementation)
+    return _mlp_by_products(weights, x_SD, size_E, activation, product)
+
+
+def _mlp_by_products(
+    weights: ExpertWeights,
+    x_SD: Array,
+    size_E: Array,
+    activation: Activation,
+    product: Callable[[Array, Array, Array], Array],
+) -> Array:
+    """The MLP of one grouped product ([S, in], [E, in, out], [E]) -> [S, out] a matrix."""
+    E, dtype = size_E.shape[0], x_SD.dtype
+
+    def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
+        y = product(x, kernel.astype(dtype), size_E)
+        if bias is None:
+            return y
+        # As a product: the backward pass of a gather by expert would be a scatter-add.
+        expert_S = jnp.repeat(jnp.arange(E), size_E, total_repeat_length=x.shape[0])
+        return y + jax.nn.one_hot(expert_S, E, dtype=dtype) @ bias.astype(dtype)
+
+    return mlp(linear, weights, x_SD, activation)[0]
+
+
+def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
+    """Falling block sizes for ``blocked_mlp``, by the balanced share R/E of an expert: such as (512, 128, 32).
+
+    Most rows should lie in large blocks, which read an expert's weights and add to their gradients once for many rows.
+    But each expert's rows are rounded up to the smallest size, half of which is padding on average: at a sixteenth of
+    the share, 3 % of the work. A processor gains nothing from blocks of fewer than 8 rows.
+    """
+    largest = min(512, max(8, _power_of_two_below(max(1, num_rows // num_experts))))
+    return tuple(size for size in (largest, largest // 4, largest // 16) if size >= 8)
+
+
+def _power_of_two_below(number: int) -> int:
+    return 1 << (number.bit_length() - 1)
+
+
+class _Blocks(NamedTuple):
+    """The blocks of one size: block i < count is ``size`` rows from start_I[i], all of expert expert_I[i]."""
+
+    size: int
+    count: Array
+    expert_I: Array
+    start_I: Array
+
+
+def _blocks(size_E: Array, sizes: tuple[int, ...], num_slots: int) -> Iterator[_Blocks]:
+    """Cuts each expert's slots, a multiple of the last of ``sizes``, into blocks of falling size."""
+    E = size_E.shape[0]
+    start_E, left_E = jnp.cumsum(size_E) - size_E, size_E
+    for size in sizes:
+        count_E = left_E // size
+        end_E = jnp.cumsum(count_E)
+        index_I = jnp.arange(num_slots // size)
+        expert_I = jnp.minimum(jnp.sum(index_I[:, None] >= end_E[None, :], axis=1), E - 1)
+        start_I = start_E[expert_I] + (index_I - (end_E - count_E)[expert_I]) * size
+        yield _Blocks(size, end_E[-1], expert_I, start_I)
+        start_E, left_E = start_E + count_E * size, left_E % size
+
+
+def _rows(array: Array, start: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, size)
+
+
+def _put_rows(array: Array, rows: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, rows, start, axis=0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def blocked_mlp(
+    weights: ExpertWeights, x_SD: Array, size_E: Array, activation: Activation, sizes: tuple[int, ...]
+) -> Array:
+    """Rows sorted by expert, in a loop over blocks of rows of one expert each: [S, D] in the type of ``x``.
+
+    A block is computed from input to output while it lies in the processor's cache; only blocks that hold rows are
+    computed. For the backward pass the pre-activations are kept, and nothing else of width F.
+
+    Args:
+      size_E: [E] slots of each expert, multiples of ``sizes[-1]``; rows past their sum come out as zeros.
+      sizes: block sizes, falling, each a multiple of the next.
+    """
+    return _blocked_forward(weights, x_SD, size_E, activation, sizes, keep=False)[0]
+
+
+def _blocked_forward(
+    weights: ExpertWeights, x_SD: Array, size_E: Array, activation: Activation, sizes: tuple[int, ...], keep: bool
+) -> tuple[Array, tuple[Array, ...]]:
+    """The output, and with ``keep`` the pre-activations [S, F]: of w_up, and of w_gate where there is one."""
+    S, dtype = x_SD.shape[0], x_SD.dtype
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
+    num_kept = keep * (1 if weights.w_gate_EDF is None else 2)
+    carry = (jnp.zeros_like(x_SD), *[jnp.zeros((S, weights.w_up_EDF.shape[-1]), dtype)] * num_kept)
+
+    for blocks in _blocks(size_E, sizes, S):
+
+        def one_block(index: Array, carry: tuple[Array, ...], blocks: _Blocks = blocks) -> tuple[Array, ...]:
+            start = blocks.start_I[index]
+            weights = jax.tree.map(lambda leaf: leaf[blocks.expert_I[index]], cast)
+            y, kept = mlp(_affine, weights, _rows(x_SD, start, blocks.size), activation)
+            # Without ``keep`` there is room for y alone.
+            return tuple(_put_rows(old, rows, start) for old, rows in zip(carry, (y, *kept), strict=False))
+
+        carry = jax.lax.fori_loop(0, blocks.count, one_block, carry)
+    return carry[0], carry[1:]
+
+
+def _affine(x: Array, kernel: Array, bias: Array | None) -> Array:
+    return x @ kernel if bias is None else x @ kernel + bias[None, :]
+
+
+def _blocked_vjp_forward(
+    weights: ExpertWeights, x_SD: Array, size_E: Array, activation: Activation, sizes: tuple[int, ...]
+) -> tuple[Array, tuple]:
+    y_SD, kept = _blocked_forward(weights, x_SD, size_E, activation, sizes, keep=True)
+    return y_SD, (weights, x_SD, size_E, checkpoint_name(kept, PRODUCTS))
+
+
+def _blocked_vjp_backward(
+    activation: Activation, sizes: tuple[int, ...], residuals: tuple, dy_SD: Array
+) -> tuple[ExpertWeights, Array, None]:
+    weights, x_SD, size_E, kept = residuals
+    dtype = x_SD.dtype
+    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
+    # Gradients of weights add up in float32 over an expert's blocks.
+    carry = (jnp.zeros_like(x_SD), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), weights))
+
+    for blocks in _blocks(size_E, sizes, x_SD.shape[0]):
+
+        def one_block(
+            index: Array, carry: tuple[Array, ExpertWeights], blocks: _Blocks = blocks
+        ) -> tuple[Array, ExpertWeights]:
+            dx_SD, dweights = carry
+            start, expert = blocks.start_I[index], blocks.expert_I[index]
+            of_expert = jax.tree.map(lambda leaf: leaf[expert], cast)
+            x, kept_rows, dy = jax.tree.map(lambda leaf: _rows(leaf, start, blocks.size), (x_SD, kept, dy_SD))
+            dx, dblock = _block_gradients(of_expert, x, kept_rows, dy, activation)
+            dweights = jax.tree.map(lambda total, part: total.at[expert].add(part), dweights, dblock)
+            return _put_rows(dx_SD, dx, start), dweights
+
+        carry = jax.lax.fori_loop(0, blocks.count, one_block, carry)
+    dx_SD, dweights = carry
+    return jax.tree.map(lambda d, leaf: d.astype(leaf.dtype), dweights, weights), dx_SD, None
+
+
+def _block_gradients(
+    weights: ExpertWeights, x: Array, kept: tuple[Array, ...], dy: Array, activation: Activation
+) -> tuple[Array, ExpertWeights]:
+    """Gradients of one block with respect to its rows, and to its expert's weights in float32."""
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+    def bias_gradient(bias: Array | None, dy: Array) -> Array | None:
+        return None if bias is None else jnp.sum(dy, axis=0, dtype=jnp.float32)
+
+    hidden, activation_vjp = jax.vjp(lambda kept: activate(kept, activation), kept)
+    ((dup, *dgate),) = activation_vjp(dy @ weights.w_down_EFD.T)
+    dx = product(dup, weights.w_up_EDF.T)
+    if weights.w_gate_EDF is not None:
+        dx += product(dgate[0], weights.w_gate_EDF.T)
+    return dx.astype(x.dtype), ExpertWeights(
+        w_up_EDF=product(x.T, dup),
+        w_down_EFD=product(hidden.T, dy),
+        w_gate_EDF=product(x.T, dgate[0]) if dgate else None,
+        b_up_EF=bias_gradient(weights.b_up_EF, dup),
+        b_gate_EF=bias_gradient(weights.b_gate_EF, dgate[0]) if dgate else None,
+        b_down_ED=bias_gradient(weights.b_down_ED, dy),
+    )
+
+
+blocked_mlp.defvjp(_blocked_vjp_forward, _blocked_vjp_backward)

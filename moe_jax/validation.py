@@ -1,0 +1,193 @@
+"""The rules that settings must keep, by themselves and with each other. Imports no jax."""
+
+import math
+import re
+
+from moe_jax.command import UserError
+from moe_jax.config import Config, ModelConfig, MoEConfig
+from moe_jax.sections import MANY, check_range, check_type, settings
+
+
+def validate(config: Config) -> Config:
+    """Returns ``config``, or raises UserError on a wrong type, a value out of range or an impossible combination."""
+    for name, expected, value in settings(config):
+        check_type(name, expected, value)
+        if value is not None and name in RANGES:
+            check_range(name, value, *RANGES[name])
+    _check_model(config.model)
+    if config.model.moe.num_experts:
+        _check_moe(config.model)
+    _check_training(config)
+    return config
+
+
+_POSITIVE = (1e-12, math.inf)
+_COUNT = (1, MANY)
+_NOT_NEGATIVE = (0, math.inf)
+_FRACTION = (0.0, 1.0)
+RANGES = {
+    **dict.fromkeys(["model.context_length", "model.num_layers", "model.embed_dim", "model.num_heads"], _COUNT),
+    **dict.fromkeys(["model.num_kv_heads", "model.mlp_dim", "model.scan_unroll"], _COUNT),
+    **dict.fromkeys(["model.rope_theta", "model.init_std"], _POSITIVE),
+    "model.dropout_rate": (0.0, 0.99),
+    "model.moe.num_experts": (0, 2**16),
+    **dict.fromkeys(["model.moe.expert_dim", "model.moe.every"], _COUNT),
+    **dict.fromkeys(["model.moe.capacity_factor", "model.moe.routed_scaling_factor"], _POSITIVE),
+    "model.moe.router_jitter": (0.0, 0.99),
+    "model.moe.bias_update_rate": _FRACTION,
+    **dict.fromkeys(["model.moe.num_expert_groups", "model.moe.top_k_groups"], _COUNT),
+    "model.moe.num_shared_experts": (0, 2**16),
+    **dict.fromkeys(["model.moe.load_balancing_weight", "model.moe.router_z_weight"], _NOT_NEGATIVE),
+    "model.moe.importance_weight": _NOT_NEGATIVE,
+    "model.moe.first_dense": _NOT_NEGATIVE,
+    "data.val_fraction": (0.0001, 0.9),
+    "data.batch_size": _COUNT,
+    "data.seed": (0, 2**32 - 1),
+    "optimizer.learning_rate": _POSITIVE,
+    "optimizer.warmup_steps": _NOT_NEGATIVE,
+    "optimizer.decay_steps": _COUNT,
+    "optimizer.final_fraction": _FRACTION,
+    "optimizer.beta1": (0.0, 0.9999),
+    "optimizer.beta2": (0.0, 0.999999),
+    "optimizer.epsilon": (1e-30, 1.0),
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.clip_norm": _POSITIVE,
+    "optimizer.accumulation_steps": _COUNT,
+    **dict.fromkeys(["train.num_steps", "train.eval_every", "train.checkpoint_every", "train.log_every"], _COUNT),
+    **dict.fromkeys(["train.patience", "train.keep_checkpoints"], _COUNT),
+    "train.seed": (0, 2**32 - 1),
+    **dict.fromkeys(["sample.num_samples", "sample.top_k"], _COUNT),
+    "sample.max_new_tokens": (1, 2**20),
+    "sample.temperature": _NOT_NEGATIVE,
+    "sample.top_p": (1e-6, 1.0),
+    "sample.seed": (0, 2**32 - 1),
+}
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.embed_dim % model.num_heads:
+        raise UserError(
+            f"model.num_heads must divide model.embed_dim={model.embed_dim}, got {model.num_heads}; change one of them"
+        )
+    if not model.moe.num_experts and model.mlp_dim is None and model.moe.top_k < 1:
+        raise UserError(
+            f"model.moe.top_k must be at least 1, got {model.moe.top_k}: "
+            "top_k * expert_dim is the width of a dense MLP; raise it, or set model.mlp_dim"
+        )
+    if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
+        raise UserError(
+            f"model.num_kv_heads must divide model.num_heads={model.num_heads}, got {model.num_kv_heads}; "
+            "change one of them"
+        )
+    head_dim = model.embed_dim // model.num_heads
+    if model.positions == "rotary" and head_dim % 2:
+        raise UserError(
+            f"model.positions=rotary needs an even head width embed_dim/num_heads, got {head_dim}; "
+            "change model.num_heads or use learned positions"
+        )
+
+
+def _check_moe(model: ModelConfig) -> None:
+    moe = model.moe
+    if not 1 <= moe.top_k <= moe.num_experts:
+        raise UserError(
+            f"model.moe.top_k must be in [1, num_experts={moe.num_experts}], got {moe.top_k}; "
+            "lower top_k or raise num_experts"
+        )
+    if moe.first_dense >= model.num_layers:
+        raise UserError(
+            f"model.moe.first_dense must be below model.num_layers={model.num_layers}, got {moe.first_dense}; "
+            "lower it, or set model.moe.num_experts to 0 for a dense model"
+        )
+    if (model.num_layers - moe.first_dense) % moe.every:
+        raise UserError(
+            f"model.moe.every must divide num_layers - first_dense = {model.num_layers - moe.first_dense}, "
+            f"got {moe.every}; change model.num_layers, model.moe.first_dense or model.moe.every"
+        )
+    _check_router(moe)
+    _check_dispatch(moe)
+
+
+def _check_router(moe: MoEConfig) -> None:
+    if moe.router == "switch" and moe.top_k != 1:
+        raise UserError(
+            f"model.moe.router=switch sends a token to one expert, but model.moe.top_k is {moe.top_k}; "
+            "set it to 1, or use top_k"
+        )
+    if moe.router == "expert_choice" and moe.capacity_factor is None:
+        raise UserError(
+            "model.moe.router=expert_choice needs a model.moe.capacity_factor, which sets how many tokens an expert "
+            "takes, got None; set it, 1.0 for top_k experts a token on average"
+        )
+    if moe.router != "sigmoid_bias" and (moe.num_expert_groups, moe.top_k_groups) != (1, 1):
+        raise UserError(
+            f"model.moe.num_expert_groups and top_k_groups are for model.moe.router=sigmoid_bias, got "
+            f"{moe.num_expert_groups} and {moe.top_k_groups} with {moe.router}; leave them at 1"
+        )
+    if moe.num_experts % moe.num_expert_groups:
+        raise UserError(
+            f"model.moe.num_expert_groups must divide num_experts={moe.num_experts}, got {moe.num_expert_groups}; "
+            "change one of them"
+        )
+    if moe.top_k_groups > moe.num_expert_groups:
+        raise UserError(
+            f"model.moe.top_k_groups must be in [1, num_expert_groups={moe.num_expert_groups}], "
+            f"got {moe.top_k_groups}; lower it"
+        )
+    allowed = moe.num_experts // moe.num_expert_groups * moe.top_k_groups
+    if moe.top_k > allowed:
+        raise UserError(
+            f"model.moe.top_k must be at most the {allowed} experts of {moe.top_k_groups} of {moe.num_expert_groups} "
+            f"groups, got {moe.top_k}; lower it, or raise top_k_groups"
+        )
+
+
+def _check_dispatch(moe: MoEConfig) -> None:
+    if moe.dispatch == "sorted" and moe.capacity_factor is not None and moe.router != "expert_choice":
+        raise UserError(
+            f"model.moe.dispatch=sorted drops nothing and takes no model.moe.capacity_factor, got "
+            f"{moe.capacity_factor}; set it to None, or use gather"
+        )
+    if moe.dispatch in ("einsum", "gather") and moe.grouped_matmul != "auto":
+        raise UserError(
+            f"model.moe.grouped_matmul is for model.moe.dispatch=sorted or auto, got {moe.grouped_matmul} with "
+            f"{moe.dispatch}; leave it at auto"
+        )
+
+
+def _check_training(config: Config) -> None:
+    data, optimizer, train = config.data, config.optimizer, config.train
+    tokenizer = re.fullmatch(r"char|byte|bpe:(\d{1,6})", data.tokenizer)
+    if not tokenizer:
+        raise UserError(f"data.tokenizer must be char, byte or bpe:VOCAB (such as bpe:2048), got {data.tokenizer!r}")
+    if tokenizer.group(1) and not 300 <= int(tokenizer.group(1)) <= 262144:
+        raise UserError(f"data.tokenizer bpe:VOCAB needs VOCAB in [300, 262144], got {tokenizer.group(1)}")
+    if data.batch_size % optimizer.accumulation_steps:
+        raise UserError(
+            f"optimizer.accumulation_steps must divide data.batch_size={data.batch_size}, "
+            f"got {optimizer.accumulation_steps}; change one of them"
+        )
+    decay_steps = optimizer.decay_steps or train.num_steps
+    if optimizer.warmup_steps >= decay_steps:
+        raise UserError(
+            f"optimizer.warmup_steps must be below the {decay_steps} steps of the schedule, "
+            f"got {optimizer.warmup_steps}; lower it or raise train.num_steps"
+        )
+    if 0 < config.sample.temperature < 0.001:
+        raise UserError(
+            f"sample.temperature must be 0 (the most likely token) or at least 0.001, got {config.sample.temperature}"
+        )
+    if config.mesh.data != -1 and config.mesh.data < 1:
+        raise UserError(f"mesh.data must be -1 (all devices) or at least 1, got {config.mesh.data}")
+    if train.profile is not None and profile_steps(train.profile)[0] >= train.num_steps:
+        raise UserError(
+            f"train.profile must start before train.num_steps={train.num_steps}, got {train.profile}; lower its START"
+        )
+
+
+def profile_steps(profile: str) -> tuple[int, int]:
+    """The steps (start, stop) of train.profile; raises UserError unless it is START:STOP with START < STOP."""
+    match = re.fullmatch(r"(\d+):(\d+)", profile)
+    if not match or int(match.group(1)) >= int(match.group(2)):
+        raise UserError(f"train.profile must be START:STOP with START < STOP, such as 10:15; got {profile!r}")
+    return int(match.group(1)), int(match.group(2))
