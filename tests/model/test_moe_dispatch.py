@@ -1,225 +1,118 @@
-"""Every dispatcher against the loop over experts, values and gradients."""
+"""Dispatchers by themselves, on random plans: where rows go, what comes back, and what is left out."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from moe_jax.config import MoEConfig
-from moe_jax.model.moe.dispatch import DISPATCHERS
-from moe_jax.model.moe.experts import ExpertWeights, expert_mlp
-from moe_jax.model.moe.layer import expert_capacity
-from moe_jax.model.moe.plan import place
+from moe_jax.model.moe.dispatch import CAPACITY_DISPATCHERS, by_row_dispatch, num_slots, sorted_dispatch
+from moe_jax.model.moe.plan import RoutingPlan, expert_capacity, place
 from moe_jax.model.moe.routing import top_k_plan
-from tests.oracles.moe import choose, keep, moe_loop
+from tests.oracles.moe import keep
+from tests.oracles.programs import equations_of
 
-G, T, D, F, E, K = 2, 12, 6, 10, 4, 2
-TIGHT = T * K // E  # capacity factor 1.0
-LOADS = ["even", "skewed", "all_to_one", "empty_expert", "one_row"]
-
-
-def make_logits(load: str) -> np.ndarray:
-    """Scores [G, T, E] that lead to the named load; small random parts keep weights and gradients generic."""
-    rng = np.random.default_rng(LOADS.index(load))
-    logits = 0.1 * rng.standard_normal((G, T, E))
-    token = np.arange(T)
-    if load == "even":
-        logits[:, token, token % E] += 4
-        logits[:, token, (token + 1) % E] += 2
-    elif load == "skewed":
-        logits += np.array([3.0, 2.0, 0.0, -1.0]) + rng.standard_normal((G, T, E))
-    elif load == "all_to_one":
-        logits[..., 2] += 4
-        logits[..., 0] += 2
-    elif load == "empty_expert":
-        logits[..., 1] -= 8
-    elif load == "one_row":
-        logits[..., 3] -= 8
-        logits[:, 5, 3] += 12
-    return logits.astype(np.float32)
+SHAPES = [(1, 1, 1, 1), (2, 5, 3, 2), (1, 9, 4, 4), (3, 4, 6, 1)]
+"""(G, T, E, K), few, so that few programs are compiled."""
 
 
-def make_weights(activation: str = "swiglu", bias: bool = False) -> ExpertWeights:
-    rng = np.random.default_rng(7)
-
-    def normal(*shape):
-        return jnp.asarray(rng.standard_normal(shape) / 3, jnp.float32)
-
-    gated = activation == "swiglu"
-    return ExpertWeights(
-        w_up_EDF=normal(E, D, F),
-        w_down_EFD=normal(E, F, D),
-        w_gate_EDF=normal(E, D, F) if gated else None,
-        b_up_EF=normal(E, F) if bias else None,
-        b_gate_EF=normal(E, F) if bias and gated else None,
-        b_down_ED=normal(E, D) if bias else None,
-    )
+def make_plan(expert_GTK: np.ndarray, weight_GTK: np.ndarray, num_experts: int) -> RoutingPlan:
+    G, T, K = expert_GTK.shape
+    statistics = jax.vmap(lambda logits: top_k_plan(logits, 1))(jnp.zeros((G, T, num_experts))).statistics
+    return RoutingPlan(jnp.asarray(expert_GTK), jnp.asarray(weight_GTK), statistics, max_rows=T * K)
 
 
-def run_dispatcher(name, capacity, x_GTD, logits_GTE, weights, activation="swiglu", top_k=K, mask_GT=None):
-    plan = jax.vmap(lambda logits, mask: top_k_plan(logits, top_k, mask))(logits_GTE, mask_GT)
-    return DISPATCHERS[name](x_GTD, plan, E, capacity, lambda x: expert_mlp(weights, x, activation))
+@functools.partial(jax.jit, static_argnames=("name", "capacity"))
+def dispatch(name, x_GTD, plan, scale_E, capacity):
+    """Experts that multiply by a number of their own: whose number a row came back with tells where it was."""
+    E = scale_E.shape[0]
+    if name == "sorted":
+
+        def experts(x_SD, size_E):
+            expert_S = jnp.repeat(jnp.arange(E), size_E, total_repeat_length=x_SD.shape[0])
+            return x_SD * scale_E[expert_S][:, None]
+
+        return sorted_dispatch(x_GTD, plan, E, 4, experts)
+    if name == "by_row":
+        return by_row_dispatch(x_GTD, plan, E, lambda x_RD, expert_R: x_RD * scale_E[expert_R][:, None])
+    return CAPACITY_DISPATCHERS[name](x_GTD, plan, E, capacity, lambda x_ERD: x_ERD * scale_E[:, None, None])
 
 
-COMPILED = jax.jit(run_dispatcher, static_argnames=("name", "capacity", "activation", "top_k"))
+@st.composite
+def plans(draw):
+    """(experts [G, T, K] with E for no row, E): each token names K different experts, or less where it is E."""
+    G, T, E, K = draw(st.sampled_from(SHAPES))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    favourite = rng.integers(E)
+    skew = draw(st.sampled_from([0.0, 1.0, 9.0]))
+    scores_GTE = rng.random((G, T, E)) + skew * (np.arange(E) == favourite)
+    expert_GTK = np.argsort(-scores_GTE, axis=-1)[..., :K].astype(np.int32)
+    absent = rng.random((G, T, K)) < draw(st.sampled_from([0.0, 0.3, 1.0]))
+    return np.where(absent, E, expert_GTK), E
 
 
-def gradients(function, *arguments):
-    """Gradients of a fixed random projection of the output, for every argument."""
-    projection = jax.random.normal(jax.random.key(3), (G, T, D))
-    return jax.grad(lambda *args: jnp.vdot(function(*args), projection), argnums=(0, 1, 2))(*arguments)
+@given(plans(), st.sampled_from([2, None]))
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_every_row_comes_back_from_its_expert_or_is_dropped_in_priority_order(plan, capacity):
+    expert_GTK, E = plan
+    G, T, K = expert_GTK.shape
+    capacity = min(capacity or T, T)
+    rng = np.random.default_rng(0)
+    x_GTD = rng.standard_normal((G, T, 3)).astype(np.float32)
+    weight_GTK = np.where(expert_GTK < E, rng.random((G, T, K)), 0).astype(np.float32)
+    scale_E = 1 + np.arange(E, dtype=np.float32)
+    row_GTK = expert_GTK < E
+    kept_GTK = np.stack([keep(group, E, capacity) for group in expert_GTK])
+    for name, kept in (("einsum", kept_GTK), ("gather", kept_GTK), ("sorted", row_GTK), ("by_row", row_GTK)):
+        factor_GTK = weight_GTK * kept * np.append(scale_E, 0)[expert_GTK]
+        limit = capacity if name in CAPACITY_DISPATCHERS else None
+        y_GTD, got_kept = dispatch(name, x_GTD, make_plan(expert_GTK, weight_GTK, E), scale_E, limit)
+        np.testing.assert_array_equal(got_kept, kept, err_msg=name)
+        want = x_GTD * factor_GTK.sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(y_GTD, want, rtol=3e-6, atol=1e-6, err_msg=name)
 
 
-GRADIENTS = {
-    (name, capacity): jax.jit(
-        lambda *args, name=name, capacity=capacity: gradients(
-            lambda *inner: run_dispatcher(name, capacity, *inner)[0], *args
-        )
-    )
-    for name in DISPATCHERS
-    for capacity in (T, TIGHT)
-}
-
-
-def assert_trees_close(actual, expected, rtol):
-    for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        scale = float(jnp.max(jnp.abs(want))) + 1e-30
-        np.testing.assert_allclose(np.asarray(got) / scale, np.asarray(want) / scale, atol=rtol, rtol=0)
-
-
-def oracle(x_GTD, logits_GTE, weights, capacity, logits_for_choice, activation="swiglu", top_k=K):
-    outputs = []
-    for g in range(G):
-        expert_TK = choose(logits_for_choice[g], top_k)
-        kept_TK = keep(expert_TK, E, capacity)
-        outputs.append(moe_loop(x_GTD[g], logits_GTE[g], weights, expert_TK, kept_TK, activation))
-    return jnp.stack(outputs)
-
-
-@pytest.mark.parametrize("load", LOADS)
-@pytest.mark.parametrize("capacity", [T, TIGHT], ids=["dropless", "capacity1.0"])
-def test_values_and_gradients_equal_the_loop(load, capacity):
-    x_GTD = jax.random.normal(jax.random.key(1), (G, T, D))
-    logits = make_logits(load)
-    weights = make_weights()
-    kept = np.stack([keep(choose(group, K), E, capacity) for group in logits])
-    if capacity == TIGHT and load != "even":
-        assert (~kept).mean() >= 0.1, "the case must drop rows to test dropping"
-
-    def naive(x, logits_GTE, weights):
-        return oracle(x, logits_GTE, weights, capacity, logits)
-
-    expected = naive(x_GTD, jnp.asarray(logits), weights)
-    expected_gradients = gradients(naive, x_GTD, jnp.asarray(logits), weights)
-    for name in DISPATCHERS:
-        actual, kept_GTK = COMPILED(name, capacity, x_GTD, jnp.asarray(logits), weights)
-        np.testing.assert_array_equal(kept_GTK, kept)
-        assert_trees_close(actual, expected, 2e-6)
-        assert_trees_close(GRADIENTS[name, capacity](x_GTD, jnp.asarray(logits), weights), expected_gradients, 2e-6)
-
-
-@pytest.mark.parametrize("name", DISPATCHERS)
-@pytest.mark.parametrize(("activation", "bias"), [("swiglu", True), ("gelu", False), ("relu", True)])
-def test_activations_and_biases_equal_the_loop(name, activation, bias):
-    x_GTD = jax.random.normal(jax.random.key(1), (G, T, D))
-    logits, weights = make_logits("skewed"), make_weights(activation, bias)
-    actual, _ = COMPILED(name, TIGHT, x_GTD, jnp.asarray(logits), weights, activation=activation)
-    assert_trees_close(actual, oracle(x_GTD, logits, weights, TIGHT, logits, activation), 2e-6)
-
-
-@pytest.mark.parametrize("name", DISPATCHERS)
-@pytest.mark.parametrize("top_k", [1, 3, 4])
-def test_any_number_of_choices_equals_the_loop(name, top_k):
-    x_GTD = jax.random.normal(jax.random.key(1), (G, T, D))
-    logits, weights = make_logits("skewed"), make_weights()
-    actual, _ = COMPILED(name, 5, x_GTD, jnp.asarray(logits), weights, top_k=top_k)
-    assert_trees_close(actual, oracle(x_GTD, logits, weights, 5, logits, top_k=top_k), 2e-6)
-
-
-@pytest.mark.parametrize("name", DISPATCHERS)
-def test_bfloat16_stays_close_to_the_float32_loop(name):
-    x_GTD = jax.random.normal(jax.random.key(1), (G, T, D)).astype(jnp.bfloat16)
-    logits, weights = make_logits("skewed"), make_weights()
-    actual, _ = COMPILED(name, TIGHT, x_GTD, jnp.asarray(logits), weights)
-    assert actual.dtype == jnp.bfloat16
-    expected = oracle(x_GTD.astype(jnp.float32), logits, weights, TIGHT, logits)
-    # Three products and a gate, each rounded to 8 bits of mantissa.
-    assert_trees_close(actual.astype(jnp.float32), expected, 3 * 2.0**-7)
-
-
-@pytest.mark.parametrize("name", DISPATCHERS)
-def test_a_masked_token_leaves_no_trace_even_when_it_is_nan(name):
-    weights, logits = make_weights(), make_logits("skewed")
-    mask = np.ones((G, T), bool)
-    mask[0, 3:6] = mask[1, 10:] = False
-    x_GTD = jax.random.normal(jax.random.key(1), (G, T, D))
-    clean_x = jnp.where(mask[..., None], x_GTD, 0.0)
-    poisoned_logits = np.where(mask[..., None], logits, np.nan)
-
-    def apply(x, logits_GTE, weights):
-        return run_dispatcher(name, TIGHT, x, logits_GTE, weights, mask_GT=jnp.asarray(mask))[0]
-
-    actual = apply(clean_x, jnp.asarray(poisoned_logits), weights)
-    dx, dlogits, dweights = gradients(apply, clean_x, jnp.asarray(poisoned_logits), weights)
-    assert np.all(np.asarray(actual)[~mask] == 0)
-    assert np.all(np.asarray(dlogits)[~mask] == 0)
-    for g in range(G):
-        real = mask[g]
-        expert_TK = choose(logits[g][real], K)
-        kept = keep(expert_TK, E, TIGHT)
-        expected = moe_loop(clean_x[g][real], jnp.asarray(logits[g][real]), weights, expert_TK, kept)
-        assert_trees_close(actual[g][real], expected, 2e-6)
-    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((dx, dweights)))
-
-
-@pytest.mark.parametrize("name", DISPATCHERS)
-def test_one_token(name):
-    x_GTD = jax.random.normal(jax.random.key(1), (1, 1, D))
-    logits = np.asarray([[[0.3, 2.0, -1.0, 1.0]]], np.float32)
-    actual, kept = COMPILED(name, 1, x_GTD, jnp.asarray(logits), make_weights())
-    assert kept.all()
-    expected = moe_loop(x_GTD[0], jnp.asarray(logits[0]), make_weights(), np.array([[1, 3]]), np.ones((1, 2), bool))
-    assert_trees_close(actual[0], expected, 2e-6)
-
-
-def test_no_expert_accepts_more_than_its_capacity_and_earlier_tokens_go_first():
-    logits = make_logits("all_to_one")[0]
-    plan = top_k_plan(jnp.asarray(logits), K)
-    placement = place(plan, E, 5)
-    # Every token's first choice is expert 2 and its second expert 0, so both take the first five tokens.
+def test_placement_gives_slots_in_token_order():
+    # Every token's first choice is expert 2 and its second expert 0, so both accept the first five tokens.
+    expert_TK = jnp.broadcast_to(jnp.asarray([[2, 0]]), (12, 2))
+    placement = place(expert_TK, 4, 5)
     np.testing.assert_array_equal(placement.kept_TK[:5], True)
     np.testing.assert_array_equal(placement.kept_TK[5:], False)
-    np.testing.assert_array_equal(placement.position_TK[:, 0], np.arange(T))
+    np.testing.assert_array_equal(placement.position_TK[:, 0], np.arange(12))
 
 
-@pytest.mark.parametrize("name", DISPATCHERS)
-def test_permuting_tokens_permutes_the_output_when_nothing_is_dropped(name):
-    x_GTD = jax.random.normal(jax.random.key(1), (G, T, D))
-    logits, weights = make_logits("skewed"), make_weights()
-    order = np.random.default_rng(0).permutation(T)
-    straight, _ = COMPILED(name, T, x_GTD, jnp.asarray(logits), weights)
-    permuted, _ = COMPILED(name, T, x_GTD[:, order], jnp.asarray(logits[:, order]), weights)
-    assert_trees_close(permuted, straight[:, order], 2e-6)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=9), st.sampled_from([1, 4, 8]))
+@settings(derandomize=True, deadline=None)
+def test_the_slots_of_sorted_rows_are_enough_for_any_load_and_no_more_than_one_can_need(load, multiple):
+    def needed(load):
+        return sum(-(-rows // multiple) * multiple for rows in load)
+
+    E, R = len(load), sum(load)
+    assert needed(load) <= num_slots(R, E, multiple)
+    if R:  # the worst case: as many experts as can have one row, and the rest where it fits badly
+        worst = [1] * min(R, E)
+        worst[0] += R - len(worst)
+        assert num_slots(R, E, multiple) - needed(worst) <= multiple
 
 
-@pytest.mark.parametrize("name", DISPATCHERS)
-def test_an_earlier_token_never_depends_on_a_later_one_though_rows_are_dropped(name):
-    weights, logits = make_weights(), jnp.asarray(make_logits("skewed"))
-    x_GTD = jax.random.normal(jax.random.key(1), (G, T, D))
-    before, kept = COMPILED(name, TIGHT, x_GTD, logits, weights)
-    assert not kept.all(), "capacity must bind"
-    for favourite in range(E):
-        edited = logits.at[:, -1].set(jax.nn.one_hot(favourite, E) * 9)
-        after, _ = COMPILED(name, TIGHT, x_GTD.at[:, -1].mul(-3), edited, weights)
-        np.testing.assert_array_equal(before[:, :-1], after[:, :-1])
+@pytest.mark.parametrize("name", ["gather", "sorted"])
+def test_neither_pass_adds_rows_by_a_scatter(name):
+    plan = make_plan(np.array([[[0, 1], [1, 2], [2, 0]]], np.int32), np.full((1, 3, 2), 0.5, np.float32), 3)
 
-    def first_tokens(x, logits_GTE):
-        return jnp.sum(run_dispatcher(name, TIGHT, x, logits_GTE, weights)[0][:, : T // 2] ** 2)
+    def objective(x_GTD, weight_GTK):
+        return jnp.sum(dispatch(name, x_GTD, plan.replace(combine_weight_TK=weight_GTK), jnp.ones(3), 2)[0] ** 2)
 
-    dx, dlogits = jax.grad(first_tokens, argnums=(0, 1))(x_GTD, logits)
-    assert np.all(np.asarray(dx)[:, T // 2 :] == 0)
-    assert np.all(np.asarray(dlogits)[:, T // 2 :] == 0)
-    assert np.any(np.asarray(dx)[:, : T // 2] != 0)
+    gradient = jax.make_jaxpr(jax.grad(objective, argnums=(0, 1)))(jnp.ones((1, 3, 2)), plan.combine_weight_TK)
+    equations = list(equations_of(gradient.jaxpr))
+    assert "gather" in {equation.primitive.name for equation in equations}
+    # Only index tables are scattered, and those are whole numbers.
+    scattered = [equation for equation in equations if equation.primitive.name.startswith("scatter")]
+    assert scattered
+    assert all(jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.integer) for equation in scattered)
 
 
 @pytest.mark.parametrize(
@@ -237,3 +130,8 @@ def test_expert_capacity(num_tokens, top_k, num_experts, factor, capacity):
     moe = MoEConfig(num_experts=num_experts, top_k=top_k, capacity_factor=factor)
     assert expert_capacity(moe, num_tokens, train=True) == capacity
     assert expert_capacity(moe, num_tokens, train=False) == num_tokens
+
+
+def test_experts_that_choose_take_as_many_tokens_in_evaluation_as_in_training():
+    moe = MoEConfig(num_experts=8, top_k=2, router="expert_choice", capacity_factor=1.25)
+    assert expert_capacity(moe, 128, train=False) == expert_capacity(moe, 128, train=True) == 40

@@ -48,7 +48,7 @@ def activate(pre_activations: tuple[Array, ...], activation: Activation) -> Arra
     if activation == "swiglu":
         up, gate = pre_activations
         return jax.nn.silu(gate) * up
-    return {"gelu": jax.nn.gelu, "relu": jax.nn.relu}[activation](*pre_activations)
+    return {"gelu": jax.nn.gelu, "relu": jax.nn.relu}[activation](pre_activations[0])
 
 
 def _linear(x: Array, kernel: Array, bias: Array | None) -> Array:

@@ -86,7 +86,7 @@ def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
     the share, 3 % of the work. A processor gains nothing from blocks of fewer than 8 rows.
     """
     largest = min(512, max(8, _power_of_two_below(max(1, num_rows // num_experts))))
-    return tuple(size for size in (largest, largest // 4, largest // 16) if size >= 8)
+    return tuple(sorted({largest, max(8, largest // 4), max(8, largest // 16)}, reverse=True))
 
 
 def _power_of_two_below(number: int) -> int:
