@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.decoder import Decoder, Variables, init_caches, layout, unstack
+from moe_jax.model.decoder import Decoder, Variables, forward, init_caches, initial_expert_bias, layout, unstack
+from tests.oracles.programs import equations_of
 
 VOCAB, B, L = 29, 2, 10
 TINY = ModelConfig(
@@ -37,42 +38,66 @@ MIXED = dataclasses.replace(
     init="xavier",
     moe=MoEConfig(num_experts=4, top_k=1, expert_dim=12, first_dense=1, every=2, capacity_factor=1.0),
 )
+DEEPSEEK = dataclasses.replace(
+    TINY,
+    num_layers=3,
+    moe=MoEConfig(
+        num_experts=6,
+        expert_dim=12,
+        router="sigmoid_bias",
+        num_expert_groups=2,
+        top_k_groups=1,
+        routed_scaling_factor=2.0,
+        num_shared_experts=1,
+        first_dense=1,
+        grouped_matmul="blocked",  # also where cached decoding, with its few rows, would gather weights by row
+    ),
+)
 DENSE = dataclasses.replace(TINY, moe=MoEConfig(num_experts=0, expert_dim=12))
-VARIANTS = {"llama": LLAMA, "gpt": GPT, "mixed": MIXED, "dense": DENSE}
+VARIANTS = {"llama": LLAMA, "gpt": GPT, "mixed": MIXED, "deepseek": DEEPSEEK, "dense": DENSE}
+
+
+def make_variables(config, length=2):
+    tokens_BL = jnp.zeros((1, length), jnp.int32)
+    params = nn.unbox(jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), tokens_BL))["params"]
+    bias_NE = initial_expert_bias(config)
+    if bias_NE is not None:  # another one in each layer, so that layers cannot be mixed up
+        bias_NE = 0.2 * jax.random.normal(jax.random.key(2), bias_NE.shape)
+    return Variables(params, bias_NE)
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def model(request):
-    """(config, parameters, tokens)."""
+    """(config, variables, tokens)."""
     config = VARIANTS[request.param]
-    tokens_BL = jax.random.randint(jax.random.key(1), (B, L), 0, VOCAB)
-    params = nn.unbox(jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), tokens_BL))["params"]
-    return config, params, tokens_BL
+    return config, make_variables(config), jax.random.randint(jax.random.key(1), (B, L), 0, VOCAB)
 
 
-def forward(config, train=False):
-    return jax.jit(lambda params, tokens: Decoder(config, VOCAB).apply({"params": params}, tokens, train=train))
+def apply_of(config, train=False, **options):
+    return jax.jit(
+        lambda variables, tokens: forward(Decoder(config, VOCAB), variables, tokens, train=train, **options)
+    )
 
 
 def test_no_position_sees_a_later_token_though_capacity_binds(model):
-    config, params, tokens_BL = model
-    apply = forward(config, train=True)
-    before = apply(params, tokens_BL)
-    if config.moe.num_experts:
+    config, variables, tokens_BL = model
+    apply = apply_of(config, train=True)
+    before = apply(variables, tokens_BL)
+    if config.moe.num_experts and config.moe.capacity_factor is not None:
         assert float(jnp.sum(before.statistics.num_dropped)) > 0, "capacity must bind"
     for token in range(0, VOCAB, 4):
-        after = apply(params, tokens_BL.at[:, -1].set(token))
+        after = apply(variables, tokens_BL.at[:, -1].set(token))
         np.testing.assert_array_equal(before.logits_BLV[:, :-1], after.logits_BLV[:, :-1])
 
 
 def test_cached_decoding_equals_the_full_forward(model):
-    config, params, tokens_BL = model
-    expected = forward(config)(params, tokens_BL).logits_BLV
-    decoder, unstacked = Decoder(config, VOCAB, unstacked=True), unstack(Variables(params), config).params
+    config, variables, tokens_BL = model
+    expected = apply_of(config)(variables, tokens_BL).logits_BLV
+    decoder, unstacked = Decoder(config, VOCAB, unstacked=True), unstack(variables, config)
 
     @jax.jit
     def step(tokens_BL, position_BL, caches):
-        return decoder.apply({"params": unstacked}, tokens_BL, position_BL=position_BL, caches=caches)
+        return forward(decoder, unstacked, tokens_BL, position_BL=position_BL, caches=caches)
 
     prefix = 4
     position_BL = jnp.broadcast_to(jnp.arange(prefix), (B, prefix))
@@ -84,21 +109,21 @@ def test_cached_decoding_equals_the_full_forward(model):
 
 
 def test_a_sequence_does_not_depend_on_its_neighbours(model):
-    config, params, tokens_BL = model
-    apply = forward(config, train=True)
-    together = apply(params, tokens_BL).logits_BLV
-    other = apply(params, tokens_BL.at[1].set(3)).logits_BLV
+    config, variables, tokens_BL = model
+    apply = apply_of(config, train=True)
+    together = apply(variables, tokens_BL).logits_BLV
+    other = apply(variables, tokens_BL.at[1].set(3)).logits_BLV
     np.testing.assert_array_equal(together[0], other[0])
 
 
 def test_remat_and_unrolling_change_no_gradient(model):
-    config, params, tokens_BL = model
+    config, variables, tokens_BL = model
 
     def gradient(config):
         def loss(params):
-            return jnp.std(Decoder(config, VOCAB).apply({"params": params}, tokens_BL, train=True).logits_BLV)
+            return jnp.std(apply_of(config, train=True)(variables.replace(params=params), tokens_BL).logits_BLV)
 
-        return jax.jit(jax.grad(loss))(params)
+        return jax.jit(jax.grad(loss))(variables.params)
 
     expected = gradient(config)
     for change in ({"remat": "full"}, {"remat": "dots", "scan_unroll": 2}):
@@ -108,16 +133,29 @@ def test_remat_and_unrolling_change_no_gradient(model):
             np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-6)
 
 
+def test_remat_of_all_but_products_does_not_compute_sorted_experts_twice():
+    # What their loop keeps for the backward pass is the products' results, which the policy has to name.
+    tokens_BL = jnp.zeros((B, L), jnp.int32)
+
+    def num_loops(remat):
+        config = dataclasses.replace(DEEPSEEK, remat=remat)
+        variables = jax.eval_shape(lambda: make_variables(config))
+        gradient = jax.grad(lambda params: jnp.sum(apply_of(config)(Variables(params, BIAS), tokens_BL).logits_BLV))
+        program = jax.make_jaxpr(gradient)(variables.params)
+        return sum(equation.primitive.name == "while" for equation in equations_of(program.jaxpr))
+
+    BIAS = jnp.zeros((2, 6))
+    assert num_loops("dots") == num_loops("none") < num_loops("full")
+
+
 def test_past_the_context_the_cache_equals_a_banded_full_forward():
     # A full forward over the whole text, in which each layer lets a query see the last M positions only.
     config, M, length = dataclasses.replace(LLAMA, context_length=4), 4, 11
     tokens_BL = jax.random.randint(jax.random.key(1), (B, length), 0, VOCAB)
-    params = nn.unbox(jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), tokens_BL))["params"]
-    decoder, unstacked = Decoder(config, VOCAB, unstacked=True), unstack(Variables(params), config).params
+    variables = make_variables(config)
+    decoder, unstacked = Decoder(config, VOCAB, unstacked=True), unstack(variables, config)
     apply = jax.jit(
-        lambda tokens, positions, caches: decoder.apply(
-            {"params": unstacked}, tokens, position_BL=positions, caches=caches
-        )
+        lambda tokens, positions, caches: forward(decoder, unstacked, tokens, position_BL=positions, caches=caches)
     )
     caches, cached = init_caches(config, B, M), []
     for position in range(length):
@@ -131,17 +169,15 @@ def test_past_the_context_the_cache_equals_a_banded_full_forward():
     with pytest.MonkeyPatch.context() as patch:
         distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
         patch.setattr(module, "causal_mask", lambda position_BL: full_mask(position_BL) & (distance < M)[None])
-        expected = Decoder(config, VOCAB).apply({"params": params}, tokens_BL).logits_BLV
+        expected = forward(Decoder(config, VOCAB), variables, tokens_BL).logits_BLV
     np.testing.assert_allclose(jnp.stack(cached, axis=1), expected, atol=1e-5)
 
 
 def test_masked_tokens_change_no_other_token(model):
-    config, params, tokens_BL = model
+    config, variables, tokens_BL = model
     mask_BL = jnp.ones((B, L), bool).at[0, 7:].set(False)
-    apply = jax.jit(
-        lambda tokens: Decoder(config, VOCAB).apply({"params": params}, tokens, token_mask_BL=mask_BL, train=True)
-    )
-    first, second = apply(tokens_BL), apply(tokens_BL.at[0, 7:].set(5))
+    apply = apply_of(config, train=True, token_mask_BL=mask_BL)
+    first, second = apply(variables, tokens_BL), apply(variables, tokens_BL.at[0, 7:].set(5))
     np.testing.assert_array_equal(first.logits_BLV[0, :7], second.logits_BLV[0, :7])
     if config.moe.num_experts:
         np.testing.assert_array_equal(first.statistics.router.num_tokens[:, 0], 7)
@@ -152,9 +188,9 @@ def test_a_deeper_model_is_no_longer_program():
 
     def num_operations(num_layers):
         config = dataclasses.replace(TINY, num_layers=num_layers)
-        params = jax.eval_shape(lambda: nn.unbox(Decoder(config, VOCAB).init(jax.random.key(0), tokens_BL))["params"])
-        gradient = jax.grad(lambda params: jnp.sum(forward(config, train=True)(params, tokens_BL).logits_BLV))
-        return jax.jit(gradient).lower(params).as_text().count(" = ")
+        variables = jax.eval_shape(lambda: make_variables(config))
+        gradient = jax.grad(lambda variables: jnp.sum(apply_of(config, train=True)(variables, tokens_BL).logits_BLV))
+        return jax.jit(gradient).lower(variables).as_text().count(" = ")
 
     tokens_BL = jnp.zeros((B, L), jnp.int32)
     assert num_operations(3) == num_operations(12)
@@ -168,10 +204,10 @@ def test_layout_follows_first_dense_and_every():
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     config = dataclasses.replace(LLAMA, dtype="bfloat16")
     tokens_BL = jax.random.randint(jax.random.key(1), (B, L), 0, VOCAB)
-    params = nn.unbox(jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), tokens_BL))["params"]
-    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
-    exact = forward(LLAMA)(params, tokens_BL).logits_BLV
-    rough = forward(config)(params, tokens_BL).logits_BLV
+    variables = make_variables(config)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    exact = apply_of(LLAMA)(variables, tokens_BL).logits_BLV
+    rough = apply_of(config)(variables, tokens_BL).logits_BLV
     assert rough.dtype == jnp.float32
     error = jnp.sqrt(jnp.mean((rough - exact) ** 2)) / jnp.std(exact)
     assert 1e-4 < float(error) < 0.05
@@ -187,10 +223,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
 )
 def test_initial_standard_deviations_count_no_expert_axis_as_a_fan(init, std_up, std_down):
     config = ModelConfig(num_layers=3, embed_dim=64, init=init, moe=MoEConfig(num_experts=4, expert_dim=96))
-    tokens = jnp.zeros((1, 2), jnp.int32)
-    moe = nn.unbox(jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), tokens))["params"]["periods"]["block_0"][
-        "moe"
-    ]
+    moe = make_variables(config).params["periods"]["block_0"]["moe"]
     assert moe["w_up"].shape == (3, 4, 64, 96)
     np.testing.assert_allclose(jnp.std(moe["w_up"]), std_up, rtol=0.03)
     np.testing.assert_allclose(jnp.std(moe["w_down"]), std_down, rtol=0.03)
@@ -199,9 +232,8 @@ def test_initial_standard_deviations_count_no_expert_axis_as_a_fan(init, std_up,
 def test_dropout_differs_by_key_and_only_in_training():
     config = dataclasses.replace(LLAMA, dropout_rate=0.5)
     tokens_BL = jnp.ones((B, L), jnp.int32)
-    decoder = Decoder(config, VOCAB)
-    params = nn.unbox(jax.jit(decoder.init)(jax.random.key(0), tokens_BL))["params"]
-    apply = jax.jit(lambda keys: decoder.apply({"params": params}, tokens_BL, train=True, keys_B=keys).logits_BLV)
+    decoder, variables = Decoder(config, VOCAB), make_variables(config)
+    apply = jax.jit(lambda keys: forward(decoder, variables, tokens_BL, train=True, keys_B=keys).logits_BLV)
     keys = jax.random.split(jax.random.key(5), B)
     one, again, other = apply(keys), apply(keys), apply(jax.random.split(jax.random.key(6), B))
     np.testing.assert_array_equal(one, again)

@@ -4,7 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.model.moe.routing import noisy_logits, top_k_plan
+from moe_jax.model.moe.routing import (
+    expert_choice_plan,
+    jittered,
+    noisy_logits,
+    sigmoid_bias_plan,
+    top_k_plan,
+    updated_bias,
+)
 
 
 def test_a_plan_worked_by_hand():
@@ -51,3 +58,90 @@ def test_noise_has_the_learned_scale():
     np.testing.assert_allclose(jnp.std(noise, axis=0), np.log1p(np.exp([-3.0, 0.0, 3.0])), rtol=0.03)
     gradient = jax.grad(lambda scale: jnp.sum(noisy_logits(jnp.zeros((4, 3)), scale, jax.random.key(0)) ** 2))
     assert np.all(np.asarray(gradient(jnp.zeros((4, 3)))) > 0), "a larger scale makes larger noise"
+
+
+def test_weights_that_are_not_renormalised_are_the_probabilities():
+    # softmax([ln 1, ln 2, ln 5]) = [1/8, 2/8, 5/8].
+    plan = top_k_plan(jnp.log(jnp.asarray([[1.0, 2.0, 5.0]])), 2, renormalise=False)
+    np.testing.assert_allclose(plan.combine_weight_TK, [[5 / 8, 2 / 8]], rtol=1e-6)
+
+
+def logits_of(scores):
+    """The logits whose sigmoid is ``scores``."""
+    scores = jnp.asarray(scores)
+    return jnp.log(scores) - jnp.log1p(-scores)
+
+
+def test_a_sigmoid_plan_worked_by_hand():
+    # s = [0.2, 0.6, 0.5, 0.3]; with the bias 0.2, 0.6, 0.5, 0.7: experts 3 and 1, weights 0.3/0.9 and 0.6/0.9.
+    logits_TE = logits_of([[0.2, 0.6, 0.5, 0.3]])
+    bias_E = jnp.asarray([0.0, 0.0, 0.0, 0.4])
+    plan = sigmoid_bias_plan(logits_TE, bias_E, 2)
+    np.testing.assert_array_equal(plan.expert_TK, [[3, 1]])
+    np.testing.assert_allclose(plan.combine_weight_TK, [[1 / 3, 2 / 3]], rtol=1e-6)
+    np.testing.assert_allclose(plan.statistics.probs_E, np.array([0.2, 0.6, 0.5, 0.3]) / 1.6, rtol=1e-6)
+    np.testing.assert_array_equal(plan.statistics.load_E, [0, 1, 0, 1])
+    raw = sigmoid_bias_plan(logits_TE, bias_E, 2, renormalise=False)
+    np.testing.assert_allclose(raw.combine_weight_TK, [[0.3, 0.6]], rtol=1e-6)
+    # The bias chooses and does nothing else: it has no gradient.
+    gradient = jax.grad(lambda bias: jnp.sum(sigmoid_bias_plan(logits_TE, bias, 2).combine_weight_TK ** 2))(bias_E)
+    np.testing.assert_array_equal(gradient, 0)
+
+
+def test_groups_are_judged_by_their_two_best_experts():
+    # Groups {0,1,2}: 0.9 + 0.1, {3,4,5}: 0.6 + 0.6. The single best expert is not in the group that is taken.
+    logits_TE = logits_of([[0.9, 0.1, 0.1, 0.6, 0.6, 0.1]])
+    plan = sigmoid_bias_plan(logits_TE, jnp.zeros(6), 2, num_expert_groups=2, top_k_groups=1)
+    np.testing.assert_array_equal(plan.expert_TK, [[3, 4]])
+    # With so low a bias that every s + bias is negative, experts outside of the group are still refused.
+    low = sigmoid_bias_plan(logits_TE, jnp.full(6, -2.0), 3, num_expert_groups=2, top_k_groups=1)
+    np.testing.assert_array_equal(low.expert_TK, [[3, 4, 5]])
+
+
+def test_sigmoid_weights_sum_to_one_though_every_score_is_tiny():
+    plan = sigmoid_bias_plan(jnp.full((1, 4), -80.0), jnp.zeros(4), 2)
+    np.testing.assert_allclose(plan.combine_weight_TK, [[0.5, 0.5]], rtol=1e-6)
+
+
+def test_the_bias_rises_for_the_underloaded_and_falls_for_the_overloaded():
+    # Mean loads are 4 and 2; an expert at the mean stays as it is.
+    load_NE = jnp.asarray([[6.0, 4.0, 2.0], [0.0, 6.0, 0.0]])
+    bias_NE = updated_bias(jnp.asarray([[0.1, 0.1, 0.1], [0.0, 0.0, 0.0]]), load_NE, 0.01)
+    np.testing.assert_allclose(bias_NE, [[0.09, 0.1, 0.11], [0.01, -0.01, 0.01]], rtol=1e-5)
+
+
+def test_an_expert_choice_plan_worked_by_hand():
+    # Expert 0 prefers tokens 0 and 2, expert 1 tokens 1 and 2: token 2 has two experts, and token 3 none.
+    odds = jnp.asarray([[6.0, 2.0, 2.0], [1.0, 8.0, 1.0], [5.0, 4.0, 1.0], [1.0, 1.0, 8.0]])
+    plan = expert_choice_plan(jnp.log(odds[:, :2]), 2)
+    np.testing.assert_array_equal(plan.expert_TK, [[0, 2], [2, 1], [0, 2], [2, 1]])
+    plan = expert_choice_plan(jnp.log(odds), 1)
+    np.testing.assert_array_equal(plan.expert_TK, [[0, 3, 3], [3, 1, 3], [3, 3, 3], [3, 3, 2]])
+    np.testing.assert_allclose(plan.combine_weight_TK, [[0.6, 0, 0], [0, 0.8, 0], [0, 0, 0], [0, 0, 0.8]], rtol=1e-6)
+    np.testing.assert_array_equal(plan.statistics.load_E, [1, 1, 1])
+    assert plan.max_rows == 3
+
+
+def test_experts_that_choose_take_no_masked_token_though_they_have_room():
+    mask_T = jnp.asarray([True, False, False])
+    plan = expert_choice_plan(jnp.asarray([[1.0, 0.0], [jnp.nan, 5.0], [9.0, 9.0]]), 2, mask_T)
+    np.testing.assert_array_equal(plan.expert_TK, [[0, 1], [2, 2], [2, 2]])
+    np.testing.assert_array_equal(plan.statistics.load_E, [1, 1])
+    np.testing.assert_array_equal(plan.statistics.num_tokens, 1)
+
+
+def test_equal_scores_are_settled_the_same_way_by_every_router():
+    # Lower experts, lower groups and earlier tokens go first, whatever the device.
+    equal_TE = jnp.zeros((3, 6))
+    np.testing.assert_array_equal(top_k_plan(equal_TE, 3).expert_TK, [[0, 1, 2]] * 3)
+    grouped = sigmoid_bias_plan(equal_TE, jnp.zeros(6), 2, num_expert_groups=3, top_k_groups=1)
+    np.testing.assert_array_equal(grouped.expert_TK, [[0, 1]] * 3)
+    np.testing.assert_array_equal(expert_choice_plan(equal_TE, 2).expert_TK < 6, [[True] * 6, [True] * 6, [False] * 6])
+
+
+def test_jitter_multiplies_by_noise_around_one():
+    x_TD = jnp.full((400, 50), 2.0)
+    noisy = jittered(x_TD, 0.1, jax.random.key(0)) / x_TD
+    assert 0.9 <= float(noisy.min()) < 0.901
+    assert 1.099 < float(noisy.max()) <= 1.1
+    np.testing.assert_allclose(jnp.mean(noisy), 1, atol=1e-3)

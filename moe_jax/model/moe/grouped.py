@@ -23,7 +23,7 @@ from moe_jax.command import UserError
 from moe_jax.model.moe.experts import Activation, ExpertWeights, activate, expert_mlp, mlp
 
 PRODUCTS = "expert_products"
-"""The name, for rematerialisation policies, of what ``blocked`` keeps for its backward pass."""
+"""The name, for rematerialisation policies, of the matrix products' results in ``blocked``."""
 
 
 def by_row_mlp(weights: ExpertWeights, x_RD: Array, expert_R: Array, activation: Activation) -> Array:
@@ -169,8 +169,8 @@ def _affine(x: Array, kernel: Array, bias: Array | None) -> Array:
 def _blocked_vjp_forward(
     weights: ExpertWeights, x_SD: Array, size_E: Array, activation: Activation, sizes: tuple[int, ...]
 ) -> tuple[Array, tuple]:
-    y_SD, kept = _blocked_forward(weights, x_SD, size_E, activation, sizes, keep=True)
-    return y_SD, (weights, x_SD, size_E, checkpoint_name(kept, PRODUCTS))
+    y_SD, kept = checkpoint_name(_blocked_forward(weights, x_SD, size_E, activation, sizes, keep=True), PRODUCTS)
+    return y_SD, (weights, x_SD, size_E, kept)
 
 
 def _blocked_vjp_backward(
