@@ -8,10 +8,12 @@ import os
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 
 from moe_jax.command import Interrupted, UserError, cache_folder
+from moe_jax.config import MoEConfig
 from moe_jax.runs.layout import RunDirectory, saved_steps
 from moe_jax.runs.metrics import read_metrics
 from moe_jax.sampling.generator import load_generator
@@ -101,8 +103,6 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, finished, tmp_p
     assert f"going on from step {saved}" in run.log_file.read_text()
     final = read_metrics(run.metrics_file)[-1]
     assert final == read_metrics(finished.metrics_file)[-1]
-    import jax
-
     for got, want in zip(jax.tree.leaves(parameters(run)), jax.tree.leaves(parameters(finished)), strict=True):
         np.testing.assert_array_equal(got, want)
 
@@ -161,6 +161,36 @@ def test_the_same_text_elsewhere_is_the_same_text(finished, change, tmp_path, ca
     (tmp_path / "verse.txt").write_text(VERSE * 100)
     train(change(data={"path": str(tmp_path / "verse.txt")}), finished.path)
     assert "is finished" in capsys.readouterr().out
+
+
+def test_router_state_is_saved_restored_and_sampled_with(change, tiny, tmp_path):
+    moe = MoEConfig(num_experts=4, expert_dim=32, router="sigmoid_bias", bias_update_rate=0.01)
+    short = {"num_steps": 4, "eval_every": 2, "checkpoint_every": 2, "log_every": 2}
+    config = change(model={"moe": moe}, train=short, optimizer={"warmup_steps": 1, "decay_steps": 4})
+    train(config, tmp_path / "whole")
+    train(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=2)), tmp_path / "parts")
+    train(config, tmp_path / "parts")
+    whole, parts = (parameters(RunDirectory(tmp_path / name)) for name in ("whole", "parts"))
+    for got, want in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(got, want)
+    # Four steps of 0.01 up or down, in every layer and for every expert but those at the mean.
+    assert whole.expert_bias_NE.shape == (2, 4)
+    assert 0.01 < float(np.max(np.abs(whole.expert_bias_NE))) <= 0.0401
+    log = RunDirectory(tmp_path / "whole").log_file.read_text()
+    assert "dispatch in training: sorted (blocked), the fastest measured on a processor" in log
+
+
+def test_experts_that_choose_train_but_cannot_be_sampled_from(change, tmp_path):
+    moe = MoEConfig(num_experts=4, expert_dim=32, router="expert_choice", capacity_factor=1.0)
+    run = RunDirectory(tmp_path / "run")
+    train(change(model={"moe": moe}, train={"num_steps": 2, "log_every": 1}, optimizer={"warmup_steps": 1}), run.path)
+    log = run.log_file.read_text()
+    assert "the validation loss has seen the future, and no text can be sampled" in log
+    assert "dispatch in evaluation: gather" in log
+    assert "sample" not in log.replace("no text can be sampled", "")
+    with pytest.raises(UserError, match="expert_choice cannot be sampled from: its experts choose among all tokens"):
+        load_generator(run, "best")
+    assert {line.get("moe/dropped_fraction", 0.0) for line in read_metrics(run.metrics_file)} == {0.0}
 
 
 def test_a_dense_run_with_a_profile_writes_no_moe_metrics_and_a_trace(change, tiny, tmp_path):

@@ -45,7 +45,7 @@ def batch():
 
 
 def two_steps(config, devices=1):
-    """(parameters after two steps, outputs of both)."""
+    """(variables after two steps, outputs of both)."""
     validate(config)
     decoder = Decoder(config.model, VOCAB)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
@@ -55,7 +55,7 @@ def two_steps(config, devices=1):
         step = jax.jit(make_train_step(config, decoder, optimizer))
         state, first = step(state, put_batch(batch(), mesh))
         state, second = step(state, put_batch(batch(), mesh))
-    return jax.device_get((state.params, (first, second)))
+    return jax.device_get((state.variables, (first, second)))
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,40 @@ def test_einsum_trains_as_gather_does(reference):
     moe = dataclasses.replace(CONFIG.model.moe, dispatch="einsum")
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe))
     assert_same_training(two_steps(config), reference)
+
+
+LOSSES = {"load_balancing_weight": 0.1, "importance_weight": 0.1, "router_z_weight": 0.1}
+VARIANTS = {
+    # (settings of the layer, devices, accumulation). The dropless ones are sorted by each device for itself.
+    "sigmoid_bias": (
+        {"router": "sigmoid_bias", "num_shared_experts": 1, "bias_update_rate": 0.1, "router_z_weight": 0.0},
+        8,
+        2,
+    ),
+    "switch": ({"router": "switch", "top_k": 1, "router_jitter": 0.1, "load_balancing_scope": "batch"}, 4, 1),
+    "expert_choice": ({"router": "expert_choice", "capacity_factor": 1.0}, 4, 2),
+}
+
+
+@pytest.mark.parametrize("router", VARIANTS)
+def test_devices_accumulation_and_remat_change_no_router(router):
+    moe, devices, accumulation = VARIANTS[router]
+    model = dataclasses.replace(CONFIG.model, moe=MoEConfig(num_experts=4, expert_dim=12, **LOSSES | moe))
+    config = dataclasses.replace(CONFIG, model=model)
+    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=accumulation)
+    remat = dataclasses.replace(model, remat="full")
+    divided = two_steps(dataclasses.replace(config, model=remat, optimizer=optimizer), devices)
+    expected = two_steps(config)
+    assert_same_training(divided, expected)
+    variables, (first, second) = expected
+    if router == "sigmoid_bias":
+        # Twice up or down by the rate, by the whole batch's load of each step, and untouched by the optimizer.
+        moved = [np.sign(out.routing.load_NE.mean(1, keepdims=True) - out.routing.load_NE) for out in (first, second)]
+        np.testing.assert_allclose(variables.expert_bias_NE, 0.1 * sum(moved), rtol=1e-6)
+        assert np.any(moved[0])
+        np.testing.assert_array_equal(variables.expert_bias_NE, divided[0].expert_bias_NE)
+    else:
+        assert variables.expert_bias_NE is None
 
 
 def test_the_reported_loss_is_the_language_model_loss_alone():
