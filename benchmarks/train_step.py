@@ -35,12 +35,17 @@ def with_model(config: Config, moe: dict | None = None, **model: Any) -> Config:
 def variants(config: Config) -> dict[str, Config]:
     """What is compared, by name; the first is what the others are a ratio of."""
     periods = (config.model.num_layers - config.model.moe.first_dense) // config.model.moe.every
-    found = {
-        f"{dispatch}, unroll {unroll}": with_model(config, {"dispatch": dispatch}, scan_unroll=unroll)
-        for dispatch in ("gather", "einsum")
-        for unroll in sorted({periods, 2, 1} & set(range(1, periods + 1)), reverse=True)
+    dispatchers = {
+        "dropless, sorted": {"dispatch": "sorted", "capacity_factor": None},
+        "capacity 1.25, gather": {"dispatch": "gather", "capacity_factor": 1.25},
+        "capacity 1.25, einsum": {"dispatch": "einsum", "capacity_factor": 1.25},
     }
-    found[f"gather, unroll {periods}, nothing dropped"] = with_model(
+    found = {
+        f"{name}, unroll {unroll}": with_model(config, moe, scan_unroll=unroll)
+        for name, moe in dispatchers.items()
+        for unroll in sorted({periods, 1}, reverse=True)
+    }
+    found[f"dropless, gather, unroll {periods}"] = with_model(
         config, {"dispatch": "gather", "capacity_factor": None}, scan_unroll=periods
     )
     found[f"dense of equal active parameters, unroll {periods}"] = with_model(

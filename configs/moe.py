@@ -8,7 +8,7 @@
 the last step. Of all rows 5 % are dropped, 1 % at the end.
 """
 
-from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from moe_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> Config:
@@ -18,7 +18,6 @@ def get_config() -> Config:
             tie_embeddings=False,
             init_std=0.05,
             scan_unroll=4,
-            moe=MoEConfig(dispatch="gather", capacity_factor=1.5),  # the fastest measured: docs/performance.md
         ),
         data=DataConfig(batch_size=8),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=60, final_fraction=0.02),

@@ -8,7 +8,7 @@ validation 1.817 nats per character at the last step; nanoGPT's recipe publishes
 processor. Of all rows 0.7 % are dropped, none to speak of at the end.
 """
 
-from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, SampleConfig, TrainConfig
+from moe_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig
 
 
 def get_config() -> Config:
@@ -19,7 +19,6 @@ def get_config() -> Config:
             tie_embeddings=False,
             init_std=0.05,
             scan_unroll=4,
-            moe=MoEConfig(capacity_factor=2.0),
         ),
         data=DataConfig(tokenizer="char", val_fraction=0.1, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=60, final_fraction=0.02),

@@ -46,7 +46,7 @@ def _choose_grouped_matmul(moe: MoEConfig, num_rows: int) -> tuple[GroupedMatmul
         dense = moe.grouped_matmul == "ragged" and platform != "tpu"
         warning = f": XLA multiplies every row with every expert on a {platform}, E/K times the work" if dense else ""
         return moe.grouped_matmul, "as set" + warning
-    if num_rows <= BY_ROW_ROWS:
+    if num_rows <= max(BY_ROW_ROWS, moe.top_k):
         return "by_row", f"{num_rows} rows: each reads its own expert's weights"
     if platform == "tpu":
         return "ragged", "XLA's grouped product of TPUs"
@@ -57,5 +57,5 @@ def _choose_grouped_matmul(moe: MoEConfig, num_rows: int) -> tuple[GroupedMatmul
     return "blocked", "the fastest measured on a processor"
 
 
-BY_ROW_ROWS = 16
-"""Rows up to which gathering weights by row was faster than blocks of rows (docs/dispatch.md)."""
+BY_ROW_ROWS = 4
+"""Rows up to which gathering weights by row was as fast as blocks of rows or faster, as for the rows of one token."""

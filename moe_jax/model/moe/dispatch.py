@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.axes import Array
-from moe_jax.model.moe.plan import Placement, RoutingPlan, chosen_experts, merge_groups, place
+from moe_jax.model.moe.plan import RoutingPlan, chosen_experts, merge_groups, place
 
 Experts = Callable[[Array], Array]
 """[E, R, D] -> [E, R, D]: every expert on its own rows."""
@@ -59,21 +59,15 @@ def gather_dispatch(
     x_GTD: Array, plan: RoutingPlan, num_experts: int, capacity: int, experts: Experts
 ) -> tuple[Array, Array]:
     """Moves rows by index; arguments and results as in ``einsum_dispatch``."""
-    G, _, D = x_GTD.shape
-
-    def tables(plan: RoutingPlan) -> tuple[Placement, Array, Array]:
-        placement = place(plan.expert_TK, num_experts, capacity)
-        slot_TK = plan.expert_TK * capacity + placement.position_TK
-        return placement, *_index_tables(slot_TK, placement.kept_TK, num_experts * capacity)
-
-    # Groups stay an axis of the gathers, so that a mesh can divide them without moving tokens between devices.
-    placement, slot_GTK, row_GS = jax.vmap(tables)(plan)
-    x_EGCD = jax.vmap(_to_slots, out_axes=1)(x_GTD, slot_GTK, row_GS.reshape(G, num_experts, capacity))
-    y_EGCD = experts(x_EGCD.reshape(num_experts, G * capacity, D)).reshape(x_EGCD.shape)
-    y_GTD = jax.vmap(_from_slots, in_axes=(1, 0, 0, 0))(
-        y_EGCD, plan.combine_weight_TK, slot_GTK, row_GS.reshape(G, num_experts, capacity)
-    )
-    return y_GTD, placement.kept_TK
+    G, T, D = x_GTD.shape
+    placement = jax.vmap(lambda expert_TK: place(expert_TK, num_experts, capacity))(plan.expert_TK)
+    # Slots of one expert lie together, group after group.
+    first_slot_GTK = (plan.expert_TK * G + jnp.arange(G)[:, None, None]) * capacity
+    merged, slot_GTK = merge_groups(plan), first_slot_GTK + placement.position_TK
+    slot_TK, row_S = _index_tables(_merged(slot_GTK), _merged(placement.kept_TK), num_experts * G * capacity)
+    x_ERD = _to_slots(x_GTD.reshape(G * T, D), slot_TK, row_S).reshape(num_experts, G * capacity, D)
+    y_TD = _from_slots(experts(x_ERD).reshape(-1, D), merged.combine_weight_TK, slot_TK, row_S)
+    return y_TD.reshape(G, T, D), placement.kept_TK
 
 
 def sorted_dispatch(
@@ -145,9 +139,9 @@ def _take(rows: Array, index: Array) -> Array:
     return jnp.take(rows, index, axis=0, mode="fill", fill_value=0)
 
 
-def _flat(y_SD: Array) -> Array:
-    """[E, C, D] or [S, D] -> [S, D]."""
-    return y_SD.reshape(-1, y_SD.shape[-1])
+def _merged(leaf_GTK: Array) -> Array:
+    """[G, T, K] -> [G·T, K]."""
+    return leaf_GTK.reshape(-1, leaf_GTK.shape[-1])
 
 
 # Moving rows to slots and back. Each backward pass reads through the other index table, so all four passes are gathers
@@ -156,7 +150,7 @@ def _flat(y_SD: Array) -> Array:
 
 @jax.custom_vjp
 def _to_slots(x_TD: Array, slot_TK: Array, row_S: Array) -> Array:
-    """[T, D] -> [*row_S.shape, D]: each slot gets its row's token; an empty one zeros."""
+    """[T, D] -> [S, D]: each slot gets its row's token; an empty one zeros."""
     return _take(x_TD, row_S // slot_TK.shape[-1])
 
 
@@ -165,7 +159,7 @@ def _to_slots_forward(x_TD: Array, slot_TK: Array, row_S: Array) -> tuple[Array,
 
 
 def _to_slots_backward(slot_TK: Array, dx_SD: Array) -> tuple[Array, None, None]:
-    dx_TKD = _take(_flat(dx_SD), slot_TK)
+    dx_TKD = _take(dx_SD, slot_TK)
     return jnp.sum(dx_TKD, axis=1, dtype=jnp.float32).astype(dx_SD.dtype), None, None
 
 
@@ -175,7 +169,7 @@ _to_slots.defvjp(_to_slots_forward, _to_slots_backward)
 @jax.custom_vjp
 def _from_slots(y_SD: Array, weight_TK: Array, slot_TK: Array, row_S: Array) -> Array:
     """y_t = Σ_k weight_tk · y[slot_tk], [T, D] in the type of ``y``."""
-    y_TKD = _take(_flat(y_SD), slot_TK).astype(jnp.float32)
+    y_TKD = _take(y_SD, slot_TK).astype(jnp.float32)
     return jnp.sum(y_TKD * weight_TK[..., None], axis=1).astype(y_SD.dtype)
 
 
@@ -191,7 +185,7 @@ def _from_slots_backward(
     y_SD, weight_TK, slot_TK, row_S = residuals
     weight_S = _take(weight_TK.reshape(-1), row_S)
     dy_SD = _take(dy_TD, row_S // slot_TK.shape[-1]).astype(jnp.float32) * weight_S[..., None]
-    y_TKD = _take(_flat(y_SD), slot_TK).astype(jnp.float32)
+    y_TKD = _take(y_SD, slot_TK).astype(jnp.float32)
     dweight_TK = jnp.sum(y_TKD * dy_TD.astype(jnp.float32)[:, None, :], axis=-1)
     return dy_SD.astype(y_SD.dtype), dweight_TK, None, None
 

@@ -12,7 +12,7 @@ from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
 from moe_jax.model.layers import on_each_device, with_axes
 from moe_jax.model.mlp import DenseMLP, mlp_weights
-from moe_jax.model.moe.choice import GroupedMatmul, choose_dispatch
+from moe_jax.model.moe.choice import DispatchChoice, choose_dispatch
 from moe_jax.model.moe.dispatch import CAPACITY_DISPATCHERS, by_row_dispatch, sorted_dispatch
 from moe_jax.model.moe.experts import Activation, ExpertWeights, expert_mlp
 from moe_jax.model.moe.grouped import block_sizes, blocked_mlp, by_row_mlp, ragged_mlp, tokamax_mlp
@@ -64,12 +64,8 @@ class MoE(nn.Module):
 
         weights = mlp_weights(self, config, D, moe.expert_dim, num_experts=moe.num_experts)
         choice = choose_dispatch(moe, G * T, train=train)
-        if choice.grouped_matmul is None:
-            capacity = expert_capacity(moe, T, train=train)
-            experts = functools.partial(expert_mlp, weights, activation=config.activation)
-            y_GTD, kept_GTK = CAPACITY_DISPATCHERS[choice.dispatch](x_GTD, plan, moe.num_experts, capacity, experts)
-        else:
-            y_GTD, kept_GTK = _dispatch_sorted(x_GTD, plan, weights, config.activation, choice.grouped_matmul)
+        capacity = expert_capacity(moe, T, train=train)
+        y_GTD, kept_GTK = carry_out(choice, x_GTD, plan, weights, config.activation, capacity)
         if moe.num_shared_experts:
             y_GTD += DenseMLP(config, moe.num_shared_experts * moe.expert_dim, name="shared")(x_GTD)
         num_rows_G = jnp.sum(plan.statistics.load_E, axis=-1)
@@ -96,22 +92,42 @@ class MoE(nn.Module):
         return self.param(name, with_axes(init, ("embed", "expert")), (D, self.config.moe.num_experts))
 
 
-def _dispatch_sorted(
-    x_GTD: Array, plan: RoutingPlan, weights: ExpertWeights, activation: Activation, backend: GroupedMatmul
+def carry_out(
+    choice: DispatchChoice,
+    x_GTD: Array,
+    plan: RoutingPlan,
+    weights: ExpertWeights,
+    activation: Activation,
+    capacity: int,
 ) -> tuple[Array, Array]:
-    """Dropless dispatch by the grouped product ``backend``; results as of the dispatchers."""
+    """Sends the rows of ``plan`` through the experts, the way that ``choice`` says.
+
+    Returns:
+      The outputs [G, T, D], and kept_GTK: False where a row was dropped.
+    """
     E = weights.w_up_EDF.shape[0]
 
-    def run(tokens: tuple[Array, RoutingPlan], weights: ExpertWeights) -> tuple[Array, Array]:
-        x_GTD, plan = tokens
-        if backend == "by_row":
-            return by_row_dispatch(x_GTD, plan, E, lambda x, expert: by_row_mlp(weights, x, expert, activation))
-        if backend == "blocked":
-            sizes = block_sizes(x_GTD.shape[0] * plan.max_rows, E)
-            blocked = lambda x, size: blocked_mlp(weights, x, size, activation, sizes)  # noqa: E731
-            return sorted_dispatch(x_GTD, plan, E, sizes[-1], blocked)
-        mlp = {"ragged": ragged_mlp, "tokamax": tokamax_mlp}[backend]
-        return sorted_dispatch(x_GTD, plan, E, 1, lambda x, size: mlp(weights, x, size, activation))
+    def by_capacity(tokens: tuple[Array, RoutingPlan], weights: ExpertWeights) -> tuple[Array, Array]:
+        experts = functools.partial(expert_mlp, weights, activation=activation)
+        return CAPACITY_DISPATCHERS[choice.dispatch](*tokens, E, capacity, experts)
 
-    # Each device sorts its own groups: a sort across devices would first bring all tokens to each of them.
-    return on_each_device(run, (x_GTD, plan), weights)
+    def by_row(tokens: tuple[Array, RoutingPlan], weights: ExpertWeights) -> tuple[Array, Array]:
+        return by_row_dispatch(*tokens, E, functools.partial(by_row_mlp, weights, activation=activation))
+
+    def by_blocks(tokens: tuple[Array, RoutingPlan], weights: ExpertWeights) -> tuple[Array, Array]:
+        x_GTD, plan = tokens
+        sizes = block_sizes(x_GTD.shape[0] * plan.max_rows, E)
+        # A custom_vjp function takes its static arguments by place.
+        return sorted_dispatch(
+            x_GTD, plan, E, sizes[-1], lambda x_SD, size_E: blocked_mlp(weights, x_SD, size_E, activation, sizes)
+        )
+
+    def by_product(tokens: tuple[Array, RoutingPlan], weights: ExpertWeights) -> tuple[Array, Array]:
+        mlp = {"ragged": ragged_mlp, "tokamax": tokamax_mlp}[choice.grouped_matmul or ""]
+        return sorted_dispatch(*tokens, E, 1, functools.partial(mlp, weights, activation=activation))
+
+    if choice.dispatch == "einsum":  # products, which the compiler divides over devices by itself
+        return by_capacity((x_GTD, plan), weights)
+    ways = {None: by_capacity, "by_row": by_row, "blocked": by_blocks, "ragged": by_product, "tokamax": by_product}
+    # Each device moves the rows of its own groups: indices that ran across devices would bring all tokens to each.
+    return on_each_device(ways[choice.grouped_matmul], (x_GTD, plan), weights)
