@@ -62,7 +62,7 @@ class Case:
 
 
 Pass = tuple[Any, tuple]
-"""A compiled function and its arguments: a closed-over array would be a constant, and XLA would route while compiling."""
+"""A compiled function and its arguments; a closed-over array would be a constant, and be routed while compiling."""
 
 
 def parse_shape(text: str) -> tuple[int, int, int, int]:

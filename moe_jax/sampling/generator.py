@@ -1,5 +1,6 @@
 """The front end of sampling: text in, text out."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Literal
@@ -40,7 +41,9 @@ class Generator:
                 "a model of model.moe.router=expert_choice cannot be sampled from: its experts choose among all "
                 "tokens of a text, later ones included; train one with another router"
             )
-        self.config = config
+        # How rows move is a matter of this machine and of few rows, not of the one that trained and of many.
+        moe = dataclasses.replace(config.moe, dispatch="auto", grouped_matmul="auto")
+        self.config = config = dataclasses.replace(config, moe=moe)
         self.tokenizer = tokenizer
         decoder = Decoder(config, tokenizer.vocab_size, unstacked=True)
         self._unstack = jax.jit(lambda variables: unstack(variables, config))

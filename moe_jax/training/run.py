@@ -13,7 +13,7 @@ from moe_jax.data.pipeline import check_splits
 from moe_jax.data.prepare import PreparedData, prepare
 from moe_jax.data.tokenizer import save_tokenizer
 from moe_jax.model.decoder import Decoder
-from moe_jax.model.moe.choice import choose_dispatch
+from moe_jax.model.moe.choice import DispatchChoice, choose_dispatch
 from moe_jax.parallel.mesh import make_mesh, use_mesh
 from moe_jax.parallel.startup import enable_compile_cache
 from moe_jax.report.plots import plot_expert_load, plot_loss_curve
@@ -39,6 +39,7 @@ def train(config: Config, workdir: Path) -> None:
     config = _settle(config, run)
     if config.train.compile_cache:
         enable_compile_cache()
+    choices = _choose_dispatch(config)
     mesh = make_mesh(config.mesh, config.data.batch_size // config.optimizer.accumulation_steps)
     data = prepare(config.data, cache_folder("data"))
     check_splits(data, config.model.context_length)
@@ -52,6 +53,7 @@ def train(config: Config, workdir: Path) -> None:
                 run.save_config(config)
                 save_tokenizer(data.tokenizer, run.tokenizer)
                 _describe(config, mesh, data, state)
+                _describe_dispatch(config, choices)
                 loop = Loop(config, run, mesh, data, state, progress, checkpoints, writer)
                 loop.run(request)
         plot_loss_curve(run)
@@ -135,25 +137,33 @@ def _describe(config: Config, mesh: jax.sharding.Mesh, data: PreparedData, state
         f"({data.tokenizer.name}, {data.tokenizer.vocab_size:,} different)"
     )
     log.info(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})")
-    if moe.num_experts:
-        _describe_dispatch(config)
-        if moe.load_balancing_scope == "batch" and config.optimizer.accumulation_steps > 1:
-            log.info("load is balanced over each microbatch, not over the accumulated batch")
+    if moe.num_experts and moe.load_balancing_scope == "batch" and config.optimizer.accumulation_steps > 1:
+        log.info("load is balanced over each microbatch, not over the accumulated batch")
     if int(state.step):
         log.info(f"going on from step {int(state.step)}")
 
 
-def _describe_dispatch(config: Config) -> None:
-    moe = config.model.moe
+def _choose_dispatch(config: Config) -> dict[str, DispatchChoice]:
+    """How rows move in training and in evaluation; UserError where this machine cannot do what the settings say."""
+    if not config.model.moe.num_experts:
+        return {}
     num_tokens = config.data.batch_size // config.optimizer.accumulation_steps * config.model.context_length
-    for name, train in (("training", True), ("evaluation", False)):
-        log.info(f"dispatch in {name}: {choose_dispatch(moe, num_tokens, train=train)}")
-    if moe.router == "expert_choice":
+    return {
+        name: choose_dispatch(config.model.moe, num_tokens, train=name == "training")
+        for name in ("training", "evaluation")
+    }
+
+
+def _describe_dispatch(config: Config, choices: dict[str, DispatchChoice]) -> None:
+    moe = config.model.moe
+    for name, choice in choices.items():
+        log.info(f"dispatch in {name}: {choice}")
+    if not is_causal(config.model):
         log.info(
             f"experts take {moe.capacity_factor} of a balanced share each, in evaluation too, among all tokens of a "
             "sequence, later ones included: the validation loss has seen the future, and no text can be sampled"
         )
-    elif moe.capacity_factor is not None:
+    elif choices and moe.capacity_factor is not None:
         log.info(f"in training experts accept {moe.capacity_factor} of a balanced share and drop the rest")
 
 

@@ -144,10 +144,18 @@ def test_a_layer_of_one_token_reads_the_weights_of_its_experts_only():
     assert jnp.all(jnp.isfinite(by_row_mlp(poisoned, jnp.ones((2, D)), jnp.asarray([5, 2]), "swiglu")))
 
 
-def test_tokamax_without_the_package_names_the_remedy(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tokamax", None)
-    with pytest.raises(UserError, match="needs the package tokamax, which is not installed; pip install tokamax"):
-        tokamax_mlp(make_weights(E, D, F), jnp.ones((S, D)), jnp.asarray(LOADS[0]), "swiglu")
+@pytest.mark.parametrize(
+    ("platform", "words"),
+    [
+        ("cpu", "tokamax needs an NVIDIA GPU, got a cpu; set it to auto"),
+        ("gpu", "needs the package tokamax, which is not installed; pip install tokamax"),
+    ],
+)
+def test_tokamax_where_it_cannot_run_is_refused_with_the_remedy(monkeypatch, platform, words):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=words):
+        choose_dispatch(MoEConfig(grouped_matmul="tokamax"), 4096, train=True)
 
 
 def test_tokamax_is_called_with_kernels_only_and_computes_the_mlp(monkeypatch):

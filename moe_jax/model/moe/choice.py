@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 
+from moe_jax.command import UserError
 from moe_jax.config import MoEConfig
 
 GroupedMatmul = Literal["blocked", "ragged", "tokamax", "by_row"]
@@ -27,6 +28,8 @@ class DispatchChoice:
 def choose_dispatch(moe: MoEConfig, num_tokens: int, *, train: bool) -> DispatchChoice:
     """The dispatcher for a batch of ``num_tokens`` on this process's devices; docs/dispatch.md has the measurements.
 
+    Raises UserError where the settings name a grouped product that this machine does not have.
+
     Experts of a fixed number of slots go by ``gather``; where nothing may be dropped, rows are ``sorted``, so that no
     choice of ``auto`` ever computes experts on tokens that were not sent to them.
     """
@@ -42,6 +45,8 @@ def choose_dispatch(moe: MoEConfig, num_tokens: int, *, train: bool) -> Dispatch
 
 def _choose_grouped_matmul(moe: MoEConfig, num_rows: int) -> tuple[GroupedMatmul, str]:
     platform = jax.default_backend()
+    if moe.grouped_matmul == "tokamax":
+        _check_tokamax(platform)
     if moe.grouped_matmul != "auto":
         dense = moe.grouped_matmul == "ragged" and platform != "tpu"
         warning = f": XLA multiplies every row with every expert on a {platform}, E/K times the work" if dense else ""
@@ -50,11 +55,25 @@ def _choose_grouped_matmul(moe: MoEConfig, num_rows: int) -> tuple[GroupedMatmul
         return "by_row", f"{num_rows} rows: each reads its own expert's weights"
     if platform == "tpu":
         return "ragged", "XLA's grouped product of TPUs"
-    if platform == "gpu" and importlib.util.find_spec("tokamax") is not None:
+    if platform == "gpu" and _has_tokamax():
         return "tokamax", "grouped kernels for NVIDIA GPUs"
     if platform == "gpu":
         return "blocked", "a loop, slow on a GPU: pip install tokamax for its kernels, or set a capacity_factor"
     return "blocked", "the fastest measured on a processor"
+
+
+def _has_tokamax() -> bool:
+    return importlib.util.find_spec("tokamax") is not None
+
+
+def _check_tokamax(platform: str) -> None:
+    if platform != "gpu":
+        raise UserError(f"model.moe.grouped_matmul=tokamax needs an NVIDIA GPU, got a {platform}; set it to auto")
+    if not _has_tokamax():
+        raise UserError(
+            "model.moe.grouped_matmul=tokamax needs the package tokamax, which is not installed; "
+            "pip install tokamax, or set it to auto"
+        )
 
 
 BY_ROW_ROWS = 4

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.axes import Array
-from moe_jax.command import UserError
 from moe_jax.model.moe.experts import Activation, ExpertWeights, activate, expert_mlp, mlp
 
 PRODUCTS = "expert_products"
@@ -46,13 +45,7 @@ def tokamax_mlp(
 ) -> Array:
     """Rows sorted by expert, by ``tokamax.ragged_dot``. Without XLA among its implementations it raises rather than
     computing a dense product where no kernel fits."""
-    try:
-        tokamax = importlib.import_module("tokamax")
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "model.moe.grouped_matmul=tokamax needs the package tokamax, which is not installed; "
-            "pip install tokamax, or set it to auto"
-        ) from error
+    tokamax = importlib.import_module("tokamax")  # not at the top: an extra, and slow to import
     product = functools.partial(tokamax.ragged_dot, implementation=implementation)
     return _mlp_by_products(weights, x_SD, size_E, activation, product)
 

@@ -164,9 +164,7 @@ def _biased_choice(
     logits_TE: Array, moe: MoEConfig, token_mask_T: Array | None, expert_bias_E: Array | None
 ) -> RoutingPlan:
     if expert_bias_E is None:
-        raise ValueError(
-            "sigmoid_bias needs its router state expert_bias_E, got None; pass initial_expert_bias"
-        )
+        raise ValueError("sigmoid_bias needs its router state expert_bias_E, got None; pass initial_expert_bias")
     return sigmoid_bias_plan(
         logits_TE,
         expert_bias_E,
