@@ -4,8 +4,8 @@
     python sample.py --workdir runs/moe
 
 4 layers of width 128, 8 experts of which a token takes 2: 3.9 M parameters, 1.6 M active. On two cores, 1,200 steps of
-1,024 tokens take 3.5 minutes, and 4.6 with three evaluations: validation 2.118 bits per byte (4.271 nats per token) at
-the last step. Of all rows 5 % are dropped, 1 % at the end.
+1,024 tokens take 3.1 minutes, and 3.7 with three evaluations: validation 2.110 bits per byte (4.255 nats per token) at
+the last step. No row is dropped.
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
