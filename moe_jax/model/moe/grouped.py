@@ -109,12 +109,17 @@ def _blocks(size_E: Array, sizes: tuple[int, ...], num_slots: int) -> Iterator[_
         start_E, left_E = start_E + count_E * size, left_E % size
 
 
+def _product_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The type that blocks compute in: float32 on a processor, where XLA would convert every factor to it anyway."""
+    return jnp.dtype("float32") if jax.default_backend() == "cpu" else dtype
+
+
 def _rows(array: Array, start: Array, size: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(array, start, size)
+    return jax.lax.dynamic_slice_in_dim(array, start, size).astype(_product_dtype(array.dtype))
 
 
 def _put_rows(array: Array, rows: Array, start: Array) -> Array:
-    return jax.lax.dynamic_update_slice_in_dim(array, rows, start, axis=0)
+    return jax.lax.dynamic_update_slice_in_dim(array, rows.astype(array.dtype), start, axis=0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -124,7 +129,8 @@ def blocked_mlp(
     """Rows sorted by expert, in a loop over blocks of rows of one expert each: [S, D] in the type of ``x``.
 
     A block is computed from input to output while it lies in the processor's cache; only blocks that hold rows are
-    computed. For the backward pass the pre-activations are kept, and nothing else of width F.
+    computed. For the backward pass the pre-activations are kept, and nothing else of width F. What is kept and what
+    comes out has the type of ``x``; on a processor all within a block is float32.
 
     Args:
       size_E: [E] slots of each expert, multiples of ``sizes[-1]``; rows past their sum come out as zeros.
@@ -138,7 +144,7 @@ def _blocked_forward(
 ) -> tuple[Array, tuple[Array, ...]]:
     """The output, and with ``keep`` the pre-activations [S, F]: of w_up, and of w_gate where there is one."""
     S, dtype = x_SD.shape[0], x_SD.dtype
-    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
+    cast = jax.tree.map(lambda leaf: leaf.astype(_product_dtype(dtype)), weights)
     num_kept = keep * (1 if weights.w_gate_EDF is None else 2)
     carry = (jnp.zeros_like(x_SD), *[jnp.zeros((S, weights.w_up_EDF.shape[-1]), dtype)] * num_kept)
 
@@ -171,7 +177,7 @@ def _blocked_vjp_backward(
 ) -> tuple[ExpertWeights, Array, None]:
     weights, x_SD, size_E, kept = residuals
     dtype = x_SD.dtype
-    cast = jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
+    cast = jax.tree.map(lambda leaf: leaf.astype(_product_dtype(dtype)), weights)
     # Gradients of weights add up in float32 over an expert's blocks.
     carry = (jnp.zeros_like(x_SD), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), weights))
 
@@ -196,7 +202,7 @@ def _blocked_vjp_backward(
 def _block_gradients(
     weights: ExpertWeights, x: Array, kept: tuple[Array, ...], dy: Array, activation: Activation
 ) -> tuple[Array, ExpertWeights]:
-    """Gradients of one block with respect to its rows, and to its expert's weights in float32."""
+    """Gradients, in float32, of one block with respect to its rows and to its expert's weights."""
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
     def bias_gradient(bias: Array | None, dy: Array) -> Array | None:
@@ -207,7 +213,7 @@ def _block_gradients(
     dx = product(dup, weights.w_up_EDF.T)
     if weights.w_gate_EDF is not None:
         dx += product(dgate[0], weights.w_gate_EDF.T)
-    return dx.astype(x.dtype), ExpertWeights(
+    return dx, ExpertWeights(
         w_up_EDF=product(x.T, dup),
         w_down_EFD=product(hidden.T, dy),
         w_gate_EDF=product(x.T, dgate[0]) if dgate else None,
