@@ -72,7 +72,7 @@ def _check_model(model: ModelConfig) -> None:
     if not model.moe.num_experts and model.mlp_dim is None and model.moe.top_k < 1:
         raise UserError(
             f"model.moe.top_k must be at least 1, got {model.moe.top_k}: "
-            "top_k * expert_dim is the width of a dense MLP; raise it, or set model.mlp_dim"
+            "(top_k + num_shared_experts) * expert_dim is the width of a dense MLP; raise it, or set model.mlp_dim"
         )
     if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
         raise UserError(
@@ -148,10 +148,11 @@ def _check_dispatch(moe: MoEConfig) -> None:
             f"model.moe.dispatch=sorted drops nothing and takes no model.moe.capacity_factor, got "
             f"{moe.capacity_factor}; set it to None, or use gather"
         )
-    if moe.dispatch in ("einsum", "gather") and moe.grouped_matmul != "auto":
+    has_slots = moe.capacity_factor is not None or moe.dispatch != "auto"
+    if moe.grouped_matmul != "auto" and moe.dispatch != "sorted" and has_slots:
         raise UserError(
-            f"model.moe.grouped_matmul is for model.moe.dispatch=sorted or auto, got {moe.grouped_matmul} with "
-            f"{moe.dispatch}; leave it at auto"
+            f"model.moe.grouped_matmul is for sorted rows, got {moe.grouped_matmul} with model.moe.dispatch="
+            f"{moe.dispatch} and capacity_factor={moe.capacity_factor}; leave it at auto, or set dispatch to sorted"
         )
 
 

@@ -109,9 +109,10 @@ def test_every_router_goes_with_every_dispatcher_or_is_refused_with_the_reason()
     assert refused == no_capacity | no_drops
 
 
-def test_the_grouped_product_is_no_setting_of_dispatchers_without_one():
-    with pytest.raises(UserError, match=r"grouped_matmul is for model\.moe\.dispatch=sorted or auto, got ragged"):
-        validate(Config(model=ModelConfig(moe=MoEConfig(dispatch="gather", grouped_matmul="ragged"))))
+@pytest.mark.parametrize("moe", [{"dispatch": "gather"}, {"capacity_factor": 1.0}])
+def test_the_grouped_product_is_no_setting_where_rows_are_not_sorted(moe):
+    with pytest.raises(UserError, match="grouped_matmul is for sorted rows, got ragged with"):
+        validate(Config(model=ModelConfig(moe=MoEConfig(grouped_matmul="ragged", **moe))))
 
 
 def test_a_dense_model_needs_no_possible_moe_settings():

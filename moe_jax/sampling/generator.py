@@ -103,7 +103,7 @@ def load_generator(run: RunDirectory, which: Literal["best", "newest"]) -> tuple
     config = run.load_config()
     tokenizer = load_tokenizer(run.tokenizer)
     generator = Generator(config.model, tokenizer)
-    decoder = Decoder(config.model, tokenizer.vocab_size)
+    decoder = Decoder(generator.config, tokenizer.vocab_size)
     shapes = jax.eval_shape(lambda: _initial_variables(decoder).to_items())
     device = SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)

@@ -133,16 +133,31 @@ def test_remat_and_unrolling_change_no_gradient(model):
             np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-6)
 
 
-def test_remat_of_all_but_products_does_not_compute_sorted_experts_twice():
-    # What their loop keeps for the backward pass is the products' results, which the policy has to name.
+@pytest.mark.parametrize("router", ["noisy_top_k", "switch"])
+def test_evaluation_is_without_noise_though_keys_are_given(router):
+    moe = dataclasses.replace(GPT.moe, router=router, top_k=1, dispatch="gather", router_jitter=0.5)
+    config = dataclasses.replace(GPT, moe=moe)
+    variables, tokens_BL = make_variables(config), jax.random.randint(jax.random.key(1), (B, L), 0, VOCAB)
+    keys_B = jax.random.split(jax.random.key(3), B)
+    quiet = apply_of(config)(variables, tokens_BL).logits_BLV
+    np.testing.assert_array_equal(apply_of(config, keys_B=keys_B)(variables, tokens_BL).logits_BLV, quiet)
+    trained = dataclasses.replace(config, moe=dataclasses.replace(moe, capacity_factor=None))
+    noisy = apply_of(trained, train=True, keys_B=keys_B)(variables, tokens_BL).logits_BLV
+    assert float(jnp.max(jnp.abs(noisy - quiet))) > 1e-3
+
+
+@pytest.mark.parametrize(("grouped_matmul", "loop"), [("blocked", "while"), ("ragged", "ragged_dot_general")])
+def test_remat_of_all_but_products_does_not_compute_sorted_experts_twice(grouped_matmul, loop):
+    # Their products' results have to be named for the policy, which sees neither into a loop nor grouped products.
     tokens_BL = jnp.zeros((B, L), jnp.int32)
 
     def num_loops(remat):
-        config = dataclasses.replace(DEEPSEEK, remat=remat)
+        moe = dataclasses.replace(DEEPSEEK.moe, grouped_matmul=grouped_matmul)
+        config = dataclasses.replace(DEEPSEEK, remat=remat, moe=moe)
         variables = jax.eval_shape(lambda: make_variables(config))
         gradient = jax.grad(lambda params: jnp.sum(apply_of(config)(Variables(params, BIAS), tokens_BL).logits_BLV))
         program = jax.make_jaxpr(gradient)(variables.params)
-        return sum(equation.primitive.name == "while" for equation in equations_of(program.jaxpr))
+        return sum(equation.primitive.name == loop for equation in equations_of(program.jaxpr))
 
     BIAS = jnp.zeros((2, 6))
     assert num_loops("dots") == num_loops("none") < num_loops("full")

@@ -76,6 +76,17 @@ def test_every_row_comes_back_from_its_expert_or_is_dropped_in_priority_order(pl
         np.testing.assert_allclose(y_GTD, want, rtol=3e-6, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("name", ["einsum", "gather", "sorted", "by_row"])
+def test_a_tokens_rows_are_summed_in_float32(name):
+    # 8 rows of weights that bfloat16 cannot hold and that add up to one: the token comes back as it went.
+    weight_GTK = np.random.default_rng(0).dirichlet(np.ones(8), (1, 64)).astype(np.float32)
+    expert_GTK = np.broadcast_to(np.arange(8, dtype=np.int32), (1, 64, 8))
+    x_GTD = jax.random.normal(jax.random.key(0), (1, 64, 3)).astype(jnp.bfloat16)
+    plan, capacity = make_plan(expert_GTK, weight_GTK, 8), 64 if name in CAPACITY_DISPATCHERS else None
+    y_GTD, _ = dispatch(name, x_GTD, plan, jnp.ones(8, jnp.bfloat16), capacity)
+    np.testing.assert_array_equal(y_GTD, x_GTD)
+
+
 def test_placement_gives_slots_in_token_order():
     # Every token's first choice is expert 2 and its second expert 0, so both accept the first five tokens.
     expert_TK = jnp.broadcast_to(jnp.asarray([[2, 0]]), (12, 2))

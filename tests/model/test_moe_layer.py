@@ -25,7 +25,7 @@ from tests.oracles.moe import (
 )
 
 # 13 tokens a group: no shape divides another, and T·K/E is no whole number.
-G, T, D, F, E = 2, 13, 7, 10, 4
+G, T, D, F, E = 2, 13, 7, 10, 6
 LOADS = ["even", "skewed", "all_to_one", "empty_expert", "one_row"]
 GROUPED = ["blocked", "ragged", "by_row"]
 ROUTERS = list(typing.get_args(typing.get_type_hints(MoEConfig)["router"]))
@@ -41,7 +41,9 @@ def make_config(router: str, dispatch: str, factor: float | None, **moe) -> MoEC
     if router == "switch":
         moe |= {"top_k": 1, "router_jitter": 0.05}
     if router == "sigmoid_bias":
-        moe |= {"num_expert_groups": 2, "top_k_groups": 1, "routed_scaling_factor": 2.5}
+        moe |= {"num_expert_groups": 2, "top_k_groups": 1, "routed_scaling_factor": 2.5}  # 2 of 3 in a group
+    if router == "noisy_top_k":
+        moe |= {"routed_scaling_factor": 0.5}
     if router == "expert_choice":
         factor = factor or 2.0
     return MoEConfig(num_experts=E, expert_dim=F, router=router, capacity_factor=factor, **moe)
@@ -67,7 +69,7 @@ def make_tokens(load: str) -> tuple[np.ndarray, np.ndarray]:
         x[:, token, token % E] += 4
         x[:, token, (token + 1) % E] += 2
     elif load == "skewed":
-        x[..., :E] += np.array([3.0, 2.0, 0.0, -1.0]) + rng.standard_normal((G, T, E))
+        x[..., :E] += np.array([3.0, 2.0, 0.0, -1.0, -1.0, 0.0]) + rng.standard_normal((G, T, E))
     elif load == "all_to_one":
         x[..., 2] += 2.5
         x[..., 3] += 1
@@ -81,7 +83,7 @@ def make_tokens(load: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 WEIGHTS = make_weights(E, D, F)
-BIAS_E = jnp.asarray([0.05, -0.05, 0.1, 0.0])
+BIAS_E = jnp.asarray([0.05, -0.05, 0.1, 0.0, -0.1, 0.02])
 KEYS_G = jax.random.split(jax.random.key(11), G)
 NOISE_DE = jnp.asarray(np.random.default_rng(5).standard_normal((D, E)) / 10, jnp.float32)
 
@@ -209,7 +211,7 @@ def test_dispatchers_with_capacity_drop_exactly_the_same_rows(router):
 
 
 @pytest.mark.parametrize("dispatch", ["einsum", "gather", *GROUPED])
-@pytest.mark.parametrize("top_k", [1, 3, 4])
+@pytest.mark.parametrize("top_k", [1, 3, 6])
 def test_any_number_of_choices_equals_the_loop(dispatch, top_k):
     assert_equals_the_loop(make_config("top_k", dispatch, None if dispatch in GROUPED else 1.0, top_k=top_k), "skewed")
 
@@ -266,7 +268,7 @@ def test_a_masked_token_leaves_no_trace_even_when_it_is_nan(router, dispatch, fa
 def test_one_token_passes_its_experts(dispatch):
     moe = make_config("top_k", dispatch, None)
     x = np.zeros((1, 1, D), np.float32)
-    x[0, 0, :E] = [0.3, 2.0, -1.0, 1.0]
+    x[0, 0, :E] = [0.3, 2.0, -1.0, 1.0, 0.0, 0.5]
     params = make_params(np.eye(D, E, dtype=np.float32))
     got, _ = jax.jit(lambda x: MoE(ModelConfig(embed_dim=D, moe=moe)).apply({"params": params}, x, train=False))(x)
     odds = np.exp(np.float32([2.0, 1.0]))
@@ -299,7 +301,7 @@ def test_expert_choice_is_not_causal():
     x, router_DE = make_tokens("skewed")
     before, _, _ = run(moe, make_params(router_DE), x)
     edited = x.copy()
-    edited[:, -1, :E] = [9, -9, -9, -9]
+    edited[:, -1, :E] = [9, -9, -9, -9, -9, -9]
     after, _, _ = run(moe, make_params(router_DE), edited)
     assert np.any(np.asarray(before)[:, :-1] != np.asarray(after)[:, :-1])
 
@@ -315,7 +317,6 @@ def test_permuting_tokens_permutes_the_output_when_nothing_is_dropped(dispatch):
 
 
 def test_outside_of_training_nothing_is_dropped():
-    # Without a training pass's noise and capacity the router is top_k's, whatever perturbs it in training.
     x, router_DE = make_tokens("all_to_one")
     params = {name: value for name, value in make_params(router_DE).items() if name != "router_noise"}
 

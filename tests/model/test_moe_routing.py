@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moe_jax.model.moe.routing import (
     expert_choice_plan,
@@ -108,6 +109,13 @@ def test_the_bias_rises_for_the_underloaded_and_falls_for_the_overloaded():
     load_NE = jnp.asarray([[6.0, 4.0, 2.0], [0.0, 6.0, 0.0]])
     bias_NE = updated_bias(jnp.asarray([[0.1, 0.1, 0.1], [0.0, 0.0, 0.0]]), load_NE, 0.01)
     np.testing.assert_allclose(bias_NE, [[0.09, 0.1, 0.11], [0.01, -0.01, 0.01]], rtol=1e-5)
+
+
+@pytest.mark.parametrize("num_experts", [7, 13, 14, 64])
+def test_a_balanced_layer_keeps_its_bias_though_its_mean_load_is_rounded(num_experts):
+    update = jax.jit(lambda load_NE: updated_bias(jnp.zeros((1, num_experts)), load_NE, 1.0))
+    for load in (7.0, 13.0, 4097.0):
+        np.testing.assert_array_equal(update(jnp.full((1, num_experts), load)), 0)
 
 
 def test_an_expert_choice_plan_worked_by_hand():

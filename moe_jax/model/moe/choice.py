@@ -26,7 +26,7 @@ class DispatchChoice:
 
 
 def choose_dispatch(moe: MoEConfig, num_tokens: int, *, train: bool) -> DispatchChoice:
-    """The dispatcher for a batch of ``num_tokens`` on this process's devices; docs/dispatch.md has the measurements.
+    """The dispatcher for a batch of ``num_tokens`` on all devices together; docs/dispatch.md has the measurements.
 
     Raises UserError where the settings name a grouped product that this machine does not have.
 
@@ -39,23 +39,26 @@ def choose_dispatch(moe: MoEConfig, num_tokens: int, *, train: bool) -> Dispatch
         return DispatchChoice(moe.dispatch, None, "as set" + dense)
     if moe.dispatch == "auto" and has_slots:
         return DispatchChoice("gather", None, "the fastest measured for experts of a fixed capacity")
-    backend, reason = _choose_grouped_matmul(moe, num_tokens * moe.top_k)
+    rows_per_token = moe.num_experts if moe.router == "expert_choice" else moe.top_k
+    backend, reason = _choose_grouped_matmul(moe, num_tokens * rows_per_token)
     return DispatchChoice("sorted", backend, reason)
 
 
 def _choose_grouped_matmul(moe: MoEConfig, num_rows: int) -> tuple[GroupedMatmul, str]:
     platform = jax.default_backend()
     if moe.grouped_matmul == "tokamax":
-        _check_tokamax(platform)
+        _check_tokamax()
+    if moe.grouped_matmul == "ragged" and platform != "tpu":
+        return "ragged", f"as set: XLA multiplies every row with every expert on a {platform}, E/K times the work"
+    if moe.grouped_matmul == "by_row":
+        return "by_row", f"as set: each of {num_rows} rows gathers its own expert's weights"
     if moe.grouped_matmul != "auto":
-        dense = moe.grouped_matmul == "ragged" and platform != "tpu"
-        warning = f": XLA multiplies every row with every expert on a {platform}, E/K times the work" if dense else ""
-        return moe.grouped_matmul, "as set" + warning
+        return moe.grouped_matmul, "as set"
     if num_rows <= max(BY_ROW_ROWS, moe.top_k):
         return "by_row", f"{num_rows} rows: each reads its own expert's weights"
     if platform == "tpu":
         return "ragged", "XLA's grouped product of TPUs"
-    if platform == "gpu" and _has_tokamax():
+    if _has_nvidia() and _has_tokamax():
         return "tokamax", "grouped kernels for NVIDIA GPUs"
     if platform == "gpu":
         return "blocked", "a loop, slow on a GPU: pip install tokamax for its kernels, or set a capacity_factor"
@@ -66,9 +69,14 @@ def _has_tokamax() -> bool:
     return importlib.util.find_spec("tokamax") is not None
 
 
-def _check_tokamax(platform: str) -> None:
-    if platform != "gpu":
-        raise UserError(f"model.moe.grouped_matmul=tokamax needs an NVIDIA GPU, got a {platform}; set it to auto")
+def _has_nvidia() -> bool:
+    return jax.default_backend() == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
+
+
+def _check_tokamax() -> None:
+    if not _has_nvidia():
+        device = jax.devices()[0].device_kind
+        raise UserError(f"model.moe.grouped_matmul=tokamax needs an NVIDIA GPU, got a {device}; set it to auto")
     if not _has_tokamax():
         raise UserError(
             "model.moe.grouped_matmul=tokamax needs the package tokamax, which is not installed; "

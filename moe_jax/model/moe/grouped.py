@@ -1,7 +1,6 @@
 """Experts on rows that lie sorted by expert, in numbers known only at run time: the grouped matrix product.
 
-Each backend computes what ``experts.expert_mlp`` computes, and none of them computes an expert on rows that were not
-sent to it, but for padding (``blocked``) and for ``ragged`` off a TPU; ``choice.py`` says which runs where.
+Each backend computes what ``experts.expert_mlp`` computes; ``choice.py`` says which runs where.
 
     blocked  a loop over blocks of rows of one expert each, every block the whole MLP; for processors
     ragged   ``jax.lax.ragged_dot``; for TPUs. Elsewhere XLA expands it to a masked product over all experts
@@ -22,7 +21,7 @@ from moe_jax.axes import Array
 from moe_jax.model.moe.experts import Activation, ExpertWeights, activate, expert_mlp, mlp
 
 PRODUCTS = "expert_products"
-"""The name, for rematerialisation policies, of the matrix products' results in ``blocked``."""
+"""The name, for rematerialisation policies, of grouped matrix products' results."""
 
 
 def by_row_mlp(weights: ExpertWeights, x_RD: Array, expert_R: Array, activation: Activation) -> Array:
@@ -59,9 +58,15 @@ def _mlp_by_products(
 ) -> Array:
     """The MLP of one grouped product ([S, in], [E, in, out], [E]) -> [S, out] a matrix."""
     E, dtype = size_E.shape[0], x_SD.dtype
+    # Kernels leave anything in rows past the last expert's, and in the gradient of an expert without rows: a choice
+    # of zeros there, on the way in and out, keeps it from both passes, NaN included.
+    is_row_S1 = (jnp.arange(x_SD.shape[0]) < jnp.sum(size_E))[:, None]
+    has_rows_E11 = (size_E > 0)[:, None, None]
 
     def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
-        y = product(x, kernel.astype(dtype), size_E)
+        kernel = jnp.where(has_rows_E11, kernel, 0).astype(dtype)
+        y = jnp.where(is_row_S1, product(jnp.where(is_row_S1, x, 0), kernel, size_E), 0)
+        y = checkpoint_name(y, PRODUCTS)
         if bias is None:
             return y
         # As a product: the backward pass of a gather by expert would be a scatter-add.

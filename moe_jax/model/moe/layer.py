@@ -106,28 +106,25 @@ def carry_out(
       The outputs [G, T, D], and kept_GTK: False where a row was dropped.
     """
     E = weights.w_up_EDF.shape[0]
+    sorted_mlps = {"ragged": ragged_mlp, "tokamax": tokamax_mlp}
 
-    def by_capacity(tokens: tuple[Array, RoutingPlan], weights: ExpertWeights) -> tuple[Array, Array]:
-        experts = functools.partial(expert_mlp, weights, activation=activation)
-        return CAPACITY_DISPATCHERS[choice.dispatch](*tokens, E, capacity, experts)
-
-    def by_row(tokens: tuple[Array, RoutingPlan], weights: ExpertWeights) -> tuple[Array, Array]:
-        return by_row_dispatch(*tokens, E, functools.partial(by_row_mlp, weights, activation=activation))
-
-    def by_blocks(tokens: tuple[Array, RoutingPlan], weights: ExpertWeights) -> tuple[Array, Array]:
+    def on_one_device(tokens: tuple[Array, RoutingPlan], weights: ExpertWeights) -> tuple[Array, Array]:
         x_GTD, plan = tokens
-        sizes = block_sizes(x_GTD.shape[0] * plan.max_rows, E)
-        # A custom_vjp function takes its static arguments by place.
-        return sorted_dispatch(
-            x_GTD, plan, E, sizes[-1], lambda x_SD, size_E: blocked_mlp(weights, x_SD, size_E, activation, sizes)
-        )
-
-    def by_product(tokens: tuple[Array, RoutingPlan], weights: ExpertWeights) -> tuple[Array, Array]:
-        mlp = {"ragged": ragged_mlp, "tokamax": tokamax_mlp}[choice.grouped_matmul or ""]
-        return sorted_dispatch(*tokens, E, 1, functools.partial(mlp, weights, activation=activation))
+        if choice.grouped_matmul is None:
+            experts = functools.partial(expert_mlp, weights, activation=activation)
+            return CAPACITY_DISPATCHERS[choice.dispatch](x_GTD, plan, E, capacity, experts)
+        if choice.grouped_matmul == "by_row":
+            return by_row_dispatch(x_GTD, plan, E, functools.partial(by_row_mlp, weights, activation=activation))
+        if choice.grouped_matmul == "blocked":
+            sizes = block_sizes(x_GTD.shape[0] * plan.max_rows, E)
+            # A custom_vjp function takes its static arguments by place.
+            return sorted_dispatch(
+                x_GTD, plan, E, sizes[-1], lambda x_SD, size_E: blocked_mlp(weights, x_SD, size_E, activation, sizes)
+            )
+        mlp = sorted_mlps[choice.grouped_matmul]
+        return sorted_dispatch(x_GTD, plan, E, 1, functools.partial(mlp, weights, activation=activation))
 
     if choice.dispatch == "einsum":  # products, which the compiler divides over devices by itself
-        return by_capacity((x_GTD, plan), weights)
-    ways = {None: by_capacity, "by_row": by_row, "blocked": by_blocks, "ragged": by_product, "tokamax": by_product}
+        return on_one_device((x_GTD, plan), weights)
     # Each device moves the rows of its own groups: indices that ran across devices would bring all tokens to each.
-    return on_each_device(ways[choice.grouped_matmul], (x_GTD, plan), weights)
+    return on_each_device(on_one_device, (x_GTD, plan), weights)

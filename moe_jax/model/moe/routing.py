@@ -70,8 +70,9 @@ def sigmoid_bias_plan(
 
     s = σ(router_logits) (eq. 15); the ``top_k`` highest s + bias are chosen (eq. 16); the weights are s over their sum
     (eq. 13), or s itself where not renormalised and, so that the router has a gradient, where ``top_k`` is 1. With
-    groups, only experts of the ``top_k_groups`` groups with the highest sum of their two best s + bias may be chosen
-    (section 2.1.2, node-limited routing). The bias has no gradient: ``updated_bias`` moves it.
+    groups, only experts of the ``top_k_groups`` groups with the highest sum of their two best s + bias may be chosen:
+    as its authors' code does, where the paper (section 2.1.2, node-limited routing) sums the K / ``top_k_groups``
+    best. The bias has no gradient: ``updated_bias`` moves it.
 
     The statistics take s over its sum over all experts as the probabilities (eq. 19).
 
@@ -101,7 +102,8 @@ def sigmoid_bias_plan(
 def updated_bias(expert_bias_E: Array, load_E: Array, rate: float) -> Array:
     """The bias after one optimizer step: up by ``rate`` where the load was below its mean, down where above, for
     each leading axis (arXiv 2412.19437, section 2.1.2). ``load_E`` is of the whole optimizer batch."""
-    return expert_bias_E + rate * jnp.sign(jnp.mean(load_E, axis=-1, keepdims=True) - load_E)
+    # E times both sides: a mean is rounded, and would move a balanced expert; sums of whole numbers are exact.
+    return expert_bias_E + rate * jnp.sign(jnp.sum(load_E, axis=-1, keepdims=True) - load_E.shape[-1] * load_E)
 
 
 def expert_choice_plan(router_logits_TE: Array, capacity: int, token_mask_T: Array | None = None) -> RoutingPlan:
