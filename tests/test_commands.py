@@ -148,7 +148,10 @@ def refused(home, result, words, before):
         (["--config", "none.py"], "--config none.py does not exist"),
         ([], "--config is required"),
         (["--config", "tiny.py", "--model.moe.top-k", "99"], "model.moe.top_k must be in [1, num_experts=4], got 99"),
-        (["--config", "tiny.py", "--model.moe.grouped-matmul", "tokamax"], "tokamax needs an NVIDIA GPU, got a cpu"),
+        (
+            ["--config", "tiny.py", "--workdir", "new", "--model.moe.grouped-matmul", "tokamax"],
+            "tokamax needs an NVIDIA GPU, got a cpu",
+        ),
         (["--config", "tiny.py", "--data.path", "none.txt"], "data.path=none.txt does not exist"),
         (["--config", "tiny.py", "--data.path", "empty.txt"], "data.path=empty.txt has no text in it"),
         (["--config", "tiny.py", "--data.path", "binary.txt"], "binary.txt is not UTF-8 text"),

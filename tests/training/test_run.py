@@ -180,6 +180,17 @@ def test_router_state_is_saved_restored_and_sampled_with(change, tiny, tmp_path)
     assert "dispatch in training: sorted (blocked), the fastest measured on a processor" in log
 
 
+def test_a_run_trained_on_another_kind_of_device_can_be_sampled_from(finished, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(finished.path, run.path)
+    saved = finished.load_config()
+    moe = dataclasses.replace(saved.model.moe, dispatch="sorted", grouped_matmul="tokamax", capacity_factor=None)
+    run.save_config(dataclasses.replace(saved, model=dataclasses.replace(saved.model, moe=moe)))
+    generator, variables = load_generator(run, "best")
+    (sample,) = generator.generate(variables, "the", dataclasses.replace(saved.sample, max_new_tokens=3))
+    assert len(sample.tokens) <= 3
+
+
 def test_experts_that_choose_train_but_cannot_be_sampled_from(change, tmp_path):
     moe = MoEConfig(num_experts=4, expert_dim=32, router="expert_choice", capacity_factor=1.0)
     run = RunDirectory(tmp_path / "run")
