@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 import tyro
 
 from moe_jax.command import UserError
-from moe_jax.config import Config, SampleConfig
+from moe_jax.config import Config, PrepareConfig, SampleConfig
 from moe_jax.sections import settings, unknown_name
-from moe_jax.validation import validate
+from moe_jax.validation import validate, validate_prepare
 
 
 @dataclass(frozen=True)
@@ -120,3 +120,9 @@ def parse_sample(arguments: list[str], defaults: SampleConfig) -> SampleCommand:
         named = re.sub(r"\bsample\.(\w+)", lambda match: "--" + match[1].replace("_", "-"), str(error))
         raise UserError(named) from None
     return command
+
+
+def parse_prepare(arguments: list[str], description: str) -> PrepareConfig:
+    """The validated settings that ``moe_jax.data.prepare``'s arguments ask for. Raises UserError."""
+    config = tyro.cli(PrepareConfig, args=arguments, default=PrepareConfig(input=()), description=description)
+    return validate_prepare(config)

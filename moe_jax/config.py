@@ -101,15 +101,21 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     path: str | None = None
-    """A text file or a folder of .txt and .md files; None: the 38 plays of Shakespeare that come with the package."""
-    tokenizer: str = "bpe:2048"
-    """char, byte, or bpe:VOCAB (byte-pair encoding with VOCAB tokens, trained on the training split)."""
-    val_fraction: float = 0.05
-    """Share of the text held out for validation: whole documents, or the end of a single one."""
+    """A text file, a folder of texts, or one that moe_jax.data.prepare made; None: the 38 embedded plays."""
+    tokenizer: str | None = None
+    """char, byte, bpe:VOCAB, gpt2, cl100k or a tokenizer.json; None: that of a prepared folder, else bpe:2048."""
+    val_fraction: float | None = None
+    """Share of the text held out for validation; None: that of a prepared folder, else 0.05."""
+    mode: Literal["windows", "packed", "padded"] = "windows"
+    """A row is: a window from anywhere; whole documents that cannot see each other; one document, cut or padded."""
     batch_size: int = 32
     """Sequences in the global batch of one optimizer step (B)."""
+    token_dropout: float = 0.0
+    """Share of input tokens that are replaced in training, against noisy data; targets stay."""
+    token_dropout_by: Literal["unknown", "random"] = "unknown"
+    """What replaces them: <|unknown|>, or tokens drawn from the whole vocabulary."""
     seed: int = 0
-    """Seed of the order in which the training windows are drawn."""
+    """Seed of the order in which the training rows are drawn, and of token dropout."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +152,8 @@ class MeshConfig:
 class TrainConfig:
     num_steps: int = 1000
     """Optimizer steps of the run."""
+    num_epochs: int | None = None
+    """Passes over the training split, instead of num_steps; None: num_steps counts."""
     eval_every: int = 250
     """Steps between evaluations; the last step is always evaluated."""
     checkpoint_every: int = 250
@@ -197,3 +205,41 @@ class Config:
     def from_dict(values: dict, source: str) -> "Config":
         """The settings of ``to_dict``; ``source`` names where they were read from in errors. Raises UserError."""
         return section_from_dict(Config, values, source, "")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    input: tuple[str, ...]
+    """Files, folders, globs or hf:DATASET[@CONFIG][:SPLIT]; NAME=PATH puts one into a corpus of that name."""
+    out: str = ""
+    """Folder to write, which data.path then names."""
+    val_input: tuple[str, ...] = ()
+    """Inputs to validate on, as in input; empty: a part of input is held out."""
+    text_key: tuple[str, ...] = ("text",)
+    """Column or key that holds a document, or NAME=KEY for each corpus."""
+    separator: str | None = None
+    """Text that divides a text file into documents, such as <|endoftext|>; None: a text file is one document."""
+    tokenizer: str = "bpe:2048"
+    """char, byte, bpe:VOCAB, gpt2, cl100k, or a tokenizer.json (or its folder) of this package or Hugging Face's."""
+    delimiters: Literal["endoftext", "chat"] = "endoftext"
+    """<|endoftext|> before each document, or <|im_start|> before and <|im_end|> after it."""
+    parse_specials: bool = False
+    """Whether names of special tokens in the text stand for those tokens."""
+    tokenizer_sample: int = 2**26
+    """Characters that bpe:VOCAB is trained on, at most; spread evenly over the training documents."""
+    weights: tuple[str, ...] = ()
+    """NAME=NUMBER for each corpus, its share in training; empty: by their numbers of tokens."""
+    max_documents: int | None = None
+    """Documents taken from each corpus, at most; None: all."""
+    val_fraction: float = 0.05
+    """Share of each corpus held out, as whole documents, or as the end of a single one."""
+    val_documents: int | None = None
+    """Documents held out of each corpus, or taken from val_input at most; None: val_fraction counts."""
+    errors: Literal["strict", "replace"] = "strict"
+    """What bytes that are no text do: end the preparation, or become U+FFFD."""
+    seed: int = 0
+    """Seed of which documents are held out."""
+    shard_tokens: int = 100_000_000
+    """Tokens in one file."""
+    processes: int | None = None
+    """Processes that tokenize; None: one a processor core. The result does not depend on it."""

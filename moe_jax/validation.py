@@ -1,10 +1,11 @@
 """The rules that settings must keep, by themselves and with each other. Imports no jax."""
 
 import math
+import os
 import re
 
 from moe_jax.command import UserError
-from moe_jax.config import Config, ModelConfig, MoEConfig
+from moe_jax.config import Config, ModelConfig, MoEConfig, PrepareConfig
 from moe_jax.sections import MANY, check_range, check_type, settings
 
 
@@ -42,6 +43,7 @@ RANGES = {
     "model.moe.first_dense": _NOT_NEGATIVE,
     "data.val_fraction": (0.0001, 0.9),
     "data.batch_size": _COUNT,
+    "data.token_dropout": (0.0, 0.99),
     "data.seed": (0, 2**32 - 1),
     "optimizer.learning_rate": _POSITIVE,
     "optimizer.warmup_steps": _NOT_NEGATIVE,
@@ -54,7 +56,7 @@ RANGES = {
     "optimizer.clip_norm": _POSITIVE,
     "optimizer.accumulation_steps": _COUNT,
     **dict.fromkeys(["train.num_steps", "train.eval_every", "train.checkpoint_every", "train.log_every"], _COUNT),
-    **dict.fromkeys(["train.patience", "train.keep_checkpoints"], _COUNT),
+    **dict.fromkeys(["train.patience", "train.keep_checkpoints", "train.num_epochs"], _COUNT),
     "train.seed": (0, 2**32 - 1),
     **dict.fromkeys(["sample.num_samples", "sample.top_k"], _COUNT),
     "sample.max_new_tokens": (1, 2**20),
@@ -158,11 +160,8 @@ def _check_dispatch(moe: MoEConfig) -> None:
 
 def _check_training(config: Config) -> None:
     data, optimizer, train = config.data, config.optimizer, config.train
-    tokenizer = re.fullmatch(r"char|byte|bpe:(\d{1,6})", data.tokenizer)
-    if not tokenizer:
-        raise UserError(f"data.tokenizer must be char, byte or bpe:VOCAB (such as bpe:2048), got {data.tokenizer!r}")
-    if tokenizer.group(1) and not 300 <= int(tokenizer.group(1)) <= 262144:
-        raise UserError(f"data.tokenizer bpe:VOCAB needs VOCAB in [300, 262144], got {tokenizer.group(1)}")
+    if data.tokenizer is not None:
+        check_tokenizer("data.tokenizer", data.tokenizer)
     if data.batch_size % optimizer.accumulation_steps:
         raise UserError(
             f"optimizer.accumulation_steps must divide data.batch_size={data.batch_size}, "
@@ -184,6 +183,36 @@ def _check_training(config: Config) -> None:
         raise UserError(
             f"train.profile must start before train.num_steps={train.num_steps}, got {train.profile}; lower its START"
         )
+
+
+def check_tokenizer(name: str, spec: str) -> None:
+    """UserError unless ``spec`` names a tokenizer that can be made, or a file or folder that is there."""
+    vocab = re.fullmatch(r"bpe:(\d{1,6})", spec)
+    if vocab and not 300 <= int(vocab.group(1)) <= 262144:
+        raise UserError(f"{name} bpe:VOCAB needs VOCAB in [300, 262144], got {vocab.group(1)}; change it")
+    if not vocab and spec not in ("char", "byte", "gpt2", "cl100k") and not os.path.exists(spec):
+        raise UserError(
+            f"{name} must be char, byte, bpe:VOCAB (such as bpe:2048), gpt2, cl100k or the path of a tokenizer.json, "
+            f"got {spec!r}; choose one"
+        )
+
+
+def validate_prepare(config: PrepareConfig) -> PrepareConfig:
+    """Returns ``config``, or raises UserError; its settings are the flags of moe_jax.data.prepare."""
+    if not config.input:
+        raise UserError("--input is required: name files, folders, globs or hf:DATASET")
+    if not config.out:
+        raise UserError("--out is required: name the folder to write")
+    for name in ("max_documents", "val_documents", "shard_tokens", "processes", "tokenizer_sample"):
+        value = getattr(config, name)
+        if value is not None:
+            check_range("--" + name.replace("_", "-"), value, 1, MANY)
+    check_range("--seed", config.seed, 0, 2**32 - 1)
+    check_range("--val-fraction", config.val_fraction, *RANGES["data.val_fraction"])
+    if config.separator == "":
+        raise UserError("--separator must have at least one character, got none; leave it out")
+    check_tokenizer("--tokenizer", config.tokenizer)
+    return config
 
 
 def profile_steps(profile: str) -> tuple[int, int]:

@@ -29,6 +29,7 @@ ROWS = (
     ("validation",),
     ("config",),
     ("sections",),
+    ("files",),
     ("command", "axes"),
 )
 WITHOUT_JAX = (
@@ -37,8 +38,11 @@ WITHOUT_JAX = (
     "config",
     "sections",
     "validation",
-    "data/sources",
-    "data/tokenizer",
+    "files",
+    "data/byte_pairs",
+    "data/cache",
+    "data/hugging_face",
+    "data/packing",
     "data/prepare",
     "runs/layout",
 )

@@ -62,7 +62,7 @@ def test_every_number_has_its_range():
         ("optimizer.warmup_steps", 1000, "optimizer.warmup_steps must be below the 1000 steps"),
         ("optimizer.accumulation_steps", 5, "optimizer.accumulation_steps must divide data.batch_size=32, got 5"),
         ("model.dropout_rate", 1.0, "model.dropout_rate must be in [0.0, 0.99], got 1.0"),
-        ("data.tokenizer", "bpe", "data.tokenizer must be char, byte or bpe:VOCAB"),
+        ("data.tokenizer", "bpe", "data.tokenizer must be char, byte, bpe:VOCAB"),
         ("data.tokenizer", "bpe:100", "needs VOCAB in [300, 262144], got 100"),
         ("data.batch_size", 0, "data.batch_size must be at least 1, got 0"),
         ("mesh.data", 0, "mesh.data must be -1 (all devices) or at least 1, got 0"),

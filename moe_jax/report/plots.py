@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_jax.runs.layout import RunDirectory, atomic_file
+from moe_jax.files import atomic_file
+from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.metrics import read_metrics
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moe_jax.axes import PyTree
 from moe_jax.command import UserError
-from moe_jax.runs.layout import atomic_write_text, saved_steps
+from moe_jax.files import atomic_write_text
+from moe_jax.runs.layout import saved_steps
 
 log = logging.getLogger("moe_jax")
 

@@ -1,15 +1,13 @@
 """The files of a run directory, written whole or not at all. Imports no jax."""
 
-import contextlib
-import fcntl
 import json
-import os
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe_jax.command import UserError
 from moe_jax.config import Config
+from moe_jax.files import atomic_write_text, locked_folder
 from moe_jax.sections import settings
 from moe_jax.validation import validate
 
@@ -81,26 +79,9 @@ class RunDirectory:
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Creates the folder and keeps other processes from training in it. UserError where one already does."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except FileNotFoundError:  # /proc and the like
-            raise UserError(f"--workdir {self.path} cannot be made in that file system; choose another") from None
-        with open(self.path / ".lock", "a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise UserError(
-                    f"process {file.read().strip()} is training in {self.path} already; "
-                    "wait for it, stop it, or name another --workdir"
-                ) from None
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
-            yield
+        return locked_folder(self.path, "--workdir", "training in")
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -151,20 +132,3 @@ def _is_fixed(name: str, value: object) -> bool:
     if name == "optimizer.decay_steps":
         return value is not None
     return name == "train.seed" or name.startswith(("model.", "data.", "optimizer."))
-
-
-@contextlib.contextmanager
-def atomic_file(file: Path) -> Iterator[Path]:
-    """Gives a path beside ``file`` to write to, which takes its place at the end; on an exception it is removed."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        yield beside
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def atomic_write_text(file: Path, text: str) -> None:
-    """Writes ``text`` so that a reader, or a kill, sees the old content or the new one and nothing between."""
-    with atomic_file(file) as beside:
-        beside.write_text(text, encoding="utf-8")

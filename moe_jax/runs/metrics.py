@@ -9,7 +9,8 @@ from typing import Any, Self
 from tensorboardX import SummaryWriter
 
 from moe_jax.command import UserError
-from moe_jax.runs.layout import RunDirectory, atomic_write_text
+from moe_jax.files import atomic_write_text
+from moe_jax.runs.layout import RunDirectory
 
 
 class MetricsWriter:

@@ -5,8 +5,9 @@ from typing import Literal
 
 from moe_jax.command import UserError
 from moe_jax.config import SampleConfig
+from moe_jax.files import atomic_write_text
 from moe_jax.parallel.startup import enable_compile_cache
-from moe_jax.runs.layout import RunDirectory, atomic_write_text
+from moe_jax.runs.layout import RunDirectory
 from moe_jax.sampling.generator import load_generator
 
 

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax.command import UserError
-from moe_jax.config import ModelConfig, SampleConfig
-from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moe_jax.config import Config, ModelConfig, SampleConfig
+from moe_jax.data.tokenizer import Tokenizer, document_end, document_start, load_tokenizer
 from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias, unstack
 from moe_jax.runs.checkpoint import restore_items
 from moe_jax.runs.layout import RunDirectory
@@ -26,30 +26,34 @@ class Sample:
     text: str
     """What was generated after the prompt."""
     tokens: list[int]
-    """The generated tokens, without the end-of-text token."""
+    """The generated tokens, without the one that ended them."""
     finish_reason: str
-    """"stop": the end-of-text token was drawn; "length": max_new_tokens reached; "context": no position was left."""
+    """"stop": what ends a document was drawn; "length": max_new_tokens reached; "context": no position was left."""
 
 
 class Generator:
     """A model ready to sample: compiled functions for its shapes, kept from call to call."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer):
-        """Raises UserError for a model that cannot be sampled from."""
-        if not is_causal(config):
+    def __init__(self, config: Config, tokenizer: Tokenizer):
+        """``config`` of the run. Raises UserError for a model that cannot be sampled from."""
+        model = config.model
+        if not is_causal(model):
             raise UserError(
                 "a model of model.moe.router=expert_choice cannot be sampled from: its experts choose among all "
                 "tokens of a text, later ones included; train one with another router"
             )
         # How rows move is a matter of this machine and of few rows, not of the one that trained and of many.
-        moe = dataclasses.replace(config.moe, dispatch="auto", grouped_matmul="auto")
-        self.config = config = dataclasses.replace(config, moe=moe)
+        moe = dataclasses.replace(model.moe, dispatch="auto", grouped_matmul="auto")
+        self.config = model = dataclasses.replace(model, moe=moe)
         self.tokenizer = tokenizer
-        decoder = Decoder(config, tokenizer.vocab_size, unstacked=True)
-        self._unstack = jax.jit(lambda variables: unstack(variables, config))
+        self._start, self._end = document_start(tokenizer), document_end(tokenizer)
+        # A window starts anywhere in a text, and so does a prompt; other rows have documents from their start.
+        self._prefix = [] if config.data.mode == "windows" else [self._start]
+        decoder = Decoder(model, tokenizer.vocab_size, unstacked=True)
+        self._unstack = jax.jit(lambda variables: unstack(variables, model))
         self._prefill = jax.jit(functools.partial(prefill, decoder))
         self._decode = jax.jit(
-            functools.partial(decode, decoder, end_token=tokenizer.endoftext_id),
+            functools.partial(decode, decoder, end_token=self._end),
             static_argnames="buffer_length",
         )
 
@@ -58,7 +62,7 @@ class Generator:
 
         ``variables`` are those of the training decoder. Raises UserError for a prompt longer than the context.
         """
-        prompt_ids = self.tokenizer.encode(prompt) if prompt else [self.tokenizer.endoftext_id]
+        prompt_ids = [*self._prefix, *self.tokenizer.encode(prompt)] if prompt else [self._start]
         context = self.config.context_length
         if len(prompt_ids) > context:
             raise UserError(
@@ -88,9 +92,8 @@ class Generator:
         ]
 
     def _sample(self, prompt: str, row: list[int], unfinished: str) -> Sample:
-        end = self.tokenizer.endoftext_id
-        tokens = row[: row.index(end)] if end in row else row
-        return Sample(prompt, self.tokenizer.decode(tokens), tokens, "stop" if end in row else unfinished)
+        tokens = row[: row.index(self._end)] if self._end in row else row
+        return Sample(prompt, self.tokenizer.decode(tokens), tokens, "stop" if self._end in row else unfinished)
 
 
 def is_causal(config: ModelConfig) -> bool:
@@ -102,7 +105,7 @@ def load_generator(run: RunDirectory, which: Literal["best", "newest"]) -> tuple
     """The generator of a finished or running training run and its "best" or "newest" variables. Raises UserError."""
     config = run.load_config()
     tokenizer = load_tokenizer(run.tokenizer)
-    generator = Generator(config.model, tokenizer)
+    generator = Generator(config, tokenizer)
     decoder = Decoder(generator.config, tokenizer.vocab_size)
     shapes = jax.eval_shape(lambda: _initial_variables(decoder).to_items())
     device = SingleDeviceSharding(jax.devices()[0])

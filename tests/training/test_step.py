@@ -44,17 +44,18 @@ def batch():
     return {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
-def two_steps(config, devices=1):
-    """(variables after two steps, outputs of both)."""
+def two_steps(config, devices=1, made=None):
+    """(variables after two steps on the batch ``made``, outputs of both)."""
     validate(config)
+    made = batch() if made is None else made
     decoder = Decoder(config.model, VOCAB)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
     mesh = make_mesh(MeshConfig(data=devices), BATCH // config.optimizer.accumulation_steps)
     with use_mesh(mesh):
         state = init_state(decoder, optimizer, mesh, seed=0)
         step = jax.jit(make_train_step(config, decoder, optimizer))
-        state, first = step(state, put_batch(batch(), mesh))
-        state, second = step(state, put_batch(batch(), mesh))
+        state, first = step(state, put_batch(made, mesh))
+        state, second = step(state, put_batch(made, mesh))
     return jax.device_get((state.variables, (first, second)))
 
 
@@ -208,3 +209,22 @@ def test_parameter_counts_by_hand():
         "moe": {"router": jnp.zeros((4, 8)), "w_up": jnp.zeros((8, 4, 6))},
     }
     assert count_params(params, top_k=2, num_experts=8) == (40 + 32 + 192, 40 + 32 + 192 // 4)
+
+
+def packed_batch(garbage=0):
+    """Rows of two documents and padding of many lengths; ``garbage`` is what padding holds."""
+    first, second = np.arange(BATCH) % 5 + 1, np.arange(BATCH) % 4 + 1
+    place_L = np.arange(L)[None]
+    segments = np.where(place_L < first[:, None], 1, np.where(place_L < (first + second)[:, None], 2, 0))
+    mask = segments > 0
+    tokens = {name: np.where(mask, values, garbage).astype(np.int32) for name, values in batch().items()}
+    positions = np.where(segments == 2, place_L - first[:, None], place_L)
+    return tokens | {"mask": mask, "segments": segments.astype(np.int32), "positions": positions.astype(np.int32)}
+
+
+def test_rows_of_documents_train_the_same_under_accumulation_and_devices_whatever_padding_holds():
+    expected = two_steps(CONFIG, made=packed_batch())
+    assert_same_training(two_steps(change(accumulation_steps=2), devices=8, made=packed_batch(garbage=5)), expected)
+    first, _ = expected[1]
+    assert int(first.num_targets) == packed_batch()["mask"].sum() < BATCH * L
+    assert int(first.routing.num_tokens) == int(first.num_targets)

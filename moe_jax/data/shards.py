@@ -1,0 +1,164 @@
+"""Token streams on disk: written shard by shard so that a kill leaves a valid prefix; read through memory maps.
+
+A split of a corpus is the files ``train-00000.bin``, ``train-00001.bin``, ... of token ids, all but the last of the
+same length, and ``train.lengths``, the number of tokens of each document. Imports no jax.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from moe_jax.data.encode import Encoded
+
+LENGTHS = np.dtype(np.uint32)
+
+
+def shard_file(folder: Path, split: str, index: int) -> Path:
+    return folder / f"{split}-{index:05d}.bin"
+
+
+def lengths_file(folder: Path, split: str) -> Path:
+    return folder / f"{split}.lengths"
+
+
+@dataclass
+class SplitCounts:
+    """What of a split is on disk."""
+
+    num_tokens: int = 0
+    num_documents: int = 0
+    num_bytes: int = 0
+    """Of the text in UTF-8."""
+    num_unknown: int = 0
+    """Tokens that stand for text which the tokenizer cannot represent."""
+    open_tokens: int = 0
+    """Tokens of a document that has not ended yet."""
+
+
+class SplitWriter:
+    """Appends to a split. What was written after the last ``commit`` is not there for the next writer."""
+
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int, counts: SplitCounts):
+        self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
+        self.counts = counts
+        folder.mkdir(parents=True, exist_ok=True)
+        full, rest = divmod(counts.num_tokens, shard_tokens)
+        for index, file in enumerate(sorted(folder.glob(f"{split}-*.bin"))):
+            if index > full:
+                file.unlink()
+            elif index == full:
+                os.truncate(file, rest * dtype.itemsize)
+        self._shard: IO[bytes] | None = None
+        self._lengths = open(lengths_file(folder, split), "ab")  # noqa: SIM115 - closed by close()
+        self._lengths.truncate(counts.num_documents * LENGTHS.itemsize)
+
+    def write(self, encoded: Encoded) -> None:
+        ids, counts = encoded.ids, self.counts
+        while len(ids):
+            index, used = divmod(counts.num_tokens, self._shard_tokens)
+            if self._shard is None:
+                self._shard = open(shard_file(self._folder, self._split, index), "ab")  # noqa: SIM115 - see close()
+            now = ids[: self._shard_tokens - used]
+            self._shard.write(now.tobytes())
+            counts.num_tokens += len(now)
+            ids = ids[len(now) :]
+            if counts.num_tokens % self._shard_tokens == 0:
+                self._close_shard()
+        ends = np.flatnonzero(encoded.is_last)
+        reached = np.cumsum(encoded.lengths)
+        at_ends = reached[ends] + counts.open_tokens
+        self._lengths.write(np.diff(at_ends, prepend=0).astype(LENGTHS).tobytes())
+        counts.open_tokens += int(reached[-1]) - (int(at_ends[-1]) if len(ends) else 0)
+        counts.num_documents += len(ends)
+        counts.num_bytes += encoded.num_bytes
+        counts.num_unknown += encoded.num_unknown
+
+    def commit(self) -> None:
+        """Returns once all that was written is on disk."""
+        for file in (self._shard, self._lengths):
+            if file is not None:
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._shard.flush()
+            os.fsync(self._shard.fileno())
+            self._shard.close()
+            self._shard = None
+
+    def close(self) -> None:
+        self._close_shard()
+        self._lengths.close()
+
+
+@dataclass(frozen=True)
+class Split:
+    """The documents of a corpus that are trained on, or validated on, one after the other."""
+
+    name: str
+    folder: Path
+    dtype: str
+    shard_tokens: int
+    num_tokens: int
+    num_documents: int
+    num_bytes: int
+    """Of the text in UTF-8."""
+    num_unknown: int
+    """Tokens that stand for text which the tokenizer cannot represent."""
+    sha256: dict[str, str]
+    """Of each file, by its name."""
+
+    def files(self) -> Iterator[tuple[Path, int]]:
+        """Every file and its size in bytes."""
+        itemsize, left = np.dtype(self.dtype).itemsize, self.num_tokens
+        for index in range(-(-self.num_tokens // self.shard_tokens)):
+            yield shard_file(self.folder, self.name, index), min(left, self.shard_tokens) * itemsize
+            left -= self.shard_tokens
+        yield lengths_file(self.folder, self.name), self.num_documents * LENGTHS.itemsize
+
+    def lengths(self) -> np.ndarray:
+        """[documents] tokens of each, with what stands before and after it; uint32, mapped from disk."""
+        return _map(lengths_file(self.folder, self.name), LENGTHS, self.num_documents)
+
+    def stream(self) -> "TokenStream":
+        return TokenStream(self)
+
+
+class TokenStream:
+    """The tokens of a split as one array, mapped from disk in the process that reads."""
+
+    def __init__(self, split: Split):
+        self._shard_tokens = split.shard_tokens
+        self._length = split.num_tokens
+        self.dtype = np.dtype(split.dtype)
+        files = [file for file, _ in split.files()][:-1]
+        sizes = [min(split.shard_tokens, split.num_tokens - split.shard_tokens * i) for i in range(len(files))]
+        self._shards = [_map(file, self.dtype, size) for file, size in zip(files, sizes, strict=True)]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop`` - 1 in the type of the shards."""
+        first, last = start // self._shard_tokens, max(start, stop - 1) // self._shard_tokens
+        offset = first * self._shard_tokens
+        if first == last:
+            return self._shards[first][start - offset : stop - offset]
+        middle = min(stop, offset + self._shard_tokens)
+        return np.concatenate([self.read(start, middle), self.read(middle, stop)])
+
+
+def _map(file: Path, dtype: np.dtype, size: int) -> np.ndarray:
+    # An ordinary array on the mapped memory: slices of np.memmap cost ten times as much.
+    return np.asarray(np.memmap(file, dtype=dtype, mode="r", shape=(size,))) if size else np.zeros(0, dtype)
+
+
+def file_sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

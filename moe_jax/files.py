@@ -1,0 +1,52 @@
+"""Files that are written whole or not at all, and folders that one process works in at a time."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_jax.command import UserError
+
+
+@contextlib.contextmanager
+def atomic_file(file: Path) -> Iterator[Path]:
+    """Gives a path beside ``file`` to write to, which takes its place at the end; on an exception it is removed."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(file)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def atomic_write_text(file: Path, text: str) -> None:
+    """Writes ``text`` so that a reader, or a kill, sees the old content or the new one and nothing between."""
+    with atomic_file(file) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, flag: str, what: str, *, wait: bool = False) -> Iterator[None]:
+    """Creates ``folder`` and keeps other processes from working in it at the same time.
+
+    The lock is the kernel's, so that a killed process leaves none behind. Where another process has it, either waits
+    or raises UserError, which says that it is ``what`` ("training in") and that ``flag`` chooses another folder.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError:  # /proc and the like
+        raise UserError(f"{flag} {folder} cannot be made in that file system; choose another") from None
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"process {file.read().strip()} is {what} {folder} already; "
+                f"wait for it, stop it, or name another {flag}"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

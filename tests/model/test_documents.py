@@ -1,0 +1,115 @@
+"""Several documents in one row: none sees another, by editing and by gradient, whatever path attention takes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.model.decoder import Decoder, Variables, forward, unstack
+
+VOCAB, L = 24, 12
+CONFIG = ModelConfig(
+    context_length=L,
+    num_layers=2,
+    embed_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    init_std=0.3,
+    tie_embeddings=False,
+    moe=MoEConfig(num_experts=4, expert_dim=8),
+)
+# Three documents of 5, 4 and 1 tokens, and padding.
+SIZES = (5, 4, 1)
+SEGMENT_L = np.repeat([1, 2, 3, 0], [*SIZES, L - sum(SIZES)])
+POSITION_L = np.concatenate([np.arange(size) for size in (*SIZES, 0)] + [np.zeros(L - sum(SIZES), int)])
+TOKENS_L = np.random.default_rng(0).integers(0, VOCAB, L)
+
+# Each way in which attention is computed over a row: under the scan, recomputed for the backward pass, block by block.
+PATHS = {
+    "scan": {},
+    "remat": {"remat": "full"},
+    "learned positions": {"positions": "learned"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "walk": {},
+}
+
+
+@pytest.fixture(scope="module", params=PATHS)
+def model(request):
+    """(function of (variables, tokens_BL, options) to logits, variables, tolerance)."""
+    config = dataclasses.replace(CONFIG, **PATHS[request.param])
+    variables = Variables(
+        jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    )
+    variables = jax.tree.map(lambda leaf: leaf.value if hasattr(leaf, "value") else leaf, variables, is_leaf=is_boxed)
+    decoder = Decoder(config, VOCAB)
+    if request.param == "walk":
+        decoder, variables = Decoder(config, VOCAB, unstacked=True), unstack(variables, config)
+
+    def logits(variables, tokens_BL, **options):
+        return forward(decoder, variables, jnp.asarray(tokens_BL), **options).logits_BLV
+
+    # Rows of other lengths are rounded at other places: to 2^-8 of a number in bfloat16.
+    return logits, variables, 2**-6 if request.param == "bfloat16" else 2e-5
+
+
+def is_boxed(leaf):
+    return hasattr(leaf, "value") and hasattr(leaf, "names")
+
+
+def row(tokens_L):
+    """The arguments of a row of documents."""
+    return {
+        "tokens_BL": np.asarray(tokens_L)[None],
+        "segment_BL": jnp.asarray(SEGMENT_L[None]),
+        "position_BL": jnp.asarray(POSITION_L[None]),
+        "token_mask_BL": jnp.asarray(SEGMENT_L[None] > 0),
+    }
+
+
+def test_no_document_sees_another_by_editing(model):
+    logits, variables, _ = model
+    run = jax.jit(lambda tokens_BL, options: logits(variables, tokens_BL, **options))
+    options = row(TOKENS_L)
+    before = run(options.pop("tokens_BL"), options)
+    for segment in (0, 1, 2, 3):
+        edited = np.where(segment == SEGMENT_L, (TOKENS_L + 7) % VOCAB, TOKENS_L)
+        after = run(edited[None], options)
+        others = (segment != SEGMENT_L) & (SEGMENT_L > 0)
+        np.testing.assert_array_equal(before[0, others], after[0, others])
+        if segment:
+            assert np.any(before[0, segment == SEGMENT_L] != after[0, segment == SEGMENT_L])
+
+
+def test_no_document_sees_another_by_gradient(model):
+    logits, variables, _ = model
+    options = row(np.arange(L))  # every place its own token, so that the embedding's rows are the places
+
+    def loss(params, segment):
+        tokens_BL = options["tokens_BL"]
+        rest = {name: value for name, value in options.items() if name != "tokens_BL"}
+        logits_LV = logits(variables.replace(params=params), tokens_BL, **rest)[0]
+        return jnp.sum(jnp.where((segment == SEGMENT_L)[:, None], jnp.sin(logits_LV), 0.0))
+
+    # With untied embeddings the output is another matrix, so a row of the embedding has the gradient of its place.
+    gradient = jax.jit(jax.grad(loss))
+    for segment in (1, 2):
+        gradient_VD = gradient(variables.params, segment)["embedding"][:L]
+        reached = np.any(np.asarray(gradient_VD) != 0, axis=1)
+        np.testing.assert_array_equal(reached, segment == SEGMENT_L)
+
+
+def test_a_document_in_a_row_is_what_it_is_alone(model):
+    logits, variables, tolerance = model
+    run = jax.jit(lambda tokens_BL, options: logits(variables, tokens_BL, **options))
+    options = row(TOKENS_L)
+    together = run(options.pop("tokens_BL"), options)[0]
+    first = 0
+    for size in SIZES:
+        alone_L = np.resize(TOKENS_L[first : first + size], L)
+        alone = run(alone_L[None], {"token_mask_BL": jnp.arange(L)[None] < size})[0]
+        np.testing.assert_allclose(together[first : first + size], alone[:size], atol=tolerance, rtol=1e-4)
+        first += size
