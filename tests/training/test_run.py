@@ -119,8 +119,12 @@ def test_a_mixture_in_packed_rows_goes_on_and_ends_bit_identical(change, tmp_pat
     )
     config = change(
         data={
-            "path": str(tmp_path / "data"), "tokenizer": None, "val_fraction": None, "mode": "packed",
-            "batch_size": 8, "token_dropout": 0.1,
+            "path": str(tmp_path / "data"),
+            "tokenizer": None,
+            "val_fraction": None,
+            "mode": "packed",
+            "batch_size": 8,
+            "token_dropout": 0.1,
         },
         train={"num_epochs": 2, "eval_every": 1000},
     )
