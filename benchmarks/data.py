@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -78,7 +79,6 @@ def tokenization(folder: Path, megabytes: int, rounds: int) -> list[dict[str, An
         second_pass.append(time.perf_counter() - start)
         return made
 
-    preparation._write_corpus = timed
     cores = sorted(os.sched_getaffinity(0))
     processes = sorted({1, min(2, len(cores)), len(cores)})
     times: dict[str, list[float]] = {"tiktoken, one thread": []}
@@ -91,10 +91,10 @@ def tokenization(folder: Path, megabytes: int, rounds: int) -> list[dict[str, An
                 tokenizer=str(folder / "tokenizer"),
                 processes=number,
             )
-            whole = seconds_of(lambda config=config: prepare_folder(config))
+            with mock.patch.object(preparation, "_write_corpus", timed):
+                whole = seconds_of(lambda config=config: prepare_folder(config))
             times.setdefault(f"prepare, {number} processes", []).append(whole)
             times.setdefault(f"tokenize and write, {number} processes", []).append(second_pass[-1])
-    preparation._write_corpus = real
     medians = {name: statistics.median(values) for name, values in times.items()}
     bound = medians["tiktoken, one thread"]
     return [

@@ -48,7 +48,7 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in _ENVIRONMENT_ERRNOS:
             raise
-        _leave(f"{error.strerror}: {error.filename}" if error.filename else str(error), 1)
+        _leave(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror), 1)
 
 
 def _leave(message: str, exit_code: int) -> None:

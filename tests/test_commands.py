@@ -152,7 +152,7 @@ def refused(home, result, words, before):
             ["--config", "tiny.py", "--workdir", "new", "--model.moe.grouped-matmul", "tokamax"],
             "tokamax needs an NVIDIA GPU, got a cpu",
         ),
-        (["--config", "tiny.py", "--data.path", "none.txt"], "the input none.txt does not exist"),
+        (["--config", "tiny.py", "--data.path", "none.txt"], "data.path=none.txt: the input none.txt does not exist"),
         (["--config", "tiny.py", "--data.path", "empty.txt"], "empty.txt has no text in it"),
         (["--config", "tiny.py", "--data.path", "binary.txt"], "binary.txt is not UTF-8 text"),
         (["--config", "tiny.py", "--workdir", "verse.txt"], "--workdir must be a folder, but verse.txt is a file"),

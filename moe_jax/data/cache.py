@@ -30,7 +30,10 @@ def find_or_prepare(data: DataConfig, cache: Path) -> PreparedData:
         tokenizer=data.tokenizer or PrepareConfig.tokenizer,
         val_fraction=data.val_fraction or PrepareConfig.val_fraction,
     )
-    folder = cache / _cache_key(config)
+    try:
+        folder = cache / _cache_key(config)
+    except UserError as error:
+        raise UserError(f"data.path={data.path}: {error}") from None
     config = dataclasses.replace(config, out=str(folder))
     if meta_file(folder).exists():
         try:

@@ -1,5 +1,6 @@
 """Tokenization in parallel processes, in order and with a bounded number of texts in memory. Imports no jax."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -126,9 +127,10 @@ def encode_all(
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise ChildProcessError(
+        raise OSError(
+            errno.ENOMEM,
             "a process that tokenizes was ended from outside, as happens when memory runs out; "
-            "run the same command again with fewer --processes"
+            "run the same command again with fewer --processes",
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

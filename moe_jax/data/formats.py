@@ -224,8 +224,8 @@ def _decode(stream: io.BufferedIOBase, file: Path, options: ReadOptions) -> Iter
         text = _decode_chunk(decoder, chunk, file, place - pending)
         if "\0" in text and options.errors == "strict":
             raise UserError(
-                f"{file} is not text (a NUL byte at {place + chunk.index(0)}); name a text file, or use "
-                "--errors replace"
+                f"{file} is not text (a NUL byte at {place + chunk.index(0)}); name a text file, or prepare "
+                "it with --errors replace"
             )
         place += len(chunk)
         yield text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}") if first else text
@@ -240,7 +240,7 @@ def _decode_chunk(
         return decoder.decode(chunk, final)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{file} is not UTF-8 text (byte {place + error.start}); convert it, or use --errors replace"
+            f"{file} is not UTF-8 text (byte {place + error.start}); convert it, or prepare it with --errors replace"
         ) from None
 
 
@@ -273,7 +273,7 @@ def _text_of_line(line: bytes, place: str, options: ReadOptions) -> str:
         text = line.decode("utf-8", options.errors)
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{place} is not UTF-8 text (its byte {error.start}); convert it, or use --errors replace"
+            f"{place} is not UTF-8 text (its byte {error.start}); convert it, or prepare it with --errors replace"
         ) from None
     try:
         value = json.loads(text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}"))
@@ -289,8 +289,8 @@ def _text_of_line(line: bytes, place: str, options: ReadOptions) -> str:
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
         if options.errors == "strict":
             raise UserError(
-                f"{place}: {key} has half of a surrogate pair at character {error.start}; mend it, or use "
-                "--errors replace"
+                f"{place}: {key} has half of a surrogate pair at character {error.start}; mend it, or prepare "
+                "it with --errors replace"
             ) from None
         return value[key].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return value[key]

@@ -52,6 +52,9 @@ def prepare_folder(config: PrepareConfig, *, wait: bool = False) -> PreparedData
     out = Path(config.out)
     _check_out(out)
     corpora = find_corpora(config)
+    tokenizer = None
+    if not needs_texts(config.tokenizer):
+        tokenizer = build_tokenizer(config.tokenizer, (), config.delimiters)
     with Bars() as bars:
         plans = [scan_corpus(corpus, config, bars) for corpus in corpora]
         origin = made_from(config, plans)
@@ -60,10 +63,11 @@ def prepare_folder(config: PrepareConfig, *, wait: bool = False) -> PreparedData
                 return _prepared_before(out, origin, plans)
             progress = _resume(out, origin)
             if progress is None:
-                if needs_texts(config.tokenizer):
+                if tokenizer is None:
                     bars.say(f"building the tokenizer {config.tokenizer}")
-                texts = tokenizer_texts(plans, config) if needs_texts(config.tokenizer) else ()
-                progress = _Progress(out, origin, build_tokenizer(config.tokenizer, texts, config.delimiters), {})
+                    texts = tokenizer_texts(plans, config)
+                    tokenizer = build_tokenizer(config.tokenizer, texts, config.delimiters)
+                progress = _Progress(out, origin, tokenizer, {})
                 save_tokenizer(progress.tokenizer, out / "tokenizer")
                 progress.save()
             corpora = tuple(_write_corpus(plan, config, progress, bars) for plan in plans)

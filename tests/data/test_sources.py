@@ -105,7 +105,7 @@ def test_white_space_is_no_document_and_long_ones_come_in_pieces(tmp_path):
 
 BROKEN = {
     "a.txt": [
-        (b"ab\xffcd", r"a.txt is not UTF-8 text \(byte 2\); convert it, or use --errors replace"),
+        (b"ab\xffcd", r"a.txt is not UTF-8 text \(byte 2\); convert it, or prepare it with --errors replace"),
         (b"ok " * 10 + b"\xc3", r"a.txt is not UTF-8 text \(byte 30\)"),
         ("text".encode("utf-16"), r"not UTF-8 text \(byte 0\)"),
         (b"ab\0cd", r"a NUL byte at 2"),
