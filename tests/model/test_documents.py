@@ -39,7 +39,7 @@ PATHS = {
 
 @pytest.fixture(scope="module", params=PATHS)
 def model(request):
-    """(function of (variables, tokens_BL, options) to logits, variables, tolerance)."""
+    """(function of variables, tokens_BL and options to logits, variables, the same compiled for them, tolerance)."""
     config = dataclasses.replace(CONFIG, **PATHS[request.param])
     variables = Variables(
         jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
@@ -53,7 +53,8 @@ def model(request):
         return forward(decoder, variables, jnp.asarray(tokens_BL), **options).logits_BLV
 
     # Rows of other lengths are rounded at other places: to 2^-8 of a number in bfloat16.
-    return logits, variables, 2**-6 if request.param == "bfloat16" else 2e-5
+    run = jax.jit(lambda tokens_BL, options: logits(variables, tokens_BL, **options))
+    return logits, variables, run, 2**-6 if request.param == "bfloat16" else 2e-5
 
 
 def is_boxed(leaf):
@@ -71,8 +72,7 @@ def row(tokens_L):
 
 
 def test_no_document_sees_another_by_editing(model):
-    logits, variables, _ = model
-    run = jax.jit(lambda tokens_BL, options: logits(variables, tokens_BL, **options))
+    _, _, run, _ = model
     options = row(TOKENS_L)
     before = run(options.pop("tokens_BL"), options)
     for segment in (0, 1, 2, 3):
@@ -85,7 +85,7 @@ def test_no_document_sees_another_by_editing(model):
 
 
 def test_no_document_sees_another_by_gradient(model):
-    logits, variables, _ = model
+    logits, variables, _, _ = model
     options = row(np.arange(L))  # every place its own token, so that the embedding's rows are the places
 
     def loss(params, segment):
@@ -103,13 +103,13 @@ def test_no_document_sees_another_by_gradient(model):
 
 
 def test_a_document_in_a_row_is_what_it_is_alone(model):
-    logits, variables, tolerance = model
-    run = jax.jit(lambda tokens_BL, options: logits(variables, tokens_BL, **options))
+    _, _, run, tolerance = model
     options = row(TOKENS_L)
     together = run(options.pop("tokens_BL"), options)[0]
     first = 0
     for size in SIZES:
-        alone_L = np.resize(TOKENS_L[first : first + size], L)
-        alone = run(alone_L[None], {"token_mask_BL": jnp.arange(L)[None] < size})[0]
+        alone_L, mask_BL = np.resize(TOKENS_L[first : first + size], L), jnp.arange(L)[None] < size
+        options = {"segment_BL": mask_BL.astype(int), "position_BL": jnp.arange(L)[None], "token_mask_BL": mask_BL}
+        alone = run(alone_L[None], options)[0]
         np.testing.assert_allclose(together[first : first + size], alone[:size], atol=tolerance, rtol=1e-4)
         first += size

@@ -118,6 +118,7 @@ def test_a_mixture_in_packed_rows_goes_on_and_ends_bit_identical(change, tmp_pat
         PrepareConfig(input=inputs, out=str(tmp_path / "data"), tokenizer="bpe:300", weights=("long=1", "short=1"))
     )
     config = change(
+        model={"num_layers": 1},
         data={
             "path": str(tmp_path / "data"),
             "tokenizer": None,
