@@ -11,10 +11,15 @@ from moe_jax.command import UserError
 
 @contextlib.contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
-    """Gives a path beside ``file`` to write to, which takes its place at the end; on an exception it is removed."""
+    """Gives a path beside ``file`` to write to, which takes its place at the end; on an exception it is removed.
+
+    The content is on disk before the name is, so that a loss of power leaves no empty file under it.
+    """
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         yield beside
+        with open(beside, "rb") as written:
+            os.fsync(written.fileno())
         beside.replace(file)
     finally:
         beside.unlink(missing_ok=True)
@@ -37,6 +42,10 @@ def locked_folder(folder: Path, flag: str, what: str, *, wait: bool = False) -> 
         folder.mkdir(parents=True, exist_ok=True)
     except FileNotFoundError:  # /proc and the like
         raise UserError(f"{flag} {folder} cannot be made in that file system; choose another") from None
+    except FileExistsError:
+        if not folder.is_symlink():
+            raise
+        raise UserError(f"{flag} {folder} is a link to nothing; remove it, or choose another") from None
     with open(folder / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

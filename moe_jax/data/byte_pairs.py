@@ -33,13 +33,13 @@ _PATTERN = (
 class BpeTokenizer:
     """Byte-pair encoding: an id below the special ones is the rank of its merge, and every byte has one."""
 
-    unknown_id = None
+    unknown_id, is_lossless = None, True
 
     def __init__(
         self, name: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int], delimiters: Delimiters
     ):
         self.name, self.ranks, self.pattern, self.specials = name, ranks, pattern, specials
-        self.delimiters = delimiters
+        self.spellings, self.delimiters = specials, delimiters
         self.vocab_size = max(*ranks.values(), *specials.values()) + 1
         self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         self._pieces: list[bytes] | None = None

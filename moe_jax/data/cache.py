@@ -6,8 +6,8 @@ Imports no jax.
 import dataclasses
 import hashlib
 import json
+import logging
 import os
-import shutil
 from pathlib import Path
 
 from moe_jax.command import UserError
@@ -16,7 +16,9 @@ from moe_jax.data.plays import PLAYS
 from moe_jax.data.prepare import prepare_folder
 from moe_jax.data.prepared import FORMAT_VERSION, PreparedData, is_prepared, meta_file, open_prepared
 from moe_jax.data.sources import find_corpora
-from moe_jax.data.tokenizer import build_tokenizer, fingerprint
+from moe_jax.data.tokenizer import build_tokenizer, file_of_spec, fingerprint, spec_by_content
+
+log = logging.getLogger("moe_jax")
 
 
 def find_or_prepare(data: DataConfig, cache: Path) -> PreparedData:
@@ -38,9 +40,9 @@ def find_or_prepare(data: DataConfig, cache: Path) -> PreparedData:
     if meta_file(folder).exists():
         try:
             return open_prepared(folder)
-        except UserError:  # damaged: it is a cache, and its text is at hand
-            shutil.rmtree(folder)
-    return prepare_folder(config, wait=True)
+        except UserError as error:  # damaged: it is a cache, and its text is at hand
+            log.debug(f"{folder} is made anew: {error}")
+    return prepare_folder(config, is_cache=True)
 
 
 def _check_matches(data: DataConfig, found: PreparedData) -> None:
@@ -53,7 +55,7 @@ def _check_matches(data: DataConfig, found: PreparedData) -> None:
         )
     if data.tokenizer is None or data.tokenizer == found.tokenizer.name:
         return
-    if os.path.exists(data.tokenizer):
+    if file_of_spec(data.tokenizer):
         asked = build_tokenizer(data.tokenizer, (), found.tokenizer.delimiters)
         if fingerprint(asked) == fingerprint(found.tokenizer):
             return
@@ -66,8 +68,10 @@ def _check_matches(data: DataConfig, found: PreparedData) -> None:
 def _cache_key(config: PrepareConfig) -> str:
     """A hash of what the streams are made from; files count by their content, the embedded plays by their sizes."""
     (corpus,) = find_corpora(config)
-    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, config.tokenizer, config.val_fraction]).encode())
+    digest = hashlib.sha256(
+        json.dumps([FORMAT_VERSION, spec_by_content(config.tokenizer), config.val_fraction]).encode()
+    )
     for source in corpus.train:
         size = Path(source.path).stat().st_size if source.name.startswith(PLAYS) else source.sha256()
-        digest.update(f"\0{source.name}\0{size}".encode())
+        digest.update(os.fsencode(f"\0{source.name}\0{size}"))
     return digest.hexdigest()[:32]

@@ -23,6 +23,7 @@ from moe_jax.data.tokenizer import (
     encode_with_specials,
     from_json,
     to_json,
+    without_specials,
 )
 
 _TASK_CHARACTERS = 1 << 19
@@ -55,6 +56,7 @@ class Encoded:
     num_characters: int
     num_bytes: int
     num_unknown: int
+    """Tokens for text that the tokenizer cannot represent, and pieces that would not come back as they were."""
 
 
 def in_tasks(pieces: Iterable[tuple[str, Piece]], block_characters: int, first_block: int) -> Iterator[Task]:
@@ -86,13 +88,16 @@ def encode(task: Task, tokenizer: Tokenizer, dtype: np.dtype, *, parse_specials:
     start = np.array([document_start(tokenizer)], np.uint32)
     end = np.array([document_end(tokenizer)], np.uint32)
     is_chat = tokenizer.delimiters == "chat"
-    arrays, lengths, num_bytes = [], [], 0
+    arrays, lengths, num_bytes, num_lost = [], [], 0, 0
     for text, is_first, is_last in zip(task.texts, task.is_first, task.is_last, strict=True):
         ids = encode_with_specials(tokenizer, text) if parse_specials else tokenizer.encode(text)
         before, after = int(is_first), int(is_last and is_chat)
         arrays += [start] * before + [ids] + [end] * after
         lengths.append(len(ids) + before + after)
-        num_bytes += len(text.encode())
+        # The spelling of a special token is no text to predict.
+        plain = without_specials(tokenizer, text) if parse_specials else text
+        num_bytes += len(plain.encode())
+        num_lost += not tokenizer.is_lossless and not parse_specials and tokenizer.decode(ids.tolist()) != text
     ids = np.concatenate(arrays).astype(dtype)
     unknown = tokenizer.unknown_id
     return Encoded(
@@ -103,7 +108,7 @@ def encode(task: Task, tokenizer: Tokenizer, dtype: np.dtype, *, parse_specials:
         is_last=np.array(task.is_last),
         num_characters=sum(map(len, task.texts)),
         num_bytes=num_bytes,
-        num_unknown=0 if unknown is None else int(np.count_nonzero(ids == unknown)),
+        num_unknown=num_lost + (0 if unknown is None else int(np.count_nonzero(ids == unknown))),
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from moe_jax.command import UserError
+from moe_jax.command import Interrupted, UserError
 from moe_jax.data.plays import render_play
 
 Part = tuple[str, bool]
@@ -61,7 +61,7 @@ def read_play(file: Path, options: ReadOptions) -> Iterator[Part]:
 def read_csv(file: Path, options: ReadOptions) -> Iterator[Part]:
     """Column ``text_key`` of comma- or tab-separated rows under a header; a quoted field may hold line ends."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    delimiter = "\t" if ".tsv" in file.suffixes else ","
+    delimiter = "\t" if ".tsv" in file.name.lower() else ","
     with _open(file) as stream:
         rows = csv.reader(_Lines(_decode(stream, file, options)), delimiter=delimiter, strict=True)
         try:
@@ -125,9 +125,12 @@ def read_hub(name: str, options: ReadOptions) -> Iterator[Part]:
     datasets.disable_progress_bars()
     try:
         data: Any = datasets.load_dataset(path, subset or None, split=split or "train")
+    except Interrupted:
+        raise
     except Exception as error:  # noqa: BLE001 - the library lets through whatever its readers and the network raise
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise UserError(
-            f"the data set hf:{name} cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); check "
+            f"the data set hf:{name} cannot be loaded ({reason}); check "
             "its name, its split and the network, or download its parquet files and name them"
         ) from None
     _column(data.column_names, options.text_key, Path(f"hf:{name}"))
@@ -145,6 +148,7 @@ READERS: dict[str, Callable[[Path, ReadOptions], Iterator[Part]]] = {
     ".csv": read_csv,
     ".tsv": read_csv,
     ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
     ".parquet": read_parquet,
 }
 """By the suffix of a file's name, before ``.gz`` or ``.zst``."""
@@ -154,23 +158,23 @@ _COMPRESSIONS = (".gz", ".zst")
 
 def reader_of(file: Path) -> Callable[[Path, ReadOptions], Iterator[Part]] | None:
     """The reader of the file's format; None where its name says none that is known."""
-    suffixes = file.suffixes
+    suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in _COMPRESSIONS:
         return None if suffixes[-2:-1] == [".parquet"] else READERS.get("".join(suffixes[-2:-1]))
-    return READERS.get(file.suffix)
+    return READERS.get(file.suffix.lower())
 
 
 def _open(file: Path) -> io.BufferedIOBase:
     """The uncompressed bytes of ``file``."""
-    if file.suffix == ".gz":
+    if file.suffix.lower() == ".gz":
         return gzip.GzipFile(file)
-    if file.suffix != ".zst":
+    if file.suffix.lower() != ".zst":
         return open(file, "rb")
     try:
         import zstandard
     except ImportError:
         raise UserError(f"{file} needs the package zstandard; run pip install 'zstandard>=0.23'") from None
-    return io.BufferedReader(_ZstdFile(open(file, "rb"), zstandard.ZstdDecompressor()), _CHUNK)
+    return io.BufferedReader(_ZstdFile(open(file, "rb"), zstandard.ZstdDecompressor(max_window_size=2**31)), _CHUNK)
 
 
 class _ZstdFile(io.RawIOBase):

@@ -26,6 +26,7 @@ class HuggingFaceTokenizer:
     """
 
     name = "huggingface"
+    is_lossless = False  # normalizers and vocabularies without all bytes lose text, and no flag of the file says so
 
     def __init__(self, content: str, delimiters: Delimiters, source: str):
         """Raises UserError where ``content``, read from ``source``, is no tokenizer or names no end of text."""
@@ -54,8 +55,12 @@ class HuggingFaceTokenizer:
                 f"{source} has none of the tokens {', '.join(_NAMES[END_OF_TEXT])}, one of which ends a text; "
                 "add one to its added_tokens, or use another tokenizer"
             )
-        unknown = json.loads(content)["model"].get("unk_token")
-        self.unknown_id = vocabulary.get(unknown) if unknown else None
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.spellings = {token.content: index for index, token in added.items() if token.special}
+        self.spellings = self.spellings or dict(self.specials)
+        model = json.loads(content)["model"]
+        # Unigram models name the id, the others the token.
+        self.unknown_id: int | None = model.get("unk_id", vocabulary.get(model.get("unk_token") or ""))
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)

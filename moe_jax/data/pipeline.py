@@ -38,6 +38,12 @@ def check_data(data: PreparedData, config: DataConfig, context_length: int) -> N
                 )
             if not split.num_documents:
                 raise UserError(f"the {split.name} split of {corpus.name} has no documents; give more text")
+    for corpus, count in zip(data.corpora, _rows_of_a_block([c.weight for c in data.corpora]), strict=True):
+        if not count:
+            raise UserError(
+                f"the corpus {corpus.name} has {corpus.weight:.2g} of the rows, less than one in {_MIX_BLOCK:,}, and "
+                "would never be drawn; raise its weight by --weights, or leave it out"
+            )
     if config.token_dropout and config.token_dropout_by == "unknown" and UNKNOWN not in data.tokenizer.specials:
         raise UserError(
             f"data.token_dropout_by=unknown needs a token {UNKNOWN}, which {data.tokenizer.name} has not; "
@@ -142,15 +148,20 @@ def _training_rows(split: Split, data: PreparedData, config: DataConfig, context
     return document_rows(split, data.tokenizer, config.mode, context_length, seed)
 
 
+def _rows_of_a_block(weights: list[float]) -> np.ndarray:
+    """Rows of each corpus in a block of a mixture, [corpora]."""
+    return np.diff(np.round(np.cumsum(weights) / sum(weights) * _MIX_BLOCK).astype(np.int64), prepend=0)
+
+
 class _Mixture:
     """Rows of several corpora in random order, exactly by their weights over each block of rows."""
 
     def __init__(self, corpora: list[Rows], weights: list[float], seed: int):
         self._corpora, self._seed = corpora, seed
-        bounds = np.round(np.cumsum(weights) / sum(weights) * _MIX_BLOCK).astype(np.int64)
+        self._counts = _rows_of_a_block(weights)
+        bounds = np.cumsum(self._counts)
         # Of a block: the corpus of each place, and the places of the same corpus before it.
         self._corpus = np.searchsorted(bounds, np.arange(_MIX_BLOCK), side="right")
-        self._counts = np.diff(bounds, prepend=0)
         self._index = np.arange(_MIX_BLOCK) - (bounds - self._counts)[self._corpus]
         self._block, self._order = -1, np.zeros(0, np.int64)
 

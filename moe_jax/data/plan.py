@@ -4,10 +4,8 @@ Imports no jax.
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,9 +14,9 @@ from moe_jax.command import UserError
 from moe_jax.config import PrepareConfig
 from moe_jax.data.bars import Bars
 from moe_jax.data.prepared import FORMAT_VERSION
-from moe_jax.data.shards import file_sha256
-from moe_jax.data.sources import CorpusSources, Documents, Piece
+from moe_jax.data.sources import CorpusSources, Documents, Piece, changed
 from moe_jax.data.split import HeldOut, InputScan, hold_out
+from moe_jax.data.tokenizer import spec_by_content
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,8 @@ class CorpusPlan:
     """A corpus after the first pass."""
 
     sources: CorpusSources
+    stamps: list[tuple[int, int]]
+    """Of the sources' files when the pass began: another one at the end says that the text is another."""
     scan: InputScan
     val_scan: InputScan
     held_out: HeldOut
@@ -33,9 +33,22 @@ class CorpusPlan:
     def pieces(self, config: PrepareConfig) -> Iterator[tuple[str, Piece]]:
         """(split, piece) of everything, in the order of the input."""
         documents = Documents(self.sources.train, self.sources.options, config.max_documents)
-        yield from self.held_out.assign(documents)
-        for piece in Documents(self.sources.val, self.sources.options, config.val_documents):
-            yield "val", piece
+        try:
+            yield from self.held_out.assign(self._as_scanned(documents))
+            for piece in Documents(self.sources.val, self.sources.options, config.val_documents):
+                yield "val", piece
+        except FileNotFoundError:
+            raise changed(self.sources.name) from None
+
+    def _as_scanned(self, documents: Documents) -> Iterator[Piece]:
+        for piece in documents:
+            if piece.document >= self.scan.num_documents:
+                raise changed(self.sources.name)
+            yield piece
+
+    @property
+    def num_documents(self) -> int:
+        return self.scan.num_documents + self.val_scan.num_documents
 
     @property
     def num_characters(self) -> int:
@@ -48,6 +61,7 @@ class CorpusPlan:
 
 def scan_corpus(corpus: CorpusSources, config: PrepareConfig, bars: "Bars") -> CorpusPlan:
     """The first pass over a corpus."""
+    stamps = corpus.stamps()
     train, val = InputScan(config.seed), InputScan(config.seed)
     for scan, sources, limit in (
         (train, corpus.train, config.max_documents),
@@ -70,7 +84,7 @@ def scan_corpus(corpus: CorpusSources, config: PrepareConfig, bars: "Bars") -> C
         held_out = HeldOut(np.zeros(train.num_documents, bool))
     else:
         held_out = hold_out(train, config.val_fraction, config.val_documents, corpus.name)
-    return CorpusPlan(corpus, train, val, held_out)
+    return CorpusPlan(corpus, stamps, train, val, held_out)
 
 
 def made_from(config: PrepareConfig, plans: list[CorpusPlan]) -> dict[str, Any]:
@@ -80,13 +94,11 @@ def made_from(config: PrepareConfig, plans: list[CorpusPlan]) -> dict[str, Any]:
         for name, value in dataclasses.asdict(config).items()
         if name not in ("input", "val_input", "out", "processes", "weights", "text_key")
     }
-    if os.path.exists(config.tokenizer):
-        file = Path(config.tokenizer)
-        settings["tokenizer"] = f"sha256:{file_sha256(file / 'tokenizer.json' if file.is_dir() else file)}"
+    settings["tokenizer"] = spec_by_content(config.tokenizer)
     corpora = {
         plan.sources.name: {
             "text_key": plan.sources.options.text_key,
-            "documents": plan.scan.num_documents + plan.val_scan.num_documents,
+            "documents": plan.num_documents,
             "bytes": plan.num_bytes,
             "text_sha256": {"input": plan.scan.sha256(), "val_input": plan.val_scan.sha256()},
             "sources": [

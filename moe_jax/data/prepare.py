@@ -5,9 +5,11 @@ tokenizes in parallel and writes. Block after block is made durable, and the sam
 behind the last one. Imports no jax.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterable
@@ -33,7 +35,7 @@ from moe_jax.data.prepared import (
     write_meta,
 )
 from moe_jax.data.shards import Split, SplitCounts, SplitWriter, file_sha256
-from moe_jax.data.sources import find_corpora
+from moe_jax.data.sources import changed, find_corpora
 from moe_jax.data.tokenizer import Tokenizer, build_tokenizer, fingerprint, load_tokenizer, needs_texts, save_tokenizer
 from moe_jax.files import atomic_write_text, locked_folder
 
@@ -44,10 +46,10 @@ _PARALLEL_CHARACTERS = 1 << 25
 SPLITS = ("train", "val")
 
 
-def prepare_folder(config: PrepareConfig, *, wait: bool = False) -> PreparedData:
+def prepare_folder(config: PrepareConfig, *, is_cache: bool = False) -> PreparedData:
     """Makes or completes the prepared folder ``config.out``. UserError on bad input, before anything is written.
 
-    Where another process is at it, waits for it or raises UserError.
+    Where another process is at it, or what is there is damaged, raises UserError; a cache waits, and is made anew.
     """
     out = Path(config.out)
     _check_out(out)
@@ -58,10 +60,18 @@ def prepare_folder(config: PrepareConfig, *, wait: bool = False) -> PreparedData
     with Bars() as bars:
         plans = [scan_corpus(corpus, config, bars) for corpus in corpora]
         origin = made_from(config, plans)
-        with locked_folder(out, "--out", "preparing", wait=wait):
-            if meta_file(out).exists():
-                return _prepared_before(out, origin, plans)
-            progress = _resume(out, origin)
+        with locked_folder(out, "--out", "preparing", wait=is_cache):
+            for leftover in _leftovers(out):  # of a kill while a file was written
+                (out / leftover).unlink()
+            try:
+                if meta_file(out).exists():
+                    return _prepared_before(out, origin, plans)
+                progress = _resume(out, origin)
+            except UserError:
+                if not is_cache:
+                    raise
+                progress = None
+                meta_file(out).unlink(missing_ok=True)
             if progress is None:
                 if tokenizer is None:
                     bars.say(f"building the tokenizer {config.tokenizer}")
@@ -114,10 +124,14 @@ def _resume(out: Path, origin: dict[str, Any]) -> _Progress | None:
     return progress
 
 
+def _leftovers(out: Path) -> list[str]:
+    return [name for name in os.listdir(out) if re.fullmatch(r"\.(meta|progress)\.json\.\d+", name)]
+
+
 def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out must be a folder, but {out} is a file; choose another")
-    if out.exists() and not is_prepared(out) and set(os.listdir(out)) - {".lock", "tokenizer"}:
+    if out.exists() and not is_prepared(out) and set(os.listdir(out)) - {".lock", "tokenizer", *_leftovers(out)}:
         raise UserError(f"--out {out} holds other files; choose a new or an empty folder")
 
 
@@ -157,23 +171,25 @@ def _write_corpus(plan: CorpusPlan, config: PrepareConfig, progress: _Progress, 
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     saved = progress.counts.get(name, {"blocks": 0, "splits": {split: {} for split in SPLITS}})
     block = saved["blocks"]
-    writers = {
-        split: SplitWriter(folder, split, dtype, config.shard_tokens, SplitCounts(**saved["splits"][split]))
-        for split in SPLITS
-    }
     processes = config.processes or len(os.sched_getaffinity(0))
     if config.processes is None and plan.num_characters < _PARALLEL_CHARACTERS:
         processes = 1
 
-    def commit(blocks: int) -> None:
-        for writer in writers.values():
-            writer.commit()
-        splits = {split: dataclasses.asdict(writer.counts) for split, writer in writers.items()}
-        progress.counts[name] = {"blocks": blocks, "splits": splits}
-        progress.save()
+    with contextlib.ExitStack() as stack:
+        writers = {}
+        for split in SPLITS:
+            counts = SplitCounts(**saved["splits"][split])
+            writers[split] = SplitWriter(folder, split, dtype, config.shard_tokens, counts)
+            stack.callback(writers[split].close)
 
-    bars.start(f"tokenizing {name}", plan.num_characters, block * BLOCK_CHARACTERS)
-    try:
+        def commit(blocks: int) -> None:
+            for writer in writers.values():
+                writer.commit()
+            splits = {split: dataclasses.asdict(writer.counts) for split, writer in writers.items()}
+            progress.counts[name] = {"blocks": blocks, "splits": splits}
+            progress.save()
+
+        bars.start(f"tokenizing {name}", plan.num_characters, block * BLOCK_CHARACTERS)
         tasks = in_tasks(plan.pieces(config), BLOCK_CHARACTERS, block)
         for encoded in encode_all(tasks, tokenizer, dtype, parse_specials=config.parse_specials, processes=processes):
             if encoded.block != block:
@@ -182,27 +198,30 @@ def _write_corpus(plan: CorpusPlan, config: PrepareConfig, progress: _Progress, 
             writers[encoded.split].write(encoded)
             bars.advance(encoded.num_characters)
         commit(block + 1)
-    finally:
-        for writer in writers.values():
-            writer.close()
-    train, val = (_sealed(folder, split, dtype, config.shard_tokens, writers[split].counts) for split in SPLITS)
+    train, val = (_unsealed(folder, split, dtype, config.shard_tokens, writers[split].counts) for split in SPLITS)
     _check_whole(plan, train, val)
-    return Corpus(name, 1.0, train, val)
+    return Corpus(name, 1.0, _sealed(train), _sealed(val))
 
 
 def _check_whole(plan: CorpusPlan, train: Split, val: Split) -> None:
-    if train.num_bytes + val.num_bytes != plan.num_bytes:
-        raise UserError(
-            f"the input of {plan.sources.name} changed while it was prepared ({plan.num_bytes} bytes of text, then "
-            f"{train.num_bytes + val.num_bytes}); remove --out and prepare again once nothing writes to the input"
-        )
+    num_documents = plan.num_documents + (plan.held_out.cut is not None)
+    if train.num_documents + val.num_documents != num_documents or plan.sources.stamps() != plan.stamps:
+        raise changed(plan.sources.name)
+    for split in (train, val):
+        for file, size in split.files():
+            if not file.exists() or file.stat().st_size != size:
+                raise UserError(f"{file} was changed while it was made; remove the folder and prepare again")
 
 
-def _sealed(folder: Path, split: str, dtype: np.dtype, shard_tokens: int, counts: SplitCounts) -> Split:
+def _unsealed(folder: Path, split: str, dtype: np.dtype, shard_tokens: int, counts: SplitCounts) -> Split:
     values: dict[str, Any] = dataclasses.asdict(counts)
     del values["open_tokens"]
-    unsealed = Split(split, folder, dtype.name, shard_tokens, **values, sha256={})
-    return dataclasses.replace(unsealed, sha256={file.name: file_sha256(file) for file, _ in unsealed.files()})
+    return Split(split, folder, dtype.name, shard_tokens, **values, sha256={})
+
+
+def _sealed(split: Split) -> Split:
+    """``split`` with the SHA-256 of its files."""
+    return dataclasses.replace(split, sha256={file.name: file_sha256(file) for file, _ in split.files()})
 
 
 def _with_weights(corpora: tuple[Corpus, ...], plans: list[CorpusPlan]) -> tuple[Corpus, ...]:

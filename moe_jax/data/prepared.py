@@ -75,8 +75,8 @@ def write_meta(folder: Path, tokenizer: Tokenizer, corpora: tuple[Corpus, ...], 
         ],
         "made_from": made_from,
     }
-    _remember_checked(folder, meta["fingerprint"], corpora)
     atomic_write_text(meta_file(folder), json.dumps(meta, indent=2) + "\n")
+    _remember_checked(folder, meta["fingerprint"], corpora)
 
 
 def open_prepared(folder: Path) -> PreparedData:
@@ -142,8 +142,7 @@ def _check_files(data: PreparedData) -> None:
                     )
                 is_new = True
     if is_new:
-        with contextlib.suppress(OSError):  # then it is computed again next time
-            _remember_checked(data.folder, data.fingerprint, data.corpora)
+        _remember_checked(data.folder, data.fingerprint, data.corpora)
 
 
 def _checked(data_fingerprint: str) -> dict[str, int]:
@@ -158,8 +157,9 @@ def _remember_checked(folder: Path, data_fingerprint: str, corpora: tuple[Corpus
     files = [file for corpus in corpora for split in (corpus.train, corpus.val) for file, _ in split.files()]
     known = _checked(data_fingerprint) | {str(file.resolve()): _stamp(file) for file in files}
     cache = cache_folder("checked")
-    cache.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(cache / f"{data_fingerprint}.json", json.dumps(known))
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs a reading of the files at each start
+        cache.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(cache / f"{data_fingerprint}.json", json.dumps(known))
 
 
 def _stamp(file: Path) -> int:

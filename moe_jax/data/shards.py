@@ -13,6 +13,7 @@ from typing import IO
 
 import numpy as np
 
+from moe_jax.command import UserError
 from moe_jax.data.encode import Encoded
 
 LENGTHS = np.dtype(np.uint32)
@@ -24,6 +25,15 @@ def shard_file(folder: Path, split: str, index: int) -> Path:
 
 def lengths_file(folder: Path, split: str) -> Path:
     return folder / f"{split}.lengths"
+
+
+def split_files(
+    folder: Path, split: str, dtype: np.dtype, shard_tokens: int, num_tokens: int, num_documents: int
+) -> Iterator[tuple[Path, int]]:
+    """Every file of a split and its size in bytes; the lengths come last."""
+    for index, first in enumerate(range(0, num_tokens, shard_tokens)):
+        yield shard_file(folder, split, index), min(num_tokens - first, shard_tokens) * dtype.itemsize
+    yield lengths_file(folder, split), num_documents * LENGTHS.itemsize
 
 
 @dataclass
@@ -47,15 +57,23 @@ class SplitWriter:
         self._folder, self._split, self._dtype, self._shard_tokens = folder, split, dtype, shard_tokens
         self.counts = counts
         folder.mkdir(parents=True, exist_ok=True)
-        full, rest = divmod(counts.num_tokens, shard_tokens)
-        for index, file in enumerate(sorted(folder.glob(f"{split}-*.bin"))):
-            if index > full:
+        # Truncation would fill what is missing with zeros.
+        kept = dict(split_files(folder, split, dtype, shard_tokens, counts.num_tokens, counts.num_documents))
+        for file, size in kept.items():
+            found = file.stat().st_size if file.exists() else 0
+            if found < size:
+                raise UserError(
+                    f"{file} must have the {size} bytes that were written before, has {found}; "
+                    "remove the folder and prepare again"
+                )
+        for file in [*folder.glob(f"{split}-*.bin"), lengths_file(folder, split)]:
+            if file in kept:
+                file.touch()
+                os.truncate(file, kept[file])
+            else:
                 file.unlink()
-            elif index == full:
-                os.truncate(file, rest * dtype.itemsize)
         self._shard: IO[bytes] | None = None
         self._lengths = open(lengths_file(folder, split), "ab")  # noqa: SIM115 - closed by close()
-        self._lengths.truncate(counts.num_documents * LENGTHS.itemsize)
 
     def write(self, encoded: Encoded) -> None:
         ids, counts = encoded.ids, self.counts
@@ -72,7 +90,13 @@ class SplitWriter:
         ends = np.flatnonzero(encoded.is_last)
         reached = np.cumsum(encoded.lengths)
         at_ends = reached[ends] + counts.open_tokens
-        self._lengths.write(np.diff(at_ends, prepend=0).astype(LENGTHS).tobytes())
+        lengths = np.diff(at_ends, prepend=0)
+        if lengths.max(initial=0) > np.iinfo(LENGTHS).max:
+            raise UserError(
+                f"a document must have at most {np.iinfo(LENGTHS).max:,} tokens, got {lengths.max():,}; "
+                "divide the file by --separator"
+            )
+        self._lengths.write(lengths.astype(LENGTHS).tobytes())
         counts.open_tokens += int(reached[-1]) - (int(at_ends[-1]) if len(ends) else 0)
         counts.num_documents += len(ends)
         counts.num_bytes += encoded.num_bytes
@@ -116,11 +140,8 @@ class Split:
 
     def files(self) -> Iterator[tuple[Path, int]]:
         """Every file and its size in bytes."""
-        itemsize, left = np.dtype(self.dtype).itemsize, self.num_tokens
-        for index in range(-(-self.num_tokens // self.shard_tokens)):
-            yield shard_file(self.folder, self.name, index), min(left, self.shard_tokens) * itemsize
-            left -= self.shard_tokens
-        yield lengths_file(self.folder, self.name), self.num_documents * LENGTHS.itemsize
+        dtype = np.dtype(self.dtype)
+        return split_files(self.folder, self.name, dtype, self.shard_tokens, self.num_tokens, self.num_documents)
 
     def lengths(self) -> np.ndarray:
         """[documents] tokens of each, with what stands before and after it; uint32, mapped from disk."""

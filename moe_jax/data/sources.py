@@ -5,6 +5,7 @@ Imports no jax.
 
 import glob
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from moe_jax.data.plays import PLAYS, find_plays
 
 DEFAULT_CORPUS = "text"
 HUB = "hf:"
+_NOT_TEXT = (".json", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".npy", ".bin", ".pdf")
+"""A file of such a name is no text, though it is named."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,19 @@ class CorpusSources:
     weight: float | None
     """Share in training; None: by its number of tokens."""
 
+    def stamps(self) -> list[tuple[int, int]]:
+        """Size and time of change of each file."""
+        files = [source.path for source in (*self.train, *self.val) if not source.path.startswith(HUB)]
+        return [(os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files if os.path.exists(file)]
+
+
+def changed(corpus: str) -> UserError:
+    """The error for an input that the second pass finds other than the first did."""
+    return UserError(
+        f"the input of {corpus} changed while it was prepared; remove the folder and prepare again once nothing "
+        "writes to the input"
+    )
+
 
 def find_corpora(config: PrepareConfig) -> list[CorpusSources]:
     """The corpora that ``config`` names, each with its files. UserError where one has none or a name is unknown."""
@@ -70,6 +86,12 @@ def find_corpora(config: PrepareConfig) -> list[CorpusSources]:
                 f"{flag} names the corpus {unknown[0]}, which --input does not (it has {', '.join(inputs)}); "
                 "give it an input, as NAME=PATH"
             )
+    if "tokenizer" in inputs:
+        raise UserError("a corpus cannot be called tokenizer, which is a folder of its own; choose another name")
+    for name, paths in inputs.items():
+        both = {os.path.realpath(path) for path in paths} & {os.path.realpath(p) for p in val_inputs.get(name, [])}
+        if both:
+            raise UserError(f"--val-input and --input of {name} both name {min(both)}; validate on other text")
     if weights and set(weights) != set(inputs):
         missing = sorted(set(inputs) - set(weights))
         raise UserError(
@@ -118,6 +140,8 @@ def _sources(paths: Iterable[str]) -> tuple[Source, ...]:
 
 
 def _find(path: str) -> list[Source]:
+    if not path:
+        raise UserError("an input is an empty name, as of a variable that is not set; name a file, a folder or a glob")
     if path == PLAYS:
         return [Source(PLAYS + name, str(file), False) for name, file in find_plays()]
     if path.startswith(HUB):
@@ -130,12 +154,24 @@ def _find(path: str) -> list[Source]:
     if not Path(path).exists():
         raise UserError(f"the input {path} does not exist; name a file, a folder, a glob or hf:DATASET")
     if not Path(path).is_dir():
+        if Path(path).suffix.lower() in _NOT_TEXT:
+            raise UserError(f"the input {path} is of no known format ({', '.join(READERS)}); convert or unpack it")
         return [Source(Path(path).name, path, True)]
-    files = sorted(file for file in Path(path).rglob("*") if file.is_file() and reader_of(file))
+    files = sorted(file for file in _walk(Path(path)) if file.is_file() and reader_of(file))
     if not files:
         kinds = ", ".join(READERS)
         raise UserError(f"the input {path} holds no file of a known format ({kinds}); name a folder that has text")
     return [Source(str(file.relative_to(path)), str(file), False) for file in files]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files in ``folder``. OSError where a folder in it cannot be read, which would leave text out unseen."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for place, _, names in os.walk(folder, onerror=fail):
+        yield from (Path(place) / name for name in names)
 
 
 class Piece(NamedTuple):
@@ -184,7 +220,7 @@ def _documents(parts: Iterator[Part]) -> Iterator[Iterator[str]]:
     """The pieces of each document, one document after the other; none for one that is white space only."""
     for text, is_last in parts:
         if is_last:
-            yield in_pieces([text]) if len(text) > PIECE else iter([text] if text.strip() else [])
+            yield _unless_blank(in_pieces([text])) if len(text) > PIECE else iter([text] if text.strip() else [])
         else:
             chunks = _chunks(text, parts)
             yield _unless_blank(in_pieces(chunks))

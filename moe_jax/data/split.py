@@ -1,6 +1,7 @@
 """Which documents are held out for validation: decided from their names and lengths alone. Imports no jax."""
 
 import hashlib
+import os
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ class InputScan:
         if piece.is_first:
             self.first_name = self.first_name or piece.name
             name = piece.name.removeprefix(PLAYS) + self._salt
-            self._ranks.append(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
+            self._ranks.append(int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big"))
             self._sizes.append(0)
             self._digest.update(b"\xff")  # no byte of UTF-8: tells where a document begins
         self._sizes[-1] += len(piece.text)

@@ -43,8 +43,18 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def spellings(self) -> Mapping[str, int]:
+        """Ids of special tokens, by what stands for them in a text that is parsed for them."""
+        ...
+
+    @property
     def unknown_id(self) -> int | None:
-        """The id that stands for text it cannot represent; None where it represents any."""
+        """The id that stands for text it cannot represent; None where it has none."""
+        ...
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether text without an unknown token is known to come back as it was."""
         ...
 
     @property
@@ -68,11 +78,11 @@ class Tokenizer(Protocol):
 class CharTokenizer:
     """One token a character of the training text; any other character is unknown."""
 
-    name = "char"
+    name, is_lossless = "char", True
 
     def __init__(self, characters: str, delimiters: Delimiters):
         self.characters, self.delimiters = characters, delimiters
-        self.specials = own_specials(len(characters))
+        self.specials = self.spellings = own_specials(len(characters))
         self.unknown_id = self.specials[UNKNOWN]
         self.vocab_size = len(characters) + len(SPECIALS)
         codes = np.frombuffer(characters.encode("utf-32-le"), np.uint32)
@@ -95,12 +105,12 @@ class CharTokenizer:
 class ByteTokenizer:
     """One token a byte of UTF-8."""
 
-    name = "byte"
+    name, is_lossless = "byte", True
     unknown_id = None
 
     def __init__(self, delimiters: Delimiters):
         self.delimiters = delimiters
-        self.specials = own_specials(256)
+        self.specials = self.spellings = own_specials(256)
         self.vocab_size = 256 + len(SPECIALS)
 
     def encode(self, text: str) -> np.ndarray:
@@ -134,13 +144,21 @@ def document_end(tokenizer: Tokenizer) -> int:
 
 
 def encode_with_specials(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """The ids of ``text``, where the names of the tokenizer's special tokens stand for those tokens."""
-    names = "|".join(re.escape(name) for name in sorted(tokenizer.specials, key=len, reverse=True))
+    """The ids of ``text``, where the spellings of the tokenizer's special tokens stand for those tokens."""
     parts = [
-        np.array([tokenizer.specials[part]]) if index % 2 else tokenizer.encode(part)
-        for index, part in enumerate(re.split(f"({names})", text))
+        np.array([tokenizer.spellings[part]]) if index % 2 else tokenizer.encode(part)
+        for index, part in enumerate(re.split(_any_special(tokenizer), text))
     ]
     return np.concatenate([part.astype(np.uint32) for part in parts])
+
+
+def without_specials(tokenizer: Tokenizer, text: str) -> str:
+    """What of ``text`` is no spelling of a special token."""
+    return re.sub(_any_special(tokenizer), "", text)
+
+
+def _any_special(tokenizer: Tokenizer) -> str:
+    return "(" + "|".join(re.escape(name) for name in sorted(tokenizer.spellings, key=len, reverse=True)) + ")"
 
 
 def build_tokenizer(spec: str, texts: Iterable[str], delimiters: Delimiters = "endoftext") -> Tokenizer:
@@ -150,7 +168,10 @@ def build_tokenizer(spec: str, texts: Iterable[str], delimiters: Delimiters = "e
     needs what is not installed, or has no token for the ``delimiters``.
     """
     if spec == "char":
-        return CharTokenizer("".join(sorted(set().union(*map(set, texts)))), delimiters)
+        characters: set[str] = set()
+        for text in texts:
+            characters.update(text)
+        return CharTokenizer("".join(sorted(characters)), delimiters)
     if spec == "byte":
         return ByteTokenizer(delimiters)
     if spec.startswith("bpe:"):
@@ -161,7 +182,22 @@ def build_tokenizer(spec: str, texts: Iterable[str], delimiters: Delimiters = "e
         from moe_jax.data.byte_pairs import published_bpe
 
         return _with_delimiters(published_bpe(spec, delimiters), spec)
-    return _with_delimiters(_read_tokenizer(Path(spec), delimiters), spec)
+    file = file_of_spec(spec)
+    assert file is not None
+    return _with_delimiters(_read_tokenizer(file, delimiters), spec)
+
+
+def file_of_spec(spec: str) -> Path | None:
+    """The file that ``spec`` names; None for a name of ours, whatever lies in the working folder."""
+    if needs_texts(spec) or spec in ("byte", "gpt2", "cl100k"):
+        return None
+    return Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
+
+
+def spec_by_content(spec: str) -> str:
+    """``spec``, or the SHA-256 of the file that it names."""
+    file = file_of_spec(spec)
+    return spec if file is None else f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
 
 
 def needs_texts(spec: str) -> bool:
@@ -179,9 +215,8 @@ def _with_delimiters(tokenizer: Tokenizer, spec: str) -> Tokenizer:
     return tokenizer
 
 
-def _read_tokenizer(path: Path, delimiters: Delimiters) -> Tokenizer:
-    """The tokenizer in a folder of ours, or in a ``tokenizer.json`` of ours or of Hugging Face's library."""
-    file = path / "tokenizer.json" if path.is_dir() else path
+def _read_tokenizer(file: Path, delimiters: Delimiters) -> Tokenizer:
+    """The tokenizer in a ``tokenizer.json`` of ours or of Hugging Face's library."""
     try:
         content = file.read_text(encoding="utf-8")
         values = json.loads(content)

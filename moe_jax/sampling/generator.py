@@ -62,7 +62,8 @@ class Generator:
 
         ``variables`` are those of the training decoder. Raises UserError for a prompt longer than the context.
         """
-        prompt_ids = [*self._prefix, *self.tokenizer.encode(prompt)] if prompt else [self._start]
+        # A foreign tokenizer may have no token for a prompt of spaces.
+        prompt_ids = [*self._prefix, *self.tokenizer.encode(prompt)] or [self._start]
         context = self.config.context_length
         if len(prompt_ids) > context:
             raise UserError(

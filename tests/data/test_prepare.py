@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,11 +15,11 @@ import pytest
 
 from moe_jax.command import UserError
 from moe_jax.config import DataConfig, PrepareConfig
-from moe_jax.data import encode, prepare
+from moe_jax.data import encode, prepare, shards
 from moe_jax.data.cache import find_or_prepare
 from moe_jax.data.prepare import prepare_folder
 from moe_jax.data.prepared import open_prepared
-from moe_jax.data.tokenizer import document_end, document_start
+from moe_jax.data.tokenizer import build_tokenizer, document_end, document_start, save_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -332,19 +333,6 @@ def test_bad_input_leaves_nothing(config, tmp_path, content, words):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_input_that_changes_in_between_is_told(config, stories, monkeypatch):
-    real = prepare.made_from
-
-    def change(*arguments):
-        found = real(*arguments)
-        stories[0].write_text("".join(json.dumps({"text": text}) + "\n" for text in stories[1][:-1]))
-        return found
-
-    monkeypatch.setattr(prepare, "made_from", change)
-    with pytest.raises(UserError, match="the input of text changed while it was prepared"):
-        prepare_folder(config)
-
-
 def test_texts_are_prepared_once_and_found_by_their_content(stories, tmp_path):
     data = DataConfig(path=str(stories[0]), tokenizer="char")
     first = find_or_prepare(data, tmp_path / "made")
@@ -380,3 +368,145 @@ def test_unknown_characters_are_counted(tmp_path):
     assert val.num_unknown == 3
     assert val.stream().read(0, 4).tolist() == [document_start(data.tokenizer)] + 3 * [data.tokenizer.unknown_id]
     assert document_end(data.tokenizer) == document_start(data.tokenizer)
+
+
+def interrupted(config, monkeypatch, at=6):
+    """A preparation of several blocks that stopped within one."""
+    monkeypatch.setattr(encode, "_TASK_CHARACTERS", 1000)
+    monkeypatch.setattr(prepare, "BLOCK_CHARACTERS", 4000)
+    real, written = prepare.SplitWriter.write, []
+
+    def write(self, encoded):
+        real(self, encoded)
+        written.append(encoded)
+        if len(written) > at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.SplitWriter, "write", write)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_folder(config)
+    return Path(config.out)
+
+
+@pytest.mark.parametrize("name", ["train-00000.bin", "train.lengths", "val-00000.bin"])
+@pytest.mark.parametrize("size", [None, 3])
+def test_what_was_written_and_is_gone_is_never_filled_with_zeros(config, monkeypatch, name, size):
+    file = interrupted(config, monkeypatch, at=12) / "text" / name
+    file.unlink() if size is None else os.truncate(file, size)
+    with pytest.raises(
+        UserError, match=rf"{re.escape(name)} must have the \d+ bytes that were written before, has {size or 0}"
+    ):
+        prepare_folder(config)
+    assert not (Path(config.out) / "meta.json").exists()
+
+
+def test_what_a_kill_leaves_of_a_file_being_written_is_removed(config, tmp_path):
+    out = tmp_path / "out"
+    (out / "tokenizer").mkdir(parents=True)
+    (out / ".progress.json.123").write_text("{")
+    prepare_folder(config)
+    assert [file.name for file in out.iterdir() if file.name.startswith(".")] == [".lock"]
+
+
+def test_a_document_of_more_tokens_than_its_length_can_hold_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "LENGTHS", np.dtype(np.uint8))
+    (tmp_path / "a.txt").write_text("x" * 300)
+    config = PrepareConfig(input=(str(tmp_path / "a.txt"),), out=str(tmp_path / "out"), tokenizer="byte")
+    with pytest.raises(UserError, match="a document must have at most 255 tokens, got 286; divide"):
+        prepare_folder(config)
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_only_time(config, tmp_path, monkeypatch):
+    (tmp_path / "in the way").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "in the way"))
+    made = prepare_folder(config)
+    assert open_prepared(made.folder).fingerprint == made.fingerprint
+
+
+@pytest.mark.parametrize("change", ["longer", "same length", "gone"])
+def test_any_change_between_the_passes_is_told(config, stories, monkeypatch, change):
+    file, texts = stories
+    real = prepare.made_from
+
+    def meddle(*arguments):
+        found = real(*arguments)
+        content = file.read_text()
+        if change == "gone":
+            file.unlink()
+        else:
+            time.sleep(0.01)
+            more = json.dumps({"text": "late"}) + "\n"
+            file.write_text(content + more if change == "longer" else content.replace("said", "SAID"))
+        return found
+
+    monkeypatch.setattr(prepare, "made_from", meddle)
+    with pytest.raises(UserError, match="the input of text changed while it was prepared"):
+        prepare_folder(dataclasses.replace(config, tokenizer="byte"))
+
+
+def test_another_tokenizer_at_the_same_path_is_another_cache_entry(stories, tmp_path):
+    file = tmp_path / "tokenizer.json"
+    data = DataConfig(path=str(stories[0]), tokenizer=str(file))
+    for spec, size in (("byte", 261), ("bpe:300", 300)):
+        save_tokenizer(build_tokenizer(spec, stories[1]), tmp_path / spec)
+        file.write_bytes((tmp_path / spec / "tokenizer.json").read_bytes())
+        assert find_or_prepare(data, tmp_path / "made").tokenizer.vocab_size == size
+
+
+def test_names_of_ours_are_ours_whatever_lies_in_the_working_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "byte").mkdir()
+    assert prepare_folder(dataclasses.replace(config, tokenizer="byte")).tokenizer.name == "byte"
+
+
+def test_names_of_files_that_are_no_unicode(config, tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in (b"caf\xe9.txt", b"tea.txt", b"milk.txt"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/texts/" + name)).write_text("a text of some length " * 9)
+    data = prepare_folder(dataclasses.replace(config, input=(str(tmp_path / "texts"),), val_documents=1))
+    assert data.splits("train")[0].num_documents == 2
+    assert find_or_prepare(DataConfig(path=str(tmp_path / "texts"), tokenizer="byte"), tmp_path / "made")
+
+
+def test_a_link_to_nothing_is_refused(config, tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"--out .* is a link to nothing; remove it"):
+        prepare_folder(config)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0], ["b", -1.0]]},
+        {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
+    ],
+)
+def test_text_that_a_foreign_tokenizer_loses_ends_bits_per_byte(tmp_path, model):
+    end = {"id": 3, "content": "</s>", "special": True, "single_word": False}
+    end |= dict.fromkeys(["lstrip", "rstrip", "normalized"], False)
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "added_tokens": [end], "decoder": {"type": "Fuse"}, "model": model})
+    )
+    for text, is_lost in (("ab" * 50, False), ("abz" * 50, True)):
+        (tmp_path / "a.txt").write_text(text)
+        out = str(tmp_path / f"out {is_lost}")
+        config = PrepareConfig(input=(str(tmp_path / "a.txt"),), out=out, tokenizer=str(tmp_path / "tokenizer.json"))
+        assert (
+            prepare_folder(dataclasses.replace(config, val_fraction=0.2)).splits("val")[0].num_unknown > 0
+        ) == is_lost
+
+
+def test_specials_that_are_parsed_are_no_bytes_of_text(tmp_path):
+    (tmp_path / "a.txt").write_text("<|im_start|>hi<|im_end|>")
+    (tmp_path / "b.txt").write_text("<|im_start|>yo<|im_end|>")
+    data = prepare_folder(
+        PrepareConfig(
+            input=(str(tmp_path / "a.txt"),),
+            val_input=(str(tmp_path / "b.txt"),),
+            out=str(tmp_path / "out"),
+            tokenizer="byte",
+            parse_specials=True,
+        )
+    )
+    assert [data.splits(name)[0].num_bytes for name in ("train", "val")] == [2, 2]

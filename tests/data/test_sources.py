@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from moe_jax.command import UserError
+from moe_jax.command import Interrupted, UserError
 from moe_jax.config import PrepareConfig
 from moe_jax.data import formats
 from moe_jax.data.formats import ReadOptions
@@ -46,6 +46,8 @@ FILES = {
     "a.parquet": parquet(STORIES),
     "a.csv": table(PLAIN, ","),
     "a.tsv": table(PLAIN, "\t"),
+    "A.JSONL": jsonl(STORIES),
+    "a.ndjson": jsonl(STORIES),
     "a.csv.gz": gzip.compress(table(PLAIN, ",")),
     "a.txt": b"\xef\xbb\xbf" + "<|sep|>".join(PLAIN).encode(),
 }
@@ -215,10 +217,47 @@ def test_files_folders_globs_and_named_corpora(tmp_path):
         ({"input": ("a=x.text",), "weights": ("a=no",)}, "--weights a=no must be a number above 0"),
         ({"input": ("x.text", "x.text")}, "two sources called x.text"),
         ({"input": ("x.text",), "text_key": ("a=b",)}, "--text-key names the corpus a"),
+        ({"input": ("",)}, "an input is an empty name"),
+        ({"input": ("a=",)}, "an input is an empty name"),
+        ({"input": ("x.json",)}, "x.json is of no known format"),
+        ({"input": ("tokenizer=x.text",)}, "a corpus cannot be called tokenizer"),
+        ({"input": ("x.text",), "val_input": ("./x.text",)}, "--val-input and --input of text both name"),
     ],
 )
 def test_inputs_that_cannot_be_are_refused(tmp_path, monkeypatch, settings, words):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "x.text").write_text("x")
+    for name in ("x.text", "x.json"):
+        (tmp_path / name).write_text("x")
     with pytest.raises(UserError, match=words):
         find_corpora(PrepareConfig(**settings))
+
+
+def test_a_zstd_file_of_a_long_window(tmp_path):
+    settings = zstandard.ZstdCompressionParameters.from_level(3, window_log=28)
+    content = jsonl([*STORIES, "x" * 300_000])
+    stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(stream.compress(content) + stream.flush())
+    assert read(tmp_path / "a.jsonl.zst")[:4] == STORIES
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_long_blank_document_is_none_in_any_format(tmp_path, name):
+    blank = " " * 600_000
+    (tmp_path / name).write_bytes(jsonl([blank, "end"]) if name == "a.jsonl" else (blank + "<|sep|>end").encode())
+    assert read(tmp_path / name, separator="<|sep|>") == ["end"]
+
+
+def test_an_interruption_while_a_data_set_loads_is_one(monkeypatch):
+    def stop(*_, **__):
+        raise Interrupted(130)
+
+    monkeypatch.setattr(datasets, "load_dataset", stop)
+    with pytest.raises(Interrupted):
+        read(_Named("hf:x"))
+
+    def fail(*_, **__):
+        raise ValueError
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"hf:x cannot be loaded \(ValueError\); check its name"):
+        read(_Named("hf:x"))

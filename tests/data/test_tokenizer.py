@@ -160,6 +160,19 @@ def test_a_foreign_tokenizer_without_an_end_of_text_is_refused(folder, tmp_path)
         build_tokenizer(str(tmp_path), ())
 
 
+def test_specials_of_a_foreign_tokenizer_are_parsed_by_its_own_spelling(folder, tmp_path):
+    content = (folder / "huggingface" / "tokenizer.json").read_text()
+    content = content.replace("<|endoftext|>", "</s>").replace("<|pad|>", "<|user|>")
+    (tmp_path / "tokenizer.json").write_text(content)
+    foreign = build_tokenizer(str(tmp_path), ())
+    ids = encode_with_specials(foreign, "a</s>b<|user|><|endoftext|>")
+    assert [int(index) for index in ids if index in foreign.spellings.values()] == [
+        foreign.spellings["</s>"], foreign.spellings["<|user|>"]
+    ]  # fmt: skip
+    assert document_end(foreign) == foreign.spellings["</s>"]
+    assert foreign.decode(ids.tolist()) == "a</s>b<|user|><|endoftext|>"
+
+
 def test_delimiters_need_their_tokens():
     with pytest.raises(UserError, match=r"gpt2 has no special token <\|im_start\|>, which --delimiters chat"):
         build_tokenizer("gpt2", (), "chat")
