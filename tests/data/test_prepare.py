@@ -426,7 +426,7 @@ def test_a_cache_folder_that_cannot_be_written_costs_only_time(config, tmp_path,
 
 @pytest.mark.parametrize("change", ["longer", "same length", "gone"])
 def test_any_change_between_the_passes_is_told(config, stories, monkeypatch, change):
-    file, texts = stories
+    file, _ = stories
     real = prepare.made_from
 
     def meddle(*arguments):
