@@ -1,12 +1,12 @@
 """SIGINT and SIGTERM become a request that the loop answers between two steps, once a checkpoint is safe."""
 
 import contextlib
-import logging
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
 
-log = logging.getLogger("moe_jax")
+_NOTE = b"stopping after this step, once a checkpoint is on disk; a second signal ends the run at once\n"
 
 
 class StopRequest:
@@ -24,9 +24,11 @@ def catch_signals() -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:
         request.exit_code = 128 + number
-        log.info("stopping after this step, once a checkpoint is on disk; a second signal ends the run at once")
         for each in previous:
             signal.signal(each, signal.SIG_DFL)
+        # The signal may have come in the middle of a print, which no other print may enter.
+        with contextlib.suppress(OSError):  # nobody reads
+            os.write(2, _NOTE)
 
     for number in previous:
         signal.signal(number, note)
