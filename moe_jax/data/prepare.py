@@ -74,7 +74,7 @@ def prepare_folder(config: PrepareConfig, *, is_cache: bool = False) -> Prepared
                 meta_file(out).unlink(missing_ok=True)
             if progress is None:
                 if tokenizer is None:
-                    bars.say(f"building the tokenizer {config.tokenizer}")
+                    bars.start(f"building the tokenizer {config.tokenizer}", None)
                     texts = tokenizer_texts(plans, config)
                     tokenizer = build_tokenizer(config.tokenizer, texts, config.delimiters)
                 progress = _Progress(out, origin, tokenizer, {})

@@ -56,8 +56,7 @@ def files_of(folder):
 
 def test_it_says_what_it_made_and_how_to_train_on_it(home):
     done = prepare(home, "--input", "good.jsonl", "--out", "made", "--tokenizer", "bpe:300")
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "building the tokenizer bpe:300\n"
+    assert (done.returncode, done.stderr) == (0, ""), "bars are for a terminal"
     assert re.search(r"text train: 38 documents, [\d,]+ tokens, \d\.\d+ bytes a token\ntext val: 2 doc", done.stdout)
     assert "train on it: python train.py --config configs/moe.py --data.path made\n" in done.stdout
     again = prepare(home, "--input", "good.jsonl", "--out", "made", "--tokenizer", "bpe:300")
