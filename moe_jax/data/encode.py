@@ -97,7 +97,7 @@ def encode(task: Task, tokenizer: Tokenizer, dtype: np.dtype, *, parse_specials:
         # The spelling of a special token is no text to predict.
         plain = without_specials(tokenizer, text) if parse_specials else text
         num_bytes += len(plain.encode())
-        num_lost += not tokenizer.is_lossless and not parse_specials and tokenizer.decode(ids.tolist()) != text
+        num_lost += not tokenizer.is_lossless and tokenizer.decode(ids.tolist()) != text
     ids = np.concatenate(arrays).astype(dtype)
     unknown = tokenizer.unknown_id
     return Encoded(

@@ -475,6 +475,7 @@ def test_a_link_to_nothing_is_refused(config, tmp_path):
         prepare_folder(config)
 
 
+@pytest.mark.parametrize("parse_specials", [False, True])
 @pytest.mark.parametrize(
     "model",
     [
@@ -482,7 +483,7 @@ def test_a_link_to_nothing_is_refused(config, tmp_path):
         {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
     ],
 )
-def test_text_that_a_foreign_tokenizer_loses_ends_bits_per_byte(tmp_path, model):
+def test_text_that_a_foreign_tokenizer_loses_ends_bits_per_byte(tmp_path, model, parse_specials):
     end = {"id": 3, "content": "</s>", "special": True, "single_word": False}
     end |= dict.fromkeys(["lstrip", "rstrip", "normalized"], False)
     (tmp_path / "tokenizer.json").write_text(
@@ -493,7 +494,10 @@ def test_text_that_a_foreign_tokenizer_loses_ends_bits_per_byte(tmp_path, model)
         out = str(tmp_path / f"out {is_lost}")
         config = PrepareConfig(input=(str(tmp_path / "a.txt"),), out=out, tokenizer=str(tmp_path / "tokenizer.json"))
         assert (
-            prepare_folder(dataclasses.replace(config, val_fraction=0.2)).splits("val")[0].num_unknown > 0
+            prepare_folder(dataclasses.replace(config, val_fraction=0.2, parse_specials=parse_specials))
+            .splits("val")[0]
+            .num_unknown
+            > 0
         ) == is_lost
 
 
