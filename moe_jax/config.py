@@ -120,12 +120,18 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW for everything, or Muon for the matrices of attention, MLPs and experts and AdamW for the rest."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate; Muon's updates are scaled to the size of AdamW's, so that one rate serves both."""
+    schedule: Literal["cosine", "wsd", "onecycle", "constant"] = "cosine"
+    """After the warm-up: a cosine down; the peak, then a line down; OneCycle, which also warms up by a cosine; none."""
     warmup_steps: int = 100
-    """Optimizer steps over which the learning rate rises linearly from zero."""
+    """Optimizer steps over which the learning rate rises: linearly from zero, with onecycle from 1/25 of the peak."""
     decay_steps: int | None = None
-    """Optimizer step at which the cosine decay ends; None: train.num_steps."""
+    """Optimizer step at which the decay ends; None: train.num_steps."""
+    decay_fraction: float = 0.2
+    """wsd: share of decay_steps, at their end, over which the learning rate falls."""
     final_fraction: float = 0.1
     """Learning rate after the decay, as a fraction of the peak."""
     beta1: float = 0.9
@@ -134,8 +140,10 @@ class OptimizerConfig:
     """AdamW: decay of the mean of squared gradients."""
     epsilon: float = 1e-8
     """AdamW: added to the root of the mean of squared gradients."""
+    muon_beta: float = 0.95
+    """Muon: decay of the mean of gradients, with Nesterov's look ahead."""
     weight_decay: float = 0.1
-    """AdamW: decoupled weight decay, on matrices only (not on embeddings, norms and biases)."""
+    """Decoupled weight decay, on matrices only (not on embeddings, norms and biases)."""
     clip_norm: float | None = 1.0
     """Largest global norm of the gradient; None: no clipping."""
     accumulation_steps: int = 1

@@ -10,7 +10,7 @@ from flax.linen import initializers
 
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
-from moe_jax.model.layers import on_each_device, with_axes
+from moe_jax.model.layers import matrix_init, on_each_device, with_axes
 from moe_jax.model.mlp import DenseMLP, mlp_weights
 from moe_jax.model.moe.choice import DispatchChoice, choose_dispatch
 from moe_jax.model.moe.dispatch import CAPACITY_DISPATCHERS, by_row_dispatch, sorted_dispatch
@@ -88,7 +88,7 @@ class MoE(nn.Module):
     def _router_matrix(self, name: str, D: int) -> Array:
         # Shazeer (arXiv 1701.06538, appendix A) starts both matrices at zero: equal load, constant noise. A small
         # normal keeps the load near balance and breaks the ties that zeros would leave to the order of experts.
-        init = initializers.zeros if name == "router_noise" else initializers.normal(self.config.init_std)
+        init = initializers.zeros if name == "router_noise" else matrix_init(self.config)
         return self.param(name, with_axes(init, ("embed", "expert")), (D, self.config.moe.num_experts))
 
 
