@@ -61,8 +61,9 @@ def prepare_step(config: Config, vocab_size: int) -> tuple[Callable[[], None], f
 
     from moe_jax.model.decoder import Decoder
     from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
+    from moe_jax.training.flops import count_params
     from moe_jax.training.optimizer import make_optimizer, make_schedule
-    from moe_jax.training.state import count_params, init_state
+    from moe_jax.training.state import init_state
     from moe_jax.training.step import make_train_step
 
     model, B, L = config.model, config.data.batch_size, config.model.context_length

@@ -122,6 +122,23 @@ def parse_sample(arguments: list[str], defaults: SampleConfig) -> SampleCommand:
     return command
 
 
+@dataclass(frozen=True)
+class EvaluateCommand:
+    workdir: str | None = None
+    """Run directory of the model; None: the run under runs/ that changed last."""
+    data: str | None = None
+    """Text or prepared folder to score instead of the run's own; texts are split as they are in training."""
+    split: Literal["val", "train"] = "val"
+    """Which part of it: the held-out one, or the one to train on."""
+    checkpoint: Literal["best", "newest"] = "best"
+    """Which checkpoint: best (lowest validation loss; the newest where none was evaluated) or newest."""
+
+
+def parse_evaluate(arguments: list[str], description: str) -> EvaluateCommand:
+    """What ``moe_jax.evaluate``'s arguments ask for."""
+    return tyro.cli(EvaluateCommand, args=arguments, description=description)
+
+
 def parse_prepare(arguments: list[str], description: str) -> PrepareConfig:
     """The validated settings that ``moe_jax.data.prepare``'s arguments ask for. Raises UserError."""
     config = tyro.cli(PrepareConfig, args=arguments, default=PrepareConfig(input=()), description=description)

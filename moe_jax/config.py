@@ -125,7 +125,7 @@ class OptimizerConfig:
     learning_rate: float = 1e-3
     """Peak learning rate; Muon's updates are scaled to the size of AdamW's, so that one rate serves both."""
     schedule: Literal["cosine", "wsd", "onecycle", "constant"] = "cosine"
-    """After the warm-up: a cosine down; the peak, then a line down; OneCycle, which also warms up by a cosine; none."""
+    """After the warm-up: a cosine down; the peak, then a line down; OneCycle, whose warm-up is a cosine; the peak."""
     warmup_steps: int = 100
     """Optimizer steps over which the learning rate rises: linearly from zero, with onecycle from 1/25 of the peak."""
     decay_steps: int | None = None
@@ -176,6 +176,12 @@ class TrainConfig:
     """Newest checkpoints kept, beside the one of the lowest validation loss."""
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that a later start skips compilation."""
+    trackers: tuple[Literal["tensorboard", "mlflow"], ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl."""
+    mlflow_uri: str | None = None
+    """Server or database of mlflow; None: MLFLOW_TRACKING_URI, else the file mlflow.db beside the run directory."""
+    mlflow_experiment: str = "moe_jax"
+    """Experiment of mlflow that the run belongs to."""
     profile: str | None = None
     """START:STOP writes a jax.profiler trace of steps START to STOP-1 into the run directory; None: no trace."""
 

@@ -22,8 +22,11 @@ def section_from_dict(section: type, values: Any, source: str, prefix: str) -> A
     hints = typing.get_type_hints(section)
     given = {}
     for name, value in values.items():
-        nested = dataclasses.is_dataclass(hints[name])
-        given[name] = section_from_dict(hints[name], value, source, f"{prefix}{name}.") if nested else value
+        if dataclasses.is_dataclass(hints[name]):
+            value = section_from_dict(hints[name], value, source, f"{prefix}{name}.")
+        elif typing.get_origin(hints[name]) is tuple and isinstance(value, list):  # JSON has no tuples
+            value = tuple(value)
+        given[name] = value
     return section(**given)
 
 
@@ -51,6 +54,12 @@ def check_type(name: str, expected: Any, value: Any) -> None:
     if typing.get_origin(expected) is Literal:
         if value not in options:
             raise UserError(f"{name} must be one of {', '.join(map(str, options))}; got {value!r}")
+        return
+    if typing.get_origin(expected) is tuple:
+        if not isinstance(value, tuple):
+            raise UserError(f"{name} must be a tuple, got {value!r} of type {type(value).__name__}")
+        for item in value:
+            check_type(f"each of {name}", options[0], item)
         return
     allowed = options if isinstance(expected, types.UnionType) else (expected,)
     # A whole number is a float, but True is not a number.

@@ -18,7 +18,7 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "moe_jax").rglob("*.py")])
 
 # From left to right: a room may import itself and any room of a later row, nothing else.
 ROWS = (
-    ("train", "sample"),
+    ("train", "sample", "evaluate"),
     ("training",),
     ("report",),
     ("sampling",),

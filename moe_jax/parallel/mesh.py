@@ -52,7 +52,13 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
 
 def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
     """The shardings of a tree of (abstract) parameters that carry their logical axis names."""
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, LOGICAL_RULES)
+    # Where an optimizer has parts, each holds an empty place in the box of every parameter that is not its own.
+    filled = jax.tree.map(
+        lambda leaf: leaf if jax.tree.leaves(leaf) else nn.unbox(leaf),
+        boxed,
+        is_leaf=lambda x: isinstance(x, nn.Partitioned),
+    )
+    return nn.logical_to_mesh_sharding(nn.get_partition_spec(filled), mesh, LOGICAL_RULES)
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:

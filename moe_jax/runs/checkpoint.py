@@ -102,7 +102,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._seal()
+        self.wait()
         self._manager.close()
 
     def save(
@@ -117,7 +117,7 @@ class Checkpoints:
 
         ``val_loss`` is None if the step was not evaluated; one that is not finite is never the best.
         """
-        self._seal()
+        self.wait()
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -135,8 +135,8 @@ class Checkpoints:
         folder = self._folder / str(steps[-1])
         return Restored(steps[-1], _restore(folder, items), _progress(folder))
 
-    def _seal(self) -> None:
-        """Writes the checksums of every finished step that has none."""
+    def wait(self) -> None:
+        """Waits until the last save is on disk, and writes the checksums of every step that has none."""
         self._manager.wait_until_finished()
         for step in saved_steps(self._folder):
             folder = self._folder / str(step)

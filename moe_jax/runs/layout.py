@@ -43,6 +43,10 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @property
+    def mlflow_file(self) -> Path:
+        return self.path / "mlflow.json"
+
+    @property
     def loss_curve(self) -> Path:
         return self.path / "loss_curve.png"
 

@@ -1,39 +1,40 @@
-"""metrics.jsonl and the TensorBoard events beside it. Imports no jax."""
+"""metrics.jsonl, and the trackers that get its scalars too. Imports no jax."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
-
-from tensorboardX import SummaryWriter
 
 from moe_jax.command import UserError
 from moe_jax.files import atomic_write_text
 from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.trackers import Ending, Tracker
 
 
 class MetricsWriter:
-    """Writes each step's values as a line of metrics.jsonl, at once, and its scalars as TensorBoard events.
+    """Writes each step's values as a line of metrics.jsonl, at once, and hands its scalars to ``trackers``.
 
     ``restored_step`` is the step that the run goes on from, None for a new run: what a start that died wrote past it
-    is cut. Use it in a ``with`` block.
+    is cut. Use it in a ``with`` block; without ``finish`` the trackers are told that the run failed.
     """
 
-    def __init__(self, run: RunDirectory, restored_step: int | None):
+    def __init__(self, run: RunDirectory, restored_step: int | None, trackers: Sequence[Tracker] = ()):
         kept = restored_step or 0
         if run.metrics_file.exists():
             lines = [line for line in read_metrics(run.metrics_file) if line["step"] <= kept]
             atomic_write_text(run.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = open(run.metrics_file, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        self._tensorboard = SummaryWriter(str(run.tensorboard), purge_step=kept + 1)
+        self._trackers = trackers
+        self._ending: Ending = "failed"
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._file.close()
-        self._tensorboard.close()
+        for tracker in self._trackers:
+            tracker.close(self._ending)
 
     def write(self, step: int, values: Mapping[str, float | list]) -> None:
         """``values`` after ``step`` optimizer steps: numbers, or nested lists, which only metrics.jsonl gets.
@@ -42,13 +43,20 @@ class MetricsWriter:
         """
         self._file.write(json.dumps({"step": step, **_finite(values)}, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if not isinstance(value, list):
-                self._tensorboard.add_scalar(name, value, step)
+        scalars = {name: value for name, value in values.items() if not isinstance(value, list)}
+        for tracker in self._trackers:
+            tracker.scalars(step, scalars)
 
     def write_text(self, step: int, name: str, text: str) -> None:
-        """A text for TensorBoard, shown as it is."""
-        self._tensorboard.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+        """A text for the trackers."""
+        for tracker in self._trackers:
+            tracker.text(step, name, text)
+
+    def finish(self, files: Sequence[Path], ending: Ending) -> None:
+        """Hands over the run's ``files`` and says how it ended."""
+        for tracker in self._trackers:
+            tracker.files(files)
+        self._ending = ending
 
 
 def _finite(value: Any) -> Any:

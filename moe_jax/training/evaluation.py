@@ -1,19 +1,32 @@
 """The loss of a split as design and README define a published one."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
-from moe_jax.data.pipeline import evaluation_batches
-from moe_jax.data.prepared import PreparedData
+from moe_jax.command import UserError, cache_folder
+from moe_jax.config import DataConfig, MeshConfig
+from moe_jax.data.cache import find_or_prepare
+from moe_jax.data.pipeline import check_data, evaluation_batches
+from moe_jax.data.prepared import PreparedData, is_prepared
 from moe_jax.data.shards import Split
-from moe_jax.model.decoder import Variables
-from moe_jax.parallel.mesh import put_batch
-from moe_jax.training.step import EvalOutput, RoutingTotals
+from moe_jax.data.tokenizer import fingerprint, load_tokenizer
+from moe_jax.model.decoder import Decoder, Variables
+from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
+from moe_jax.parallel.startup import enable_compile_cache
+from moe_jax.runs.checkpoint import restore_items
+from moe_jax.runs.layout import RunDirectory
+from moe_jax.training.metrics import routing_by_layer, routing_summary
+from moe_jax.training.state import abstract_state
+from moe_jax.training.step import EvalOutput, RoutingTotals, make_eval_step
 
 
 @dataclass(frozen=True)
@@ -22,6 +35,8 @@ class Evaluation:
     """Mean cross-entropy in nats a token."""
     num_tokens: int
     """Tokens scored."""
+    num_positions: int
+    """Places of the rows that held them, those of padding too."""
     routing: RoutingTotals | None
 
     @property
@@ -57,14 +72,15 @@ def evaluate(
             batch_size=batch_size,
             max_tokens=None if max_tokens is None else max(1, max_tokens * split.num_tokens // total),
         )
-        losses, counts, routing = [], [], None
+        losses, counts, num_positions, routing = [], [], 0, None
         for batch in batches:
+            num_positions += int(np.sum(np.any(batch["mask"], axis=1))) * context_length
             output = jax.device_get(eval_step(variables, put_batch(batch, mesh)))
             losses.append(float(output.loss))
             counts.append(int(output.num_tokens))
             if output.routing is not None:
                 routing = output.routing if routing is None else jax.tree.map(np.add, routing, output.routing)
-        found[corpus.name] = Evaluation(math.fsum(losses) / sum(counts), sum(counts), routing)
+        found[corpus.name] = Evaluation(math.fsum(losses) / sum(counts), sum(counts), num_positions, routing)
     return found
 
 
@@ -73,7 +89,9 @@ def joined(evaluations: Iterable[Evaluation]) -> Evaluation:
     parts = list(evaluations)
     num_tokens = sum(part.num_tokens for part in parts)
     routing = parts[0].routing and jax.tree.map(lambda *leaves: sum(leaves), *(part.routing for part in parts))
-    return Evaluation(math.fsum(part.loss * part.num_tokens for part in parts) / num_tokens, num_tokens, routing)
+    num_positions = sum(part.num_positions for part in parts)
+    loss = math.fsum(part.loss * part.num_tokens for part in parts) / num_tokens
+    return Evaluation(loss, num_tokens, num_positions, routing)
 
 
 def bits_per_byte(evaluation: Evaluation, splits: Iterable[Split]) -> float | None:
@@ -85,3 +103,64 @@ def bits_per_byte(evaluation: Evaluation, splits: Iterable[Split]) -> float | No
     if any(split.num_unknown for split in splits):
         return None
     return evaluation.loss * evaluation.num_tokens / (math.log(2.0) * sum(split.num_bytes for split in splits))
+
+
+def evaluate_run(
+    run: RunDirectory, path: str | None, split: Literal["val", "train"], which: Literal["best", "newest"]
+) -> dict[str, Any]:
+    """What ``moe_jax.evaluate`` prints: the scores of a checkpoint on the run's text, or on the one at ``path``.
+
+    Raises UserError, as for a prepared folder whose tokens are not those of the run.
+    """
+    config = run.load_config()
+    config = dataclasses.replace(config, data=_text(config.data, path, run))
+    tokenizer = load_tokenizer(run.tokenizer)
+    data = find_or_prepare(config.data, cache_folder("data"))
+    if fingerprint(data.tokenizer) != fingerprint(tokenizer):
+        raise UserError(
+            f"{config.data.path or 'the text'} has tokens of another tokenizer ({data.tokenizer.name}) than "
+            f"{run.path} ({tokenizer.name}); prepare it with --tokenizer {run.tokenizer} --delimiters {tokenizer.delimiters}"
+        )
+    check_data(data, config.data, config.model.context_length)
+    if config.train.compile_cache:
+        enable_compile_cache()
+    # The devices here need not be those of the training.
+    devices = jax.device_count()
+    batch_size = -(-config.data.batch_size // (config.optimizer.accumulation_steps * devices)) * devices
+    mesh = make_mesh(MeshConfig(), batch_size)
+    decoder = Decoder(config.model, tokenizer.vocab_size)
+    with use_mesh(mesh):
+        items = abstract_state(decoder, optax.identity(), mesh).variables.to_items()
+        by_corpus = evaluate(
+            jax.jit(make_eval_step(decoder)),
+            Variables.from_items(restore_items(run.checkpoints, which, items)),
+            data,
+            split,
+            mesh,
+            mode=config.data.mode,
+            context_length=config.model.context_length,
+            batch_size=batch_size,
+        )
+    found = joined(by_corpus.values())
+    scores: dict[str, Any] = {
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "bits_per_byte": bits_per_byte(found, data.splits(split)),
+        "tokens": found.num_tokens,
+    }
+    if config.data.mode == "padded":
+        # What others publish of padded rows, once a model has learned to predict padding for certain.
+        scores["loss_over_padding"] = found.loss * found.num_tokens / found.num_positions
+    if len(by_corpus) > 1:
+        scores["loss_by_corpus"] = {name: part.loss for name, part in by_corpus.items()}
+    if found.routing is not None:
+        scores |= routing_summary(found.routing) | routing_by_layer(found.routing)
+    return scores
+
+
+def _text(data: DataConfig, path: str | None, run: RunDirectory) -> DataConfig:
+    """The settings of the run's own text, or of the one at ``path``, which is tokenized as the run's was."""
+    if path is None:
+        return data
+    tokenizer = None if Path(path).is_dir() and is_prepared(Path(path)) else str(run.tokenizer)
+    return dataclasses.replace(data, path=path, val_fraction=None, tokenizer=tokenizer)

@@ -19,6 +19,7 @@ from moe_jax.runs.log import TrainingBar, training_bar
 from moe_jax.runs.metrics import MetricsWriter
 from moe_jax.sampling.generator import Generator, is_causal
 from moe_jax.training.evaluation import Evaluation, bits_per_byte, evaluate, joined
+from moe_jax.training.flops import flops_per_token, utilisation
 from moe_jax.training.interrupt import StopRequest
 from moe_jax.training.metrics import Metrics, merge, named_metrics, routing_by_layer, routing_summary, step_metrics
 from moe_jax.training.optimizer import make_optimizer, make_schedule
@@ -63,11 +64,12 @@ class Loop:
         self.eval_step = jax.jit(make_eval_step(decoder))
         # Experts that choose tokens choose among later ones too, so that no text can be sampled from them.
         self.generator = Generator(config, data.tokenizer) if is_causal(config.model) else None
+        self.flops_per_token = flops_per_token(state.params, config.model)
         self.trace = Trace(config.train.profile, run.profile)
         self.first = int(state.step)
         # Of the steps since the last line of metrics.jsonl: their metrics, number and time.
         self.interval: Metrics | None = None
-        self.interval_tokens, self.interval_seconds = 0, 0.0
+        self.interval_tokens, self.interval_steps, self.interval_seconds = 0, 0, 0.0
 
     def run(self, request: StopRequest) -> None:
         """Runs to the last step, to an early stop or to ``request``; whichever it is, the state is saved."""
@@ -118,6 +120,7 @@ class Loop:
         num_tokens = int(output.num_targets)
         if done > self.first + 1:  # the first step of a start compiles, and is not timed
             self.interval_tokens += num_tokens
+            self.interval_steps += 1
         bar.update(done, float(output.loss), num_tokens)
 
     def _write_interval(self, done: int) -> None:
@@ -126,10 +129,21 @@ class Loop:
         values: dict[str, float | list] = {**named_metrics(self.interval)}
         values["train/learning_rate"] = float(jax.device_get(self.schedule(done - 1)))
         if self.interval_tokens:
-            values["train/tokens_per_second"] = self.interval_tokens / self.interval_seconds
+            values |= self._speed()
         self.progress.train_seconds += self.interval_seconds
-        self.interval, self.interval_tokens, self.interval_seconds = None, 0, 0.0
+        self.interval, self.interval_tokens, self.interval_steps, self.interval_seconds = None, 0, 0, 0.0
         self.writer.write(done, values)
+
+    def _speed(self) -> dict[str, float]:
+        """Of the interval: targets a second, positions a second where rows may hold padding, MFU where it is known."""
+        speed = {"train/tokens_per_second": self.interval_tokens / self.interval_seconds}
+        if self.config.data.mode != "windows":
+            positions = self.interval_steps * self.config.data.batch_size * self.config.model.context_length
+            speed["train/positions_per_second"] = positions / self.interval_seconds
+        devices = self.mesh.devices
+        flops_per_second = self.flops_per_token * speed["train/tokens_per_second"]
+        mfu = utilisation(flops_per_second, devices.flat[0].device_kind, devices.size)
+        return speed if mfu is None else speed | {"train/mfu": mfu}
 
     def _evaluate(self, done: int, bar: TrainingBar) -> float:
         """Scores the validation split and as many tokens of the training split, and samples a text."""

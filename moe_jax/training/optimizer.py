@@ -4,14 +4,14 @@ import jax
 import optax
 from optax import contrib
 
-from moe_jax.axes import PyTree
+from moe_jax.axes import Array, PyTree
 from moe_jax.config import OptimizerConfig
 
 # The matrices between hidden layers. Routers have one column an expert and the output one a token: their columns are
 # rows of a table rather than directions of one map, and Muon leaves them to AdamW, as it does embeddings.
-_HIDDEN = frozenset({"query", "key", "value", "out", "w_up", "w_gate", "w_down"})
-# Weight decay is for matrices. Norm scales, biases and embeddings are not multiplied with activations over a fan-in.
-_DECAYED = _HIDDEN | {"router", "router_noise", "output"}
+HIDDEN = frozenset({"query", "key", "value", "out", "w_up", "w_gate", "w_down"})
+# Norm scales, biases and embeddings are not multiplied with activations over a fan-in: weight decay is not for them.
+MATRICES = HIDDEN | {"router", "router_noise", "output"}
 _ONECYCLE_START = 1 / 25
 """First learning rate of OneCycle as a fraction of the peak, as PyTorch's OneCycleLR has it."""
 _ADAMW_RMS = 0.2
@@ -93,7 +93,7 @@ def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTr
     matrices = optax.chain(
         contrib.scale_by_muon(beta=config.muon_beta, weight_dimension_numbers=_last_two_axes),
         # An orthogonal matrix [m, n] has a root mean square of 1 / sqrt(max(m, n)).
-        optax.stateless_with_tree_map(lambda update, _: _ADAMW_RMS * max(update.shape[-2:]) ** 0.5 * update),
+        optax.stateless(lambda updates, _: jax.tree.map(_scale_to_adamw, updates)),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(schedule),
     )
@@ -103,20 +103,23 @@ def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTr
 OPTIMIZERS = {"adamw": _adamw, "muon": _muon}
 
 
+def _scale_to_adamw(update: Array) -> Array:
+    return _ADAMW_RMS * max(update.shape[-2:]) ** 0.5 * update
+
+
 def _last_two_axes(params: PyTree) -> PyTree:
     """Each matrix of a stack, one a layer and expert, is orthogonalised on its own."""
     return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1), params)
 
 
 def muon_labels(params: PyTree) -> PyTree:
-    """"muon" or "adamw" for every parameter, by which of the two trains it."""
-    label = lambda path, _: "muon" if _name(path) in _HIDDEN else "adamw"
-    return jax.tree_util.tree_map_with_path(label, params)
+    """The name of the optimizer, muon or adamw, that trains each parameter."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if _name(path) in HIDDEN else "adamw", params)
 
 
 def decay_mask(params: PyTree) -> PyTree:
     """True for every parameter that weight decay applies to."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in _DECAYED, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path) in MATRICES, params)
 
 
 def _name(path: tuple) -> str:

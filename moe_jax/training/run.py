@@ -23,11 +23,13 @@ from moe_jax.runs.checkpoint import Checkpoints, read_progress
 from moe_jax.runs.layout import RunDirectory, check_same_run, saved_steps
 from moe_jax.runs.log import start_log
 from moe_jax.runs.metrics import MetricsWriter
+from moe_jax.runs.trackers import check_trackers, open_trackers
 from moe_jax.sampling.generator import is_causal
+from moe_jax.training.flops import count_params, flops_per_token
 from moe_jax.training.interrupt import catch_signals
 from moe_jax.training.loop import Loop, Progress
 from moe_jax.training.optimizer import make_optimizer, make_schedule
-from moe_jax.training.state import TrainState, abstract_state, count_params, init_state
+from moe_jax.training.state import TrainState, abstract_state, init_state
 from moe_jax.validation import validate
 
 log = logging.getLogger("moe_jax")
@@ -40,6 +42,7 @@ def train(config: Config, workdir: Path) -> None:
     """
     run = RunDirectory(workdir)
     _check_run(config, run)
+    check_trackers(config.train)
     if config.train.compile_cache:
         enable_compile_cache()
     choices = _choose_dispatch(config)
@@ -53,15 +56,16 @@ def train(config: Config, workdir: Path) -> None:
             state, progress, restored_step = _state(config, mesh, data, checkpoints)
             if _is_finished(config, int(state.step), progress, run):
                 return
-            with MetricsWriter(run, restored_step) as writer:
+            with MetricsWriter(run, restored_step, open_trackers(config, run, restored_step)) as writer:
                 run.save_config(config)
                 save_tokenizer(data.tokenizer, run.tokenizer)
                 _describe(config, mesh, data, state)
                 _describe_dispatch(config, choices)
                 loop = Loop(config, run, mesh, data, state, progress, checkpoints, writer)
                 loop.run(request)
-        plot_loss_curve(run)
-        plot_expert_load(run)
+                checkpoints.wait()
+                pictures = [file for file in (plot_loss_curve(run), plot_expert_load(run)) if file is not None]
+                writer.finish(pictures, "finished" if request.exit_code is None else "interrupted")
         _conclude(config, run, int(loop.state.step), progress, request.exit_code)
     if request.exit_code is not None:
         raise Interrupted(request.exit_code)
@@ -148,6 +152,7 @@ def _describe(config: Config, mesh: jax.sharding.Mesh, data: PreparedData, state
     log.info(overview)
     total, active = count_params(state.params, moe.top_k, moe.num_experts)
     log.info(f"parameters: {total:,} in all, {active:,} active for a token")
+    log.info(f"operations: {flops_per_token(state.params, config.model) / 1e6:,.1f} MFLOP for a token's step")
     for line in _describe_data(config, data):
         log.info(line)
     log.info(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})")
@@ -202,6 +207,9 @@ def _conclude(config: Config, run: RunDirectory, step: int, progress: Progress, 
     """The last lines: what was reached and what to do next."""
     best = "" if progress.best_val_loss is None else f"; best validation loss {progress.best_val_loss:.4f} nats/token"
     log.info(f"{step} steps, {progress.train_seconds:.0f} s in steps{best}")
+    memory = jax.local_devices()[0].memory_stats()  # a processor does not count its own
+    if memory is not None and "peak_bytes_in_use" in memory:
+        log.info(f"largest use of a device's memory: {memory['peak_bytes_in_use'] / 2**30:.2f} GiB")
     if exit_code is not None:
         log.info(f"interrupted: the checkpoint of step {step} is on disk; run the same command to go on")
     elif step < config.train.num_steps:

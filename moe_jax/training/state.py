@@ -61,14 +61,3 @@ def _boxed_state(decoder: Decoder, optimizer: optax.GradientTransformation, key:
         expert_bias_NE=initial_expert_bias(decoder.config),
         optimizer_state=optimizer.init(params),
     )
-
-
-def count_params(params: PyTree, top_k: int, num_experts: int) -> tuple[int, int]:
-    """(total, active) parameters: active are those touched for one token, K of E experts in each MoE layer."""
-    total = active = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        keys = [part.key for part in path]
-        is_expert = "moe" in keys and "shared" not in keys and not keys[-1].startswith("router")
-        total += leaf.size
-        active += leaf.size * top_k // num_experts if is_expert else leaf.size
-    return total, active

@@ -11,8 +11,9 @@ import pytest
 from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.model.decoder import Decoder, Variables
 from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
+from moe_jax.training.flops import count_params
 from moe_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
-from moe_jax.training.state import count_params, init_state
+from moe_jax.training.state import init_state
 from moe_jax.training.step import make_eval_step, make_train_step
 from moe_jax.validation import validate
 

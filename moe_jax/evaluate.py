@@ -1,0 +1,34 @@
+"""Score a trained model: python -m moe_jax.evaluate --workdir runs/moe [--data DIR].
+
+Prints one JSON object: the loss in nats a token, perplexity, bits per byte and the tokens scored, each of them once,
+in consecutive windows of the training context (or in whole documents, as the model was trained), without noise,
+dropout or drops. bits_per_byte is null where unknown tokens stand for bytes that are not known.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from moe_jax import command
+
+
+def main() -> None:
+    from moe_jax.command_line import parse_evaluate
+    from moe_jax.runs.layout import RunDirectory, latest_run
+
+    arguments = parse_evaluate(sys.argv[1:], __doc__ or "")
+    command.use_huge_pages()
+    if arguments.workdir:
+        run = RunDirectory(Path(arguments.workdir))
+    else:
+        run = latest_run()
+        print(f"note: scoring {run.path}, the run that changed last", file=sys.stderr)
+    run.load_config()  # what is wrong with it is told before jax is loaded
+
+    from moe_jax.training.evaluation import evaluate_run
+
+    print(json.dumps(evaluate_run(run, arguments.data, arguments.split, arguments.checkpoint)))
+
+
+if __name__ == "__main__":
+    command.run(main)

@@ -1,0 +1,183 @@
+"""Where metrics go beside metrics.jsonl: TensorBoard and MLflow. Imports no jax, and a tracker's library when used."""
+
+import importlib.util
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from moe_jax.command import UserError
+from moe_jax.config import Config, TrainConfig
+from moe_jax.files import atomic_write_text
+from moe_jax.runs.layout import RunDirectory
+from moe_jax.sections import settings
+
+log = logging.getLogger("moe_jax")
+
+Ending = Literal["finished", "interrupted", "failed"]
+
+
+class Tracker(Protocol):
+    """What a place for metrics can be asked for; a fault of it after its start is told and ends no run."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def text(self, step: int, name: str, text: str) -> None: ...
+
+    def files(self, files: Iterable[Path]) -> None: ...
+
+    def close(self, ending: Ending) -> None: ...
+
+
+def check_trackers(train: TrainConfig) -> None:
+    """UserError where a tracker's library is not installed."""
+    missing = [name for name in ("mlflow", "sqlalchemy", "alembic") if importlib.util.find_spec(name) is None]
+    if "mlflow" in train.trackers and missing:
+        raise UserError(
+            f"train.trackers mlflow needs {', '.join(missing)}, which is not installed; "
+            "pip install 'mlflow-skinny>=3.17' sqlalchemy alembic, or leave mlflow out"
+        )
+
+
+def open_trackers(config: Config, run: RunDirectory, restored_step: int | None) -> list[Tracker]:
+    """The trackers of ``config.train.trackers``, going on where an earlier start stopped. Raises UserError."""
+    opened: list[Tracker] = []
+    if "tensorboard" in config.train.trackers:
+        opened.append(TensorBoard(run, restored_step))
+    if "mlflow" in config.train.trackers:
+        opened.append(MLflow(config, run))
+    return opened
+
+
+class TensorBoard:
+    """Event files in the run directory; what a start that died wrote past the restored step is purged."""
+
+    def __init__(self, run: RunDirectory, restored_step: int | None):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(run.tensorboard), purge_step=(restored_step or 0) + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        # Indented, it is shown as it is.
+        self._writer.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+
+    def files(self, files: Iterable[Path]) -> None:
+        """TensorBoard draws its own curves."""
+
+    def close(self, ending: Ending) -> None:
+        self._writer.close()
+
+
+class MLflow:
+    """A run of MLflow: the settings as parameters, metrics by step, pictures and texts as artifacts.
+
+    By default it is in the SQLite file mlflow.db beside the run directory, so that the runs of one folder are compared
+    in one place; train.mlflow_uri or MLFLOW_TRACKING_URI name a server. The run's id is kept in the run directory, and
+    a resumed run goes on in it: what was logged once is not logged again, for MLflow keeps every point.
+    """
+
+    def __init__(self, config: Config, run: RunDirectory):
+        # It would otherwise call home, and repeat a failed request for minutes.
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it creates
+        self._faults = (MlflowException, OSError)
+        folder = run.path.resolve().parent
+        uri = config.train.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+        self._unsent: list[Any] = []
+        self._is_down = False
+        try:
+            self._client = MlflowClient(tracking_uri=uri)
+            self._id = self._begin(config, run, uri, folder)
+            names = self._client.get_run(self._id).data.metrics
+            self._logged = {
+                name: max(point.step for point in self._client.get_metric_history(self._id, name)) for name in names
+            }
+        except self._faults as error:
+            raise UserError(
+                f"MLflow at {uri} cannot be used ({_one_line(error)}); "
+                "correct train.mlflow_uri, start the server, or leave mlflow out of train.trackers"
+            ) from None
+        log.info(f"MLflow: run {self._id} at {uri}")
+
+    def _begin(self, config: Config, run: RunDirectory, uri: str, folder: Path) -> str:
+        """The id of the MLflow run that this run directory belongs to, going on or new."""
+        from mlflow.entities import Param
+
+        if run.mlflow_file.exists():
+            saved = json.loads(run.mlflow_file.read_text(encoding="utf-8"))
+            if saved["uri"] == uri:
+                self._client.update_run(saved["run_id"], status="RUNNING")
+                return saved["run_id"]
+            log.warning(f"warning: MLflow was at {saved['uri']} and is at {uri} now: a new MLflow run begins there")
+        name = config.train.mlflow_experiment
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
+            # A server knows where artifacts go; beside a file they would otherwise go to the working directory.
+            artifacts = (folder / "mlflow-artifacts").as_uri() if uri.startswith("sqlite:") else None
+            experiment_id = self._client.create_experiment(name, artifact_location=artifacts)
+        else:
+            experiment_id = experiment.experiment_id
+        run_id = self._client.create_run(experiment_id, run_name=run.path.resolve().name).info.run_id
+        parameters = [Param(name, str(value)) for name, _, value in settings(config)]
+        for start in range(0, len(parameters), 100):  # as many as one request may hold
+            self._client.log_batch(run_id, params=parameters[start : start + 100])
+        atomic_write_text(run.mlflow_file, json.dumps({"uri": uri, "run_id": run_id}) + "\n")
+        return run_id
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        for name, value in values.items():
+            name = re.sub(r"[^\w\-. /:]", "_", name)
+            if step > self._logged.get(name, -1):
+                self._unsent.append(Metric(name, value, now, step))
+        self._send()
+
+    def _send(self) -> None:
+        """Sends what has gathered; where the server is away it gathers on."""
+        many = 1000  # as many as one request may hold
+        while self._unsent and self._try(lambda: self._client.log_batch(self._id, metrics=self._unsent[:many])):
+            self._unsent = self._unsent[many:]
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self._try(lambda: self._client.log_text(self._id, text, f"{name}/{step:08}.txt"))
+
+    def files(self, files: Iterable[Path]) -> None:
+        for file in files:
+            self._try(lambda file=file: self._client.log_artifact(self._id, str(file)))
+
+    def close(self, ending: Ending) -> None:
+        self._send()
+        if self._unsent:
+            log.warning(f"warning: {len(self._unsent)} values have not reached MLflow; metrics.jsonl has them all")
+        status = {"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}[ending]
+        self._try(lambda: self._client.set_terminated(self._id, status))
+
+    def _try(self, call: Any) -> bool:
+        """Whether ``call`` went through. The first fault in a row is told; none ends the run."""
+        try:
+            call()
+        except self._faults as error:
+            if not self._is_down:
+                log.warning(f"warning: MLflow does not take what is logged ({_one_line(error)}); the run goes on")
+            self._is_down = True
+            return False
+        self._is_down = False
+        return True
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
