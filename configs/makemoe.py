@@ -1,4 +1,18 @@
-"""makeMoE."""
+"""makeMoE (github.com/AviSoori1x/makeMoE) as it is: Tiny Shakespeare by characters, 5,000 steps of 16 x 32 of them.
+
+    python train.py --config configs/makemoe.py --data.path input.txt
+    python sample.py --workdir runs/makemoe
+
+input.txt is the file of that name in karpathy/char-rnn; its last tenth is held out. 8 layers of width 128, 8 experts of
+which a token takes 2, noisy top-k routing, Kaiming initialisation: 9.0 M parameters, 2.7 M active. makeMoE publishes a
+validation loss of 1.751 (one seed, over random windows, the router's noise left on).
+
+FAITHFUL
+
+Not as there: attention scores are divided by the root of the head's width instead of the model's, the noise matrix
+starts at zero, biases, norms and embeddings do not decay, and the output has no bias. configs/makemoe_best.py is
+our own of the same size.
+"""
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, SampleConfig, TrainConfig
 
@@ -15,6 +29,7 @@ def get_config() -> Config:
             activation="relu",
             use_bias=True,
             dropout_rate=0.1,
+            embedding_dropout=False,
             tie_embeddings=False,
             init="kaiming",
             init_std=1.0,

@@ -136,7 +136,7 @@ class EvaluateCommand:
 
 def parse_evaluate(arguments: list[str], description: str) -> EvaluateCommand:
     """What ``moe_jax.evaluate``'s arguments ask for."""
-    return tyro.cli(EvaluateCommand, args=arguments, description=description)
+    return tyro.cli(EvaluateCommand, args=arguments, description=description, prog="python -m moe_jax.evaluate")
 
 
 def parse_prepare(arguments: list[str], description: str) -> PrepareConfig:

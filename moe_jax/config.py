@@ -82,7 +82,9 @@ class ModelConfig:
     use_bias: bool = False
     """Add a bias after every linear map and in LayerNorm."""
     dropout_rate: float = 0.0
-    """Dropout after the embedding, on attention weights and on each block's two outputs."""
+    """Dropout on attention weights, on each block's two outputs and, with embedding_dropout, on the embedding."""
+    embedding_dropout: bool = True
+    """Whether dropout_rate applies to the embedding too, as in GPT-2."""
     tie_embeddings: bool = True
     """Use the token embedding as the output projection."""
     init: Literal["scaled_normal", "kaiming", "xavier"] = "scaled_normal"

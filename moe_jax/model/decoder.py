@@ -174,7 +174,8 @@ class Decoder(nn.Module):
             positions_LD = self.param("positions", init, (config.context_length, config.embed_dim))
             x_BLD = x_BLD + jnp.take(positions_LD, position_BL, axis=0, mode="clip")
         x_BLD = x_BLD.astype(config.dtype)
-        x_BLD = _dropout(config, x_BLD, fold_in(keys_B, config.num_layers), 0)
+        if config.embedding_dropout:
+            x_BLD = _dropout(config, x_BLD, fold_in(keys_B, config.num_layers), 0)
         x_BLD = nn.with_logical_constraint(x_BLD, ("batch", None, None))
         if expert_bias_NE is None and self.is_initializing():
             expert_bias_NE = initial_expert_bias(config)

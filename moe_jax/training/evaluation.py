@@ -118,8 +118,8 @@ def evaluate_run(
     data = find_or_prepare(config.data, cache_folder("data"))
     if fingerprint(data.tokenizer) != fingerprint(tokenizer):
         raise UserError(
-            f"{config.data.path or 'the text'} has tokens of another tokenizer ({data.tokenizer.name}) than "
-            f"{run.path} ({tokenizer.name}); prepare it with --tokenizer {run.tokenizer} --delimiters {tokenizer.delimiters}"
+            f"{path or 'the text'} has tokens of another tokenizer ({data.tokenizer.name}) than {run.path} "
+            f"({tokenizer.name}); prepare it with --tokenizer {run.tokenizer} --delimiters {tokenizer.delimiters}"
         )
     check_data(data, config.data, config.model.context_length)
     if config.train.compile_cache:

@@ -12,19 +12,29 @@ import sys
 from pathlib import Path
 
 import datasets
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from moe_jax.command import cache_folder
 from moe_jax.command_line import load_recipe, parse_prepare
+from moe_jax.config import Config, MeshConfig
+from moe_jax.data.cache import find_or_prepare
 from moe_jax.data.prepare import prepare_folder
-from moe_jax.runs.layout import RunDirectory
+from moe_jax.model.decoder import Decoder
+from moe_jax.runs.layout import RunDirectory, saved_steps
 from moe_jax.runs.metrics import read_metrics
 from moe_jax.sampling.generator import load_generator
+from moe_jax.training.flops import count_params
 from moe_jax.training.run import train
+from moe_jax.validation import validate
 from tests.oracles.texts import VERSE
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(folder, *arguments):
@@ -94,23 +104,92 @@ def five_corpora_files(folder):
         (text / "wikipedia" / f"{letter}.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
 
 
-def shrunk(recipe, path):
-    config = load_recipe(ROOT / "configs" / f"{recipe}.py")
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            config.model,
-            context_length=32,
-            num_layers=1,
-            embed_dim=32,
-            scan_unroll=1,
-            moe=dataclasses.replace(config.model.moe, expert_dim=16, num_experts=4),
-        ),
-        data=dataclasses.replace(config.data, path=str(path), batch_size=8),
-        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-2, warmup_steps=2),
-        train=dataclasses.replace(config.train, num_steps=12, eval_every=6, log_every=6),
-        sample=dataclasses.replace(config.sample, max_new_tokens=8),
+def shrunk(config, path):
+    """``config`` with everything that makes it what it is, in a size of seconds, on the texts at ``path``."""
+    model, moe = config.model, config.model.moe
+    moe = dataclasses.replace(
+        moe, expert_dim=32, num_experts=min(moe.num_experts, 8), top_k=min(moe.top_k, 4), load_balancing_weight=0.01
     )
+    model = dataclasses.replace(
+        model,
+        context_length=32,
+        num_layers=2,
+        embed_dim=32,
+        mlp_dim=model.mlp_dim and 32,
+        scan_unroll=1,
+        moe=moe,
+    )
+    tokenizer = config.data.tokenizer if config.data.tokenizer in ("char", "gpt2") else "bpe:300"
+    data = dataclasses.replace(config.data, path=str(path), tokenizer=tokenizer, val_fraction=0.1, batch_size=16)
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2, warmup_steps=5)
+    train = dataclasses.replace(config.train, num_steps=50, eval_every=50, checkpoint_every=50, log_every=10)
+    sample = dataclasses.replace(config.sample, max_new_tokens=8)
+    return Config(model, data, optimizer, MeshConfig(data=1), train, sample)
+
+
+def unigram_entropy(data):
+    """Of the tokens to train on, in nats: the loss of a model that knows their frequencies and nothing else."""
+    streams = [corpus.train.stream() for corpus in data.corpora]
+    tokens = np.concatenate([stream.read(0, len(stream)) for stream in streams])
+    shares = np.bincount(tokens) / len(tokens)
+    shares = shares[shares > 0]
+    return float(-np.sum(shares * np.log(shares)))
+
+
+@pytest.fixture(scope="module")
+def folder_of_stories(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stories")
+    for index, story in enumerate(stories(60)):
+        (folder / f"{index}.txt").write_text(story)
+    return folder
+
+
+VOCABULARY = {
+    "char": 70,
+    "gpt2": 50_261,
+    None: 2048,
+    "bpe:512": 512,
+    "data/five_corpora": 8192,
+    "data/tinystories": 2048,
+}
+
+
+@pytest.mark.parametrize("recipe", sorted(file.stem for file in (ROOT / "configs").glob("*.py")))
+def test_the_docstring_of_a_recipe_counts_its_parameters(recipe):
+    file = ROOT / "configs" / f"{recipe}.py"
+    config = validate(load_recipe(file))
+    decoder = Decoder(config.model, VOCABULARY[config.data.path or config.data.tokenizer])
+    params = jax.eval_shape(lambda: nn.unbox(decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]))
+    counts = count_params(params, config.model.moe.top_k, config.model.moe.num_experts)
+    stated = re.search(r"([\d.]+) M parameters(?:, ([\d.]+) M\s+active)?", " ".join(file.read_text().split()))
+    assert stated is not None
+    for number, text in zip(counts, stated.groups(), strict=True):
+        assert text is None or f"{number / 1e6:.1f}" == text
+
+
+# Between them these have every feature that a recipe uses; the others take as long and are for the slow run.
+DIFFERENT = ("makemoe_best", "gpt_moe_noisy", "fine_grained", "lamoe", "tinystories_moe")
+RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=[] if name in DIFFERENT else pytest.mark.slow) for name in RECIPES]
+)
+def test_every_recipe_learns_saves_goes_on_and_speaks(recipe, folder_of_stories, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = shrunk(load_recipe(ROOT / "configs" / f"{recipe}.py"), folder_of_stories)
+    run = RunDirectory(tmp_path_factory.mktemp(recipe) / "run")
+    train(config, run.path)
+    (reached,) = [line["val/loss"] for line in read_metrics(run.metrics_file) if "val/loss" in line]
+    assert reached <= unigram_entropy(find_or_prepare(config.data, cache_folder("data"))) - 0.3
+    assert saved_steps(run.checkpoints) == [50]
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=52))
+    train(longer, run.path)
+    assert [line["step"] for line in read_metrics(run.metrics_file)] == [10, 20, 30, 40, 50, 50, 52, 52]
+    assert saved_steps(run.checkpoints) == [50, 52]
+    generator, variables = load_generator(run, "newest")
+    assert len(generator.generate(variables, "the quick", config.sample)) == 1
 
 
 def test_stories_by_name_are_those_of_the_parquet_files(tmp_path, monkeypatch):
@@ -130,7 +209,7 @@ def test_stories_by_name_are_those_of_the_parquet_files(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("recipe", "files", "command"), [("tinystories", tinystories_files, 1), ("five_corpora", five_corpora_files, 0)]
 )
-def test_a_recipe_of_prepared_text_on_files_of_its_format(tmp_path, monkeypatch, recipe, files, command):
+def test_the_text_of_a_recipe_is_made_by_its_command(tmp_path, monkeypatch, recipe, files, command):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     files(tmp_path)
@@ -142,12 +221,6 @@ def test_a_recipe_of_prepared_text_on_files_of_its_format(tmp_path, monkeypatch,
     data = prepare_folder(parse_prepare(arguments, ""))
     config = load_recipe(ROOT / "configs" / f"{recipe}.py")
     assert Path(str(config.data.path)).resolve() == data.folder.resolve(), "the recipe reads what its command makes"
-    train(shrunk(recipe, data.folder), tmp_path / "run")
-    run = RunDirectory(tmp_path / "run")
-    losses = [line["val/loss"] for line in read_metrics(run.metrics_file) if "val/loss" in line]
-    assert losses[1] < losses[0]
-    generator, variables = load_generator(run, "newest")
-    assert len(generator.generate(variables, "the quick", config.sample)) == 1
     if recipe == "five_corpora":
         assert [corpus.weight for corpus in data.corpora] == [0.2, 0.1, 0.2, 0.2, 0.3]
         counts = [corpus.train.num_documents + corpus.val.num_documents for corpus in data.corpora]

@@ -1,0 +1,31 @@
+"""Our own at the size of configs/makemoe.py: 9.0 M parameters, 2.7 M active, a context of 32, 2.56 M characters to train on.
+
+    python train.py --config configs/makemoe_best.py --data.path input.txt
+    python sample.py --workdir runs/makemoe_best
+
+BEST
+
+Of makeMoE it keeps the depth, the width and 8 experts of which a token takes 2. What differs: RMSNorm, rotary positions,
+normalised queries and keys, SwiGLU experts (of width 344, so that there are as many parameters), Muon, and a cosine.
+"""
+
+from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, SampleConfig, TrainConfig
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(
+            context_length=32,
+            num_layers=8,
+            embed_dim=128,
+            num_heads=8,
+            qk_norm=True,
+            tie_embeddings=False,
+            init_std=0.05,
+            moe=MoEConfig(expert_dim=344),
+        ),
+        data=DataConfig(tokenizer="char", val_fraction=0.1, batch_size=64),
+        optimizer=OptimizerConfig(name="muon", learning_rate=6e-3, warmup_steps=50, final_fraction=0.01),
+        train=TrainConfig(num_steps=1250, eval_every=250, checkpoint_every=250),
+        sample=SampleConfig(max_new_tokens=400),
+    )
