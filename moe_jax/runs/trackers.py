@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Mapping
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -104,10 +105,11 @@ class MLflow:
             self._logged = {
                 name: max(point.step for point in self._client.get_metric_history(self._id, name)) for name in names
             }
-        except self._faults as error:
+        except (*self._faults, ImportError) as error:
+            begun = f", remove {run.mlflow_file} for a new MLflow run" if run.mlflow_file.exists() else ""
             raise UserError(
                 f"MLflow at {uri} cannot be used ({_one_line(error)}); "
-                "correct train.mlflow_uri, start the server, or leave mlflow out of train.trackers"
+                f"correct train.mlflow_uri, start the server{begun}, or leave mlflow out of train.trackers"
             ) from None
         log.info(f"MLflow: run {self._id} at {uri}")
 
@@ -116,11 +118,14 @@ class MLflow:
         from mlflow.entities import Param
 
         if run.mlflow_file.exists():
-            saved = json.loads(run.mlflow_file.read_text(encoding="utf-8"))
-            if saved["uri"] == uri:
-                self._client.update_run(saved["run_id"], status="RUNNING")
-                return saved["run_id"]
-            log.warning(f"warning: MLflow was at {saved['uri']} and is at {uri} now: a new MLflow run begins there")
+            try:
+                saved_uri, run_id = itemgetter("uri", "run_id")(json.loads(run.mlflow_file.read_text("utf-8")))
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{run.mlflow_file} is corrupt ({error}); remove it for a new MLflow run") from None
+            if saved_uri == uri:
+                self._client.update_run(run_id, status="RUNNING")
+                return run_id
+            log.warning(f"warning: MLflow was at {saved_uri} and is at {uri} now: a new MLflow run begins there")
         name = config.train.mlflow_experiment
         experiment = self._client.get_experiment_by_name(name)
         if experiment is None:

@@ -5,14 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.model.decoder import Decoder, Variables
 from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
-from moe_jax.training.flops import count_params
-from moe_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_eval_step, make_train_step
 from moe_jax.validation import validate
@@ -169,47 +167,6 @@ def test_evaluation_scores_only_what_the_mask_says():
     np.testing.assert_array_equal(full.routing.load_NE, again.routing.load_NE)
     np.testing.assert_array_equal(full.routing.dropped_N, 0)
     assert float(full.routing.load_NE[0].sum()) == (3 * L + 5) * CONFIG.model.moe.top_k
-
-
-def test_decay_is_for_matrices_only():
-    config = dataclasses.replace(CONFIG.model, use_bias=True, positions="learned", tie_embeddings=False, qk_norm=True)
-    config = dataclasses.replace(config, norm="layernorm")
-    params = jax.eval_shape(
-        lambda: Decoder(config, VOCAB).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    )
-    decayed = {
-        jax.tree_util.keystr(path).split("'")[-2]
-        for path, flag in jax.tree_util.tree_leaves_with_path(decay_mask(params))
-        if flag
-    }
-    every = {jax.tree_util.keystr(path).split("'")[-2] for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-    assert decayed == {
-        *("query", "key", "value", "out", "router", "router_noise", "w_up", "w_gate", "w_down", "output")
-    }
-    assert {"embedding", "positions", "scale", "bias", "query_bias", "b_up", "b_down", "query_norm"} <= every - decayed
-
-
-def test_schedule_by_hand():
-    schedule = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10, final_fraction=0.2), 110)
-    # Half of the warm-up, the peak, half of the cosine: 0.2 + 0.8/2, the end, and after it.
-    np.testing.assert_allclose([schedule(n) for n in (0, 5, 10, 60, 110, 500)], [0, 0.5, 1, 0.6, 0.2, 0.2], atol=1e-6)
-
-
-def test_clipping_bounds_the_gradient_that_adam_sees():
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_steps=0, clip_norm=0.5), lambda step: 1.0)
-    params = {"w_up": jnp.zeros(4)}
-    _, state = optimizer.update({"w_up": jnp.full(4, 100.0)}, optimizer.init(params), params)
-    # After one step mu = (1 - b1) * clipped gradient.
-    clipped_norm = optax.tree.norm(optax.tree.get(state, "mu")) / (1 - 0.9)
-    np.testing.assert_allclose(clipped_norm, 0.5, rtol=1e-5)
-
-
-def test_parameter_counts_by_hand():
-    params = {
-        "embedding": jnp.zeros((10, 4)),
-        "moe": {"router": jnp.zeros((4, 8)), "w_up": jnp.zeros((8, 4, 6))},
-    }
-    assert count_params(params, top_k=2, num_experts=8) == (40 + 32 + 192, 40 + 32 + 192 // 4)
 
 
 def packed_batch(garbage=0):

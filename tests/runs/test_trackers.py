@@ -1,0 +1,141 @@
+"""MLflow, the real library on a real SQLite file. (TensorBoard's events are read in test_metrics.py.)"""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from moe_jax.command import UserError
+from moe_jax.config import Config, TrainConfig
+from moe_jax.runs import trackers
+from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.metrics import MetricsWriter
+from moe_jax.runs.trackers import check_trackers, open_trackers
+from moe_jax.sections import settings
+
+CONFIG = Config(train=TrainConfig(trackers=("mlflow",), mlflow_experiment="tests"))
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder of runs: they share one database, whose tables take seconds to create."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def run_in(folder, name):
+    run = RunDirectory(folder / name)
+    run.path.mkdir()
+    return run
+
+
+def client(folder):
+    return MlflowClient(tracking_uri=f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def id_of(run):
+    return json.loads(run.mlflow_file.read_text())["run_id"]
+
+
+def points(folder, run, name):
+    return [(point.step, point.value) for point in client(folder).get_metric_history(id_of(run), name)]
+
+
+def test_settings_metrics_texts_and_pictures_arrive_and_a_resumed_run_goes_on_in_the_same(folder):
+    run = run_in(folder, "first")
+    with MetricsWriter(run, None, open_trackers(CONFIG, run, None)) as writer:
+        writer.write(5, {"train/loss": 2.5, "moe/load": [[0.5]]})
+        writer.write(5, {"val/loss/a: b?": math.nan})
+        writer.write(10, {"train/loss": 1.5})
+        writer.write_text(10, "sample", "To be")
+        (run.path / "loss_curve.png").write_bytes(b"picture")
+        writer.finish([run.path / "loss_curve.png"], "interrupted")
+    first_id = id_of(run)
+    found = client(folder).get_run(first_id)
+    assert (found.info.run_name, found.info.status) == ("first", "KILLED")
+    assert found.data.params == {name: str(value) for name, _, value in settings(CONFIG)}
+    assert points(folder, run, "train/loss") == [(5, 2.5), (10, 1.5)]
+    assert math.isnan(points(folder, run, "val/loss/a: b_")[0][1])
+    assert {item.path for item in client(folder).list_artifacts(first_id)} == {"loss_curve.png", "sample"}
+    # From the checkpoint of step 5: step 10 comes again, and is the same.
+    longer = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, num_steps=2000))
+    with MetricsWriter(run, 5, open_trackers(longer, run, 5)) as writer:
+        assert client(folder).get_run(first_id).info.status == "RUNNING"
+        writer.write(10, {"train/loss": 1.5})
+        writer.write(15, {"train/loss": 1.0})
+        writer.finish([], "finished")
+    assert id_of(run) == first_id
+    assert points(folder, run, "train/loss") == [(5, 2.5), (10, 1.5), (15, 1.0)]
+    assert client(folder).get_run(first_id).info.status == "FINISHED"
+
+
+def test_a_run_that_ends_in_an_error_has_failed(folder):
+    run = run_in(folder, "failed")
+    with pytest.raises(ZeroDivisionError), MetricsWriter(run, None, open_trackers(CONFIG, run, None)):
+        raise ZeroDivisionError
+    assert client(folder).get_run(id_of(run)).info.status == "FAILED"
+
+
+def test_a_server_that_is_away_for_a_while_gets_everything_later(folder, monkeypatch, caplog):
+    run = run_in(folder, "away")
+    caplog.set_level("WARNING", logger="moe_jax")
+    with MetricsWriter(run, None, open_trackers(CONFIG, run, None)) as writer:
+        with monkeypatch.context() as away:
+
+            def refuse(*_arguments, **_values):
+                raise MlflowException("the server\nis away")
+
+            away.setattr(MlflowClient, "log_batch", refuse)
+            writer.write(5, {"train/loss": 2.5})
+            writer.write(10, {"train/loss": 1.5})
+        assert [record.message for record in caplog.records] == [
+            "warning: MLflow does not take what is logged (the server is away); the run goes on"
+        ]
+        writer.write(15, {"train/loss": 1.0})
+        writer.finish([], "finished")
+    assert points(folder, run, "train/loss") == [(5, 2.5), (10, 1.5), (15, 1.0)]
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:9", "nonsense://x", "sqlite:////dev/null/mlflow.db", "postgresql://127.0.0.1/none"]
+)
+def test_a_server_that_cannot_be_used_is_told_at_the_start(tmp_path, uri):
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, mlflow_uri=uri))
+    with pytest.raises(UserError, match=r"MLflow at .* cannot be used .*; correct train.mlflow_uri") as error:
+        open_trackers(config, RunDirectory(tmp_path), None)
+    assert "\n" not in str(error.value)
+
+
+def test_the_environment_names_a_server_and_another_one_begins_a_new_run(folder, monkeypatch, caplog):
+    run = run_in(folder, "moved")
+    run.mlflow_file.write_text(json.dumps({"uri": "http://old", "run_id": "1"}))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+    with MetricsWriter(run, None, open_trackers(CONFIG, run, None)) as writer:
+        writer.finish([], "finished")
+    assert client(folder).get_run(id_of(run)).info.status == "FINISHED"
+    assert "MLflow was at http://old" in caplog.text
+
+
+def test_what_the_run_directory_knows_of_mlflow_may_be_removed(folder):
+    run = run_in(folder, "damaged")
+    run.mlflow_file.write_text("{")
+    with pytest.raises(UserError, match=r"mlflow.json is corrupt .*; remove it"):
+        open_trackers(CONFIG, run, None)
+    uri = f"sqlite:///{folder / 'mlflow.db'}"
+    run.mlflow_file.write_text(json.dumps({"uri": uri, "run_id": "gone"}))
+    with pytest.raises(UserError, match=r"cannot be used .* remove .*mlflow.json for a new MLflow run"):
+        open_trackers(CONFIG, run, None)
+
+
+def test_a_missing_library_is_told_before_any_work(monkeypatch):
+    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "alembic" else name)
+    with pytest.raises(UserError, match="mlflow needs alembic, which is not installed; pip install"):
+        check_trackers(CONFIG.train)
+    check_trackers(TrainConfig())
