@@ -254,3 +254,19 @@ def test_dropout_differs_by_key_and_only_in_training():
     np.testing.assert_array_equal(one, again)
     assert float(jnp.max(jnp.abs(one - other))) > 1e-2
     assert float(jnp.max(jnp.abs(one[0] - one[1]))) > 1e-2, "each sequence has its own key"
+
+
+def test_the_embedding_may_be_left_out_of_dropout():
+    # No blocks' outputs and one token: what differs between keys can only be the embedding's dropout.
+    config = dataclasses.replace(LLAMA, num_layers=1, dropout_rate=0.5)
+    params = make_variables(config).params
+    variables = Variables(params | {"periods": jax.tree.map(jnp.zeros_like, params["periods"])})
+
+    def logits(config, seed):
+        keys = jax.random.split(jax.random.key(seed), B)
+        tokens_BL = jnp.ones((B, 1), jnp.int32)
+        return forward(Decoder(config, VOCAB), variables, tokens_BL, train=True, keys_B=keys).logits_BLV
+
+    assert float(jnp.max(jnp.abs(logits(config, 0) - logits(config, 1)))) > 1e-3
+    without = dataclasses.replace(config, embedding_dropout=False)
+    np.testing.assert_array_equal(logits(without, 0), logits(without, 1))

@@ -42,7 +42,7 @@ def test_decay_is_for_matrices_only():
     assert {"embedding", "positions", "scale", "bias", "query_bias", "b_up", "b_down", "query_norm"} <= every - decayed
 
 
-# Warm-up to 10 of 110 steps, peak 1, end 0.2: half of the warm-up, the peak, places of the decay, the end and after it.
+# Warm-up to 10 of 110 steps, peak 1, end 0.2: half of the warm-up, the peak, places of the decay, the end and later.
 @pytest.mark.parametrize(
     ("schedule", "steps", "rates"),
     [
