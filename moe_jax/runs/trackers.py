@@ -1,21 +1,25 @@
 """Where metrics go beside metrics.jsonl: TensorBoard and MLflow. Imports no jax, and a tracker's library when used."""
 
+import contextlib
 import importlib.util
 import json
 import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from moe_jax.command import UserError
 from moe_jax.config import Config, TrainConfig
 from moe_jax.files import atomic_write_text
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.sections import settings
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 log = logging.getLogger("moe_jax")
 
@@ -34,14 +38,19 @@ class Tracker(Protocol):
     def close(self, ending: Ending) -> None: ...
 
 
-def check_trackers(train: TrainConfig) -> None:
-    """UserError where a tracker's library is not installed."""
+def check_trackers(train: TrainConfig, run: RunDirectory) -> None:
+    """UserError where a tracker's library is not installed, or its server does not answer."""
+    if "mlflow" not in train.trackers:
+        return
     missing = [name for name in ("mlflow", "sqlalchemy", "alembic") if importlib.util.find_spec(name) is None]
-    if "mlflow" in train.trackers and missing:
+    if missing:
         raise UserError(
             f"train.trackers mlflow needs {', '.join(missing)}, which is not installed; "
-            "pip install 'mlflow-skinny>=3.17' sqlalchemy alembic, or leave mlflow out"
+            "pip install 'mlflow-skinny>=3.17' alembic 'sqlalchemy<2.1', or leave mlflow out"
         )
+    uri = _mlflow_uri(train, run)
+    with _faults_as_user_errors(uri, run):
+        _mlflow_client(uri).search_experiments(max_results=1)
 
 
 def open_trackers(config: Config, run: RunDirectory, restored_step: int | None) -> list[Tracker]:
@@ -50,7 +59,7 @@ def open_trackers(config: Config, run: RunDirectory, restored_step: int | None) 
     if "tensorboard" in config.train.trackers:
         opened.append(TensorBoard(run, restored_step))
     if "mlflow" in config.train.trackers:
-        opened.append(MLflow(config, run))
+        opened.append(MLflow(config, run, restored_step))
     return opened
 
 
@@ -85,61 +94,21 @@ class MLflow:
     a resumed run goes on in it: what was logged once is not logged again, for MLflow keeps every point.
     """
 
-    def __init__(self, config: Config, run: RunDirectory):
-        # It would otherwise call home, and repeat a failed request for minutes.
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it creates
-        self._faults = (MlflowException, OSError)
-        folder = run.path.resolve().parent
-        uri = config.train.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder / 'mlflow.db'}"
+    def __init__(self, config: Config, run: RunDirectory, restored_step: int | None):
+        uri = _mlflow_uri(config.train, run)
+        self._client = _mlflow_client(uri)
         self._unsent: list[Any] = []
         self._is_down = False
-        try:
-            self._client = MlflowClient(tracking_uri=uri)
-            self._id = self._begin(config, run, uri, folder)
+        with _faults_as_user_errors(uri, run):
+            # Before its first checkpoint a run binds to nothing, and what it logged was of another one.
+            going_on = None if restored_step is None else _saved_run_id(run, uri)
+            self._id = going_on or _new_mlflow_run(self._client, config, run, uri)
+            self._client.update_run(self._id, status="RUNNING")
             names = self._client.get_run(self._id).data.metrics
             self._logged = {
                 name: max(point.step for point in self._client.get_metric_history(self._id, name)) for name in names
             }
-        except (*self._faults, ImportError) as error:
-            begun = f", remove {run.mlflow_file} for a new MLflow run" if run.mlflow_file.exists() else ""
-            raise UserError(
-                f"MLflow at {uri} cannot be used ({_one_line(error)}); "
-                f"correct train.mlflow_uri, start the server{begun}, or leave mlflow out of train.trackers"
-            ) from None
         log.info(f"MLflow: run {self._id} at {uri}")
-
-    def _begin(self, config: Config, run: RunDirectory, uri: str, folder: Path) -> str:
-        """The id of the MLflow run that this run directory belongs to, going on or new."""
-        from mlflow.entities import Param
-
-        if run.mlflow_file.exists():
-            try:
-                saved_uri, run_id = itemgetter("uri", "run_id")(json.loads(run.mlflow_file.read_text("utf-8")))
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{run.mlflow_file} is corrupt ({error}); remove it for a new MLflow run") from None
-            if saved_uri == uri:
-                self._client.update_run(run_id, status="RUNNING")
-                return run_id
-            log.warning(f"warning: MLflow was at {saved_uri} and is at {uri} now: a new MLflow run begins there")
-        name = config.train.mlflow_experiment
-        experiment = self._client.get_experiment_by_name(name)
-        if experiment is None:
-            # A server knows where artifacts go; beside a file they would otherwise go to the working directory.
-            artifacts = (folder / "mlflow-artifacts").as_uri() if uri.startswith("sqlite:") else None
-            experiment_id = self._client.create_experiment(name, artifact_location=artifacts)
-        else:
-            experiment_id = experiment.experiment_id
-        run_id = self._client.create_run(experiment_id, run_name=run.path.resolve().name).info.run_id
-        parameters = [Param(name, str(value)) for name, _, value in settings(config)]
-        for start in range(0, len(parameters), 100):  # as many as one request may hold
-            self._client.log_batch(run_id, params=parameters[start : start + 100])
-        atomic_write_text(run.mlflow_file, json.dumps({"uri": uri, "run_id": run_id}) + "\n")
-        return run_id
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -175,13 +144,82 @@ class MLflow:
         """Whether ``call`` went through. The first fault in a row is told; none ends the run."""
         try:
             call()
-        except self._faults as error:
+        except _mlflow_faults() as error:
             if not self._is_down:
                 log.warning(f"warning: MLflow does not take what is logged ({_one_line(error)}); the run goes on")
             self._is_down = True
             return False
         self._is_down = False
         return True
+
+
+def _mlflow_uri(train: TrainConfig, run: RunDirectory) -> str:
+    beside = run.path.resolve().parent / "mlflow.db"
+    return train.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{beside}"
+
+
+def _mlflow_client(uri: str) -> "MlflowClient":
+    # It would otherwise call home, and repeat a failed request for minutes.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    from mlflow import MlflowClient
+
+    logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it creates
+    return MlflowClient(tracking_uri=uri)
+
+
+def _mlflow_faults() -> tuple[type[Exception], ...]:
+    from mlflow.exceptions import MlflowException
+
+    return MlflowException, OSError
+
+
+@contextlib.contextmanager
+def _faults_as_user_errors(uri: str, run: RunDirectory) -> Iterator[None]:
+    try:
+        yield
+    except (*_mlflow_faults(), ImportError) as error:
+        begun = f", remove {run.mlflow_file} for a new MLflow run" if run.mlflow_file.exists() else ""
+        raise UserError(
+            f"MLflow at {uri} cannot be used ({_one_line(error)}); "
+            f"correct train.mlflow_uri, start the server{begun}, or leave mlflow out of train.trackers"
+        ) from None
+
+
+def _saved_run_id(run: RunDirectory, uri: str) -> str | None:
+    """The MLflow run at ``uri`` that an earlier start of ``run`` began; None without one."""
+    if not run.mlflow_file.exists():
+        return None
+    try:
+        saved_uri, run_id = itemgetter("uri", "run_id")(json.loads(run.mlflow_file.read_text("utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run.mlflow_file} is corrupt ({error}); remove it for a new MLflow run") from None
+    if saved_uri == uri:
+        return run_id
+    log.warning(f"warning: MLflow was at {saved_uri} and is at {uri} now: a new MLflow run begins there")
+    return None
+
+
+def _new_mlflow_run(client: "MlflowClient", config: Config, run: RunDirectory, uri: str) -> str:
+    """Creates a run, and its experiment where there is none; its id is kept in the run directory."""
+    from mlflow.entities import Param
+
+    name = config.train.mlflow_experiment
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # A server knows where artifacts go; beside a file they would otherwise go to the working directory.
+        beside = run.path.resolve().parent / "mlflow-artifacts"
+        experiment_id = client.create_experiment(
+            name, artifact_location=beside.as_uri() if uri.startswith("sqlite:") else None
+        )
+    else:
+        experiment_id = experiment.experiment_id
+    run_id = client.create_run(experiment_id, run_name=run.path.resolve().name).info.run_id
+    parameters = [Param(name, str(value)) for name, _, value in settings(config)]
+    for start in range(0, len(parameters), 100):  # as many as one request may hold
+        client.log_batch(run_id, params=parameters[start : start + 100])
+    atomic_write_text(run.mlflow_file, json.dumps({"uri": uri, "run_id": run_id}) + "\n")
+    return run_id
 
 
 def _one_line(error: BaseException) -> str:

@@ -42,7 +42,7 @@ def train(config: Config, workdir: Path) -> None:
     """
     run = RunDirectory(workdir)
     _check_run(config, run)
-    check_trackers(config.train)
+    check_trackers(config.train, run)
     if config.train.compile_cache:
         enable_compile_cache()
     choices = _choose_dispatch(config)

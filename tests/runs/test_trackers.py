@@ -109,7 +109,7 @@ def test_a_server_that_is_away_for_a_while_gets_everything_later(folder, monkeyp
 def test_a_server_that_cannot_be_used_is_told_at_the_start(tmp_path, uri):
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, mlflow_uri=uri))
     with pytest.raises(UserError, match=r"MLflow at .* cannot be used .*; correct train.mlflow_uri") as error:
-        open_trackers(config, RunDirectory(tmp_path), None)
+        check_trackers(config.train, RunDirectory(tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -117,7 +117,7 @@ def test_the_environment_names_a_server_and_another_one_begins_a_new_run(folder,
     run = run_in(folder, "moved")
     run.mlflow_file.write_text(json.dumps({"uri": "http://old", "run_id": "1"}))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-    with MetricsWriter(run, None, open_trackers(CONFIG, run, None)) as writer:
+    with MetricsWriter(run, 5, open_trackers(CONFIG, run, 5)) as writer:
         writer.finish([], "finished")
     assert client(folder).get_run(id_of(run)).info.status == "FINISHED"
     assert "MLflow was at http://old" in caplog.text
@@ -127,15 +127,19 @@ def test_what_the_run_directory_knows_of_mlflow_may_be_removed(folder):
     run = run_in(folder, "damaged")
     run.mlflow_file.write_text("{")
     with pytest.raises(UserError, match=r"mlflow.json is corrupt .*; remove it"):
-        open_trackers(CONFIG, run, None)
+        open_trackers(CONFIG, run, 5)
     uri = f"sqlite:///{folder / 'mlflow.db'}"
     run.mlflow_file.write_text(json.dumps({"uri": uri, "run_id": "gone"}))
     with pytest.raises(UserError, match=r"cannot be used .* remove .*mlflow.json for a new MLflow run"):
-        open_trackers(CONFIG, run, None)
+        open_trackers(CONFIG, run, 5)
+    # Before its first checkpoint a run begins anew.
+    with MetricsWriter(run, None, open_trackers(CONFIG, run, None)) as writer:
+        writer.finish([], "finished")
+    assert id_of(run) != "gone"
 
 
-def test_a_missing_library_is_told_before_any_work(monkeypatch):
+def test_a_missing_library_is_told_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "alembic" else name)
     with pytest.raises(UserError, match="mlflow needs alembic, which is not installed; pip install"):
-        check_trackers(CONFIG.train)
-    check_trackers(TrainConfig())
+        check_trackers(CONFIG.train, RunDirectory(tmp_path))
+    check_trackers(TrainConfig(), RunDirectory(tmp_path))
