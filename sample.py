@@ -1,5 +1,6 @@
 """Sample text from a trained model: python sample.py [--workdir runs/moe] [--prompt "..."]; see --help."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -17,12 +18,18 @@ def main() -> None:
     else:
         run = latest_run()
         print(f"note: sampling from {run.path}, the run that changed last", file=sys.stderr)
-    # What the command line leaves out is as the run was configured.
-    sample = parse_sample(sys.argv[1:], run.load_config().sample).sample
+    # What the command line leaves out is as the run was configured; a conversation has one text at a time.
+    defaults = run.load_config().sample
+    if arguments.interactive:
+        defaults = dataclasses.replace(defaults, num_samples=1)
+    sample = parse_sample(sys.argv[1:], defaults).sample
 
-    from moe_jax.sampling.front_end import sample_to_terminal
+    from moe_jax.sampling.front_end import converse, sample_to_terminal
 
-    sample_to_terminal(run, arguments.checkpoint, arguments.prompt, sample)
+    if arguments.interactive:
+        converse(run, arguments.checkpoint, sample)
+    else:
+        sample_to_terminal(run, arguments.checkpoint, arguments.prompt, sample)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,18 @@
 """Sparse Mixture-of-Experts language models in JAX/Flax: prepare text, train, look inside, sample."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from moe_jax.sampling.model import Model
+
+
+def load(workdir: str | Path, checkpoint: Literal["best", "newest"] = "best") -> "Model":
+    """The trained model of the run directory ``workdir``, to generate text with. Raises UserError.
+
+    ``checkpoint`` is that of the lowest validation loss, or the newest.
+    """
+    # Only here: importing the package stays quick and starts no jax.
+    from moe_jax.sampling.model import load_model
+
+    return load_model(workdir, checkpoint)

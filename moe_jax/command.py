@@ -52,8 +52,13 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _leave(message: str, exit_code: int) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    tell_error(message)
     sys.exit(exit_code)
+
+
+def tell_error(message: str) -> None:
+    """Prints ``message`` as one line on standard error."""
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
 
 
 def cache_folder(name: str) -> Path:

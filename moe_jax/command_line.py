@@ -12,7 +12,7 @@ import tyro
 from moe_jax.command import UserError
 from moe_jax.config import Config, PrepareConfig, SampleConfig
 from moe_jax.sections import settings, unknown_name
-from moe_jax.validation import validate, validate_prepare
+from moe_jax.validation import validate, validate_prepare, validate_sample
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,8 @@ class SampleCommand:
     """Run directory of the model; None: the run under runs/ that changed last."""
     prompt: str | None = None
     """Text to continue; - reads it from standard input; None: start from nothing."""
+    interactive: bool = False
+    """A conversation: continue each line of standard input, until its end or the line exit; Ctrl-C stops a text."""
     checkpoint: Literal["best", "newest"] = "best"
     """Which checkpoint: best (lowest validation loss; the newest where none was evaluated) or newest."""
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
@@ -114,11 +116,15 @@ class SampleCommand:
 def parse_sample(arguments: list[str], defaults: SampleConfig) -> SampleCommand:
     """What ``sample.py``'s arguments ask for, where ``defaults`` stand for what they leave out. Raises UserError."""
     command = tyro.cli(SampleCommand, args=arguments, default=SampleCommand(sample=defaults))
-    try:
-        validate(Config(sample=command.sample))
-    except UserError as error:  # the flags of this command stand without their section
-        named = re.sub(r"\bsample\.(\w+)", lambda match: "--" + match[1].replace("_", "-"), str(error))
-        raise UserError(named) from None
+    validate_sample(command.sample, lambda name: "--" + name.replace("_", "-"))
+    if command.interactive and command.prompt is not None:
+        raise UserError(
+            "--interactive reads its prompts from standard input and takes no --prompt; leave one of them out"
+        )
+    if command.interactive and command.sample.num_samples > 1:
+        raise UserError(
+            f"--num-samples must be 1 with --interactive, got {command.sample.num_samples}; leave one of them out"
+        )
     return command
 
 

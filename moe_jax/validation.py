@@ -3,9 +3,10 @@
 import math
 import os
 import re
+from collections.abc import Callable
 
 from moe_jax.command import UserError
-from moe_jax.config import Config, ModelConfig, MoEConfig, PrepareConfig
+from moe_jax.config import Config, ModelConfig, MoEConfig, PrepareConfig, SampleConfig
 from moe_jax.sections import MANY, check_range, check_type, settings
 
 
@@ -20,6 +21,15 @@ def validate(config: Config) -> Config:
         _check_moe(config.model)
     _check_training(config)
     return config
+
+
+def validate_sample(sample: SampleConfig, name_of: Callable[[str], str]) -> SampleConfig:
+    """Returns ``sample``, or raises UserError, which calls a setting what ``name_of`` makes of its field's name."""
+    try:
+        validate(Config(sample=sample))
+    except UserError as error:  # where these settings are given, they stand without their section
+        raise UserError(re.sub(r"\bsample\.(\w+)", lambda match: name_of(match[1]), str(error))) from None
+    return sample
 
 
 _POSITIVE = (1e-12, math.inf)

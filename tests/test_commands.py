@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -129,6 +130,63 @@ def test_sampling_from_a_prompt_and_from_standard_input(home, run):
     assert command(home, "sample.py", *flags, "--prompt", "-", stdin="The quick").stdout == given.stdout
 
 
+def test_from_python_and_in_a_conversation_the_text_is_that_of_the_command(home, run):
+    flags = ("--workdir", run[0], "--max-new-tokens", 100, "--seed", 0)
+    printed = command(home, "sample.py", *flags, "--prompt", "ROMEO:").stdout
+    (snippet,) = re.findall(
+        r"```python\n(from moe_jax import load\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    python = subprocess.run(
+        [sys.executable, "-c", snippet.replace("runs/moe", str(run[0]))],
+        env={**environment(home), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (python.stdout, python.stderr) == (printed, "")
+    conversation = command(home, "sample.py", *flags, "--interactive", stdin="The quick brown fox\nROMEO:\nexit\nno\n")
+    assert "ROMEO:" + conversation.stdout == printed
+    assert conversation.stderr == ("error: the prompt must fit the context of 16 tokens, got 19; shorten the prompt\n")
+    assert conversation.returncode == 0
+    assert (run[0] / "generated_text.txt").read_text() == printed
+
+
+def read_until(terminal, end):
+    """What a program prints on ``terminal`` until ``end`` stands at the end of it."""
+    shown = ""
+    while not shown.endswith(end):
+        shown += os.read(terminal, 1024).decode()
+    return shown
+
+
+def test_a_conversation_on_a_terminal(home, run):
+    ours, theirs = pty.openpty()
+    arguments = ("--workdir", run[0], "--interactive", "--temperature", "0", "--max-new-tokens", "9")
+    with subprocess.Popen(
+        [sys.executable, ROOT / "sample.py", *arguments],
+        cwd=home,
+        env=environment(home) | {"TERM": "dumb"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+    ) as process:
+        os.close(theirs)
+        assert read_until(ours, "> ") == "> "
+        os.write(ours, b"the quick\n")
+        first = read_until(ours, "\r\n\r\n> ")
+        # The same line from the history, where the arrow up finds it.
+        os.write(ours, b"\x1b[A\n")
+        assert read_until(ours, "\r\n\r\n> ").split("\r\n")[1:] == first.split("\r\n")[1:]
+        # What is typed is dropped by Ctrl-C; with nothing typed it leaves.
+        os.write(ours, b"brown")
+        read_until(ours, "brown")
+        process.send_signal(signal.SIGINT)
+        read_until(ours, "> ")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    os.close(ours)
+
+
 def files_of(folder):
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file() and "cache" not in file.parts}
 
@@ -196,6 +254,8 @@ def test_a_mistyped_flag_or_value_gets_the_parsers_own_box(home, arguments, word
             "the prompt must fit the context of 16 tokens, got 19",
         ),
         (["--top-p", "1.5"], "--top-p must be in"),
+        (["--interactive", "--prompt", "-"], "--interactive reads its prompts from standard input"),
+        (["--interactive", "--num-samples", "2"], "--num-samples must be 1 with --interactive, got 2"),
     ],
 )
 def test_bad_input_to_sample(home, run, arguments, words):

@@ -1,4 +1,8 @@
-"""Prefill and the cached decode loop: pure functions with static shapes, run under ``jax.jit``."""
+"""Prefill and the cached decode loop: pure functions with static shapes, run under ``jax.jit``.
+
+A text is made in chunks: ``prefill`` gives a ``DecodeState``, and each call of ``decode`` draws some tokens more and
+gives the state to go on from. Where the chunks end changes nothing in the text.
+"""
 
 import flax.struct
 import jax
@@ -8,6 +12,9 @@ from moe_jax.axes import Array
 from moe_jax.model.attention import LayerCache
 from moe_jax.model.decoder import Decoder, Variables, forward, init_caches
 from moe_jax.sampling.processors import keep_top_k, keep_top_p, scale_by_temperature
+
+CHUNK = 8
+"""Tokens that one call of ``decode`` draws, at most: few enough to read along, many enough to hide the call's cost."""
 
 
 class Settings(flax.struct.PyTreeNode):
@@ -21,18 +28,25 @@ class Settings(flax.struct.PyTreeNode):
     is_greedy: bool = flax.struct.field(pytree_node=False)
 
 
-def prefill(
-    decoder: Decoder, variables: Variables, prompt_BL: Array, prompt_length: Array
-) -> tuple[Array, tuple[LayerCache, ...]]:
-    """Runs the prompt through the model.
+class DecodeState(flax.struct.PyTreeNode):
+    """Where the texts of a batch stand between two tokens."""
+
+    index: Array
+    """[] int32: tokens drawn so far."""
+    logits_BV: Array
+    """For the token that is drawn next."""
+    caches: tuple[LayerCache, ...]
+    ended_B: Array
+    """bool: which texts have drawn their end."""
+
+
+def prefill(decoder: Decoder, variables: Variables, prompt_BL: Array, prompt_length: Array) -> DecodeState:
+    """Runs the prompt through the model; the state before the first token is drawn.
 
     Args:
       decoder: an ``unstacked`` decoder, with ``variables`` from ``unstack``.
       prompt_BL: token ids, padded on the right; L is at most the context.
       prompt_length: [] real tokens of every row, at least 1.
-
-    Returns:
-      The logits [B, V] after the last real token, and the caches.
     """
     B, L = prompt_BL.shape
     index_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
@@ -46,7 +60,12 @@ def prefill(
         caches=init_caches(decoder.config, B, decoder.config.context_length),
     )
     assert output.caches is not None
-    return jnp.take(output.logits_BLV, prompt_length - 1, axis=1), output.caches
+    return DecodeState(
+        index=jnp.zeros((), jnp.int32),
+        logits_BV=jnp.take(output.logits_BLV, prompt_length - 1, axis=1),
+        caches=output.caches,
+        ended_B=jnp.zeros(B, bool),
+    )
 
 
 def draw(logits_BV: Array, settings: Settings, position: Array) -> Array:
@@ -66,38 +85,38 @@ def draw(logits_BV: Array, settings: Settings, position: Array) -> Array:
 def decode(
     decoder: Decoder,
     variables: Variables,
-    logits_BV: Array,
-    caches: tuple[LayerCache, ...],
+    state: DecodeState,
     prompt_length: Array,
     settings: Settings,
     num_tokens: Array,
     *,
-    buffer_length: int,
     end_token: int,
-) -> Array:
-    """Draws tokens one by one until every row has drawn ``end_token`` or ``num_tokens`` are drawn.
+) -> tuple[Array, DecodeState]:
+    """Draws ``CHUNK`` tokens one by one, or until there are ``num_tokens`` [] after the prompt or every row has ended.
 
-    With rotary positions the caches are rings: past the context the oldest key gives way, and the text may be as long
-    as the buffer.
+    With rotary positions the caches are rings: past the context the oldest key gives way, and the text may be of any
+    length.
 
     Returns:
-      [B, buffer_length] int32; a row is filled with ``end_token`` from where it ended.
+      The new tokens [B, CHUNK] int32, where a row is filled with ``end_token`` from its end or the last draw on, and
+      the state to go on from.
     """
-    B = logits_BV.shape[0]
+    B, first = state.logits_BV.shape[0], state.index
+    stop = jnp.minimum(num_tokens, first + CHUNK)
 
-    def is_running(carry: tuple) -> Array:
-        index, _, _, _, ended_B = carry
-        return (index < num_tokens) & ~jnp.all(ended_B)
+    def is_running(carry: tuple[Array, DecodeState]) -> Array:
+        _, state = carry
+        return (state.index < stop) & ~jnp.all(state.ended_B)
 
-    def turn(carry: tuple) -> tuple:
-        index, drawn_BS, logits_BV, caches, ended_B = carry
-        position = prompt_length + index
-        token_B = jnp.where(ended_B, end_token, draw(logits_BV, settings, position))
-        ended_B = ended_B | (token_B == end_token)
-        drawn_BS = jax.lax.dynamic_update_index_in_dim(drawn_BS, token_B, index, axis=1)
-        output = forward(decoder, variables, token_B[:, None], position_BL=jnp.full((B, 1), position), caches=caches)
-        return index + 1, drawn_BS, output.logits_BLV[:, 0], output.caches, ended_B
+    def turn(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
+        drawn_BS, state = carry
+        position = prompt_length + state.index
+        token_B = jnp.where(state.ended_B, end_token, draw(state.logits_BV, settings, position))
+        drawn_BS = jax.lax.dynamic_update_index_in_dim(drawn_BS, token_B, state.index - first, axis=1)
+        position_BL = jnp.full((B, 1), position)
+        output = forward(decoder, variables, token_B[:, None], position_BL=position_BL, caches=state.caches)
+        assert output.caches is not None
+        ended_B = state.ended_B | (token_B == end_token)
+        return drawn_BS, DecodeState(state.index + 1, output.logits_BLV[:, 0], output.caches, ended_B)
 
-    drawn_BS = jnp.full((B, buffer_length), end_token, jnp.int32)
-    start = (jnp.zeros((), jnp.int32), drawn_BS, logits_BV, caches, jnp.zeros(B, bool))
-    return jax.lax.while_loop(is_running, turn, start)[1]
+    return jax.lax.while_loop(is_running, turn, (jnp.full((B, CHUNK), end_token, jnp.int32), state))

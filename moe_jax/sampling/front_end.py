@@ -1,14 +1,21 @@
 """What sample.py does on a terminal."""
 
+import contextlib
+import importlib
+import importlib.util
+import signal
 import sys
+from collections.abc import Iterator
+from types import FrameType
 from typing import Literal
 
-from moe_jax.command import UserError
+from moe_jax.command import UserError, tell_error
 from moe_jax.config import SampleConfig
 from moe_jax.files import atomic_write_text
+from moe_jax.model.decoder import Variables
 from moe_jax.parallel.startup import enable_compile_cache
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.sampling.generator import load_generator
+from moe_jax.sampling.generator import Generator, check_text, load_generator
 
 
 def sample_to_terminal(
@@ -16,31 +23,116 @@ def sample_to_terminal(
 ) -> None:
     """Prints continuations of ``prompt`` ("-": standard input; None: from nothing) and writes generated_text.txt."""
     if prompt == "-":
-        prompt = _read_prompt()
+        prompt = _as_text(sys.stdin.buffer.read(), "--prompt -")
     elif prompt is not None:
-        _check_encodable(prompt)
-    if run.load_config().train.compile_cache:
-        enable_compile_cache()
-    generator, variables = load_generator(run, which)
+        check_text(prompt, "--prompt")
+    generator, variables = _load(run, which)
     samples = generator.generate(variables, prompt or "", sample)
     text = "\n\n---\n\n".join(item.prompt + item.text for item in samples) + "\n"
     sys.stdout.write(text)
     sys.stdout.flush()
     atomic_write_text(run.generated_text, text)
     if any(item.finish_reason == "context" for item in samples):
-        context = generator.config.context_length
-        print(f"note: learned positions end at the context of {context} tokens, so the text does", file=sys.stderr)
+        _note_context(generator)
 
 
-def _check_encodable(prompt: str) -> None:
+def converse(run: RunDirectory, which: Literal["best", "newest"], sample: SampleConfig) -> None:
+    """Continues one line of standard input after another, until its end or the line ``exit``.
+
+    A text is printed as it is made, without its prompt, and ends its line; Ctrl-C ends it early. The last one is
+    written to generated_text.txt. A prompt that cannot be used is told in one line on standard error.
+    """
+    generator, variables = _load(run, which)
+    if generator.config.positions == "learned":
+        _note_context(generator)
+    is_terminal = sys.stdin.isatty()
+    if is_terminal and importlib.util.find_spec("readline"):
+        importlib.import_module("readline")  # input() has line editing and a history from then on
+    while True:
+        try:
+            prompt = _ask() if is_terminal else _next_line()
+            if prompt is None or prompt.strip() == "exit":
+                return
+            _answer(run, generator, variables, prompt, sample)
+        except UserError as error:
+            tell_error(str(error))
+
+
+def _answer(run: RunDirectory, generator: Generator, variables: Variables, prompt: str, sample: SampleConfig) -> None:
+    """Prints a text piece by piece and writes it to generated_text.txt. Raises UserError before the first piece."""
+    text = ""
+    with _interruption() as interrupted:
+        for piece in generator.stream(variables, prompt, sample):
+            text += piece
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            if interrupted:
+                break
+    # On a terminal the next question stands apart.
+    sys.stdout.write("\n\n" if sys.stdout.isatty() else "\n")
+    sys.stdout.flush()
+    atomic_write_text(run.generated_text, prompt + text + "\n")
+
+
+@contextlib.contextmanager
+def _interruption() -> Iterator[list[int]]:
+    """Within it Ctrl-C is noted in the list that it gives, and interrupts nothing half done."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+
+    previous = signal.signal(signal.SIGINT, note)
     try:
-        prompt.encode("utf-8")
-    except UnicodeEncodeError as error:  # bytes of the command line that are no text arrive as lone surrogates
-        raise UserError(f"--prompt must be UTF-8 text, got another byte at {error.start}; give text") from error
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
-def _read_prompt() -> str:
+def _ask() -> str | None:
+    """A line from the terminal; None at its end, or by Ctrl-C where nothing is typed. UserError unless it is text."""
+    while True:
+        try:
+            prompt = input("> " if sys.stdout.isatty() else "")
+        except EOFError:
+            print(file=sys.stderr)
+            return None
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            if not _typed():
+                return None
+            continue  # what was typed is dropped, as in a shell
+        except UnicodeDecodeError as error:
+            raise UserError(f"the prompt must be UTF-8 text, got another byte at {error.start}") from error
+        check_text(prompt, "the prompt")
+        return prompt
+
+
+def _typed() -> str:
+    """What stands in the line that Ctrl-C left."""
+    readline = sys.modules.get("readline")
+    return readline.get_line_buffer() if readline is not None else ""
+
+
+def _next_line() -> str | None:
+    """A line from a pipe or a file; None at its end. UserError unless it is text."""
+    line = sys.stdin.buffer.readline()
+    return _as_text(line, "the prompt").rstrip("\r\n") if line else None
+
+
+def _as_text(content: bytes, name: str) -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"--prompt - needs UTF-8 text on standard input, got another byte at {error.start}") from error
+        raise UserError(f"{name} must be UTF-8 text, got another byte at {error.start}; give text") from error
+
+
+def _load(run: RunDirectory, which: Literal["best", "newest"]) -> tuple[Generator, Variables]:
+    if run.load_config().train.compile_cache:
+        enable_compile_cache()
+    return load_generator(run, which)
+
+
+def _note_context(generator: Generator) -> None:
+    context = generator.config.context_length
+    print(f"note: learned positions end at the context of {context} tokens, so the text does", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +18,8 @@ from moe_jax.data.tokenizer import Tokenizer, document_end, document_start, load
 from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias, unstack
 from moe_jax.runs.checkpoint import restore_items
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.sampling.decode import Settings, decode, prefill
+from moe_jax.sampling.decode import CHUNK, Settings, decode, prefill
+from moe_jax.sampling.text_stream import TextStream
 
 
 @dataclass(frozen=True)
@@ -52,54 +54,82 @@ class Generator:
         decoder = Decoder(model, tokenizer.vocab_size, unstacked=True)
         self._unstack = jax.jit(lambda variables: unstack(variables, model))
         self._prefill = jax.jit(functools.partial(prefill, decoder))
-        self._decode = jax.jit(
-            functools.partial(decode, decoder, end_token=self._end),
-            static_argnames="buffer_length",
-        )
+        # The state is given up to the call, so that its caches are changed in place.
+        self._decode = jax.jit(functools.partial(decode, decoder, end_token=self._end), donate_argnames="state")
 
     def generate(self, variables: Variables, prompt: str, sample: SampleConfig) -> list[Sample]:
         """``sample.num_samples`` continuations of ``prompt``, or texts from nothing where it is empty.
 
         ``variables`` are those of the training decoder. Raises UserError for a prompt longer than the context.
         """
+        prompt_ids, num_tokens = self._plan(prompt, sample)
+        chunks = list(self._chunks(variables, prompt_ids, sample, num_tokens))
+        unfinished = "length" if num_tokens == sample.max_new_tokens else "context"
+        return [self._sample(prompt, row, unfinished) for row in np.concatenate(chunks, axis=1).tolist()]
+
+    def stream(self, variables: Variables, prompt: str, sample: SampleConfig) -> Iterator[str]:
+        """The text of the first of ``generate``'s samples in pieces of whole characters, as they are drawn.
+
+        Raises UserError as ``generate`` does, before the first piece.
+        """
+        prompt_ids, num_tokens = self._plan(prompt, sample)
+        text = TextStream(self.tokenizer)
+        for chunk_BS in self._chunks(variables, prompt_ids, dataclasses.replace(sample, num_samples=1), num_tokens):
+            yield text.add(self._before_end(chunk_BS[0].tolist()))
+        yield text.finish()
+
+    def _plan(self, prompt: str, sample: SampleConfig) -> tuple[list[int], int]:
+        """(the prompt's ids, tokens to draw after them). Raises UserError."""
         # A foreign tokenizer may have no token for a prompt of spaces.
-        prompt_ids = [*self._prefix, *self.tokenizer.encode(prompt)] or [self._start]
+        prompt_ids = [*self._prefix, *self.tokenizer.encode(prompt).tolist()] or [self._start]
         context = self.config.context_length
         if len(prompt_ids) > context:
             raise UserError(
                 f"the prompt must fit the context of {context} tokens, got {len(prompt_ids)}; shorten the prompt"
             )
-        num_tokens = sample.max_new_tokens
         # Learned positions end with the context; the last token drawn needs no position of its own.
-        if self.config.positions == "learned":
-            num_tokens = min(num_tokens, context - len(prompt_ids) + 1)
-        padded = np.zeros((sample.num_samples, min(context, _power_of_two(len(prompt_ids)))), np.int32)
-        padded[:, : len(prompt_ids)] = prompt_ids
+        room = context - len(prompt_ids) + 1 if self.config.positions == "learned" else sample.max_new_tokens
+        return prompt_ids, min(sample.max_new_tokens, room)
+
+    def _chunks(
+        self, variables: Variables, prompt_ids: list[int], sample: SampleConfig, num_tokens: int
+    ) -> Iterator[np.ndarray]:
+        """The drawn tokens [B, S] one chunk after another; a row is filled with the end token from where it ended."""
+        L = min(self.config.context_length, _power_of_two(len(prompt_ids)))
+        padded_BL = np.zeros((sample.num_samples, L), np.int32)
+        padded_BL[:, : len(prompt_ids)] = prompt_ids
         length = jnp.asarray(len(prompt_ids), jnp.int32)
+        settings = _settings(sample, self.tokenizer.vocab_size)
         unstacked = self._unstack(variables)
-        logits_BV, caches = self._prefill(unstacked, padded, length)
-        drawn_BS = self._decode(
-            unstacked,
-            logits_BV,
-            caches,
-            length,
-            _settings(sample, self.tokenizer.vocab_size),
-            jnp.asarray(num_tokens, jnp.int32),
-            buffer_length=_power_of_two(num_tokens),
-        )
-        rows = np.asarray(drawn_BS)[:, :num_tokens].tolist()
-        return [
-            self._sample(prompt, row, "length" if num_tokens == sample.max_new_tokens else "context") for row in rows
-        ]
+        state = self._prefill(unstacked, padded_BL, length)
+        index, all_ended = 0, False
+        while index < num_tokens and not all_ended:
+            # The first token is a chunk of its own, for a reader who waits for it.
+            stop = min(num_tokens, index + CHUNK) if index else 1
+            drawn_BS, state = self._decode(unstacked, state, length, settings, jnp.asarray(stop, jnp.int32))
+            chunk_BS, all_ended = np.asarray(drawn_BS)[:, : stop - index], bool(np.all(state.ended_B))
+            index = stop
+            yield chunk_BS
 
     def _sample(self, prompt: str, row: list[int], unfinished: str) -> Sample:
-        tokens = row[: row.index(self._end)] if self._end in row else row
+        tokens = self._before_end(row)
         return Sample(prompt, self.tokenizer.decode(tokens), tokens, "stop" if self._end in row else unfinished)
+
+    def _before_end(self, row: list[int]) -> list[int]:
+        return row[: row.index(self._end)] if self._end in row else row
 
 
 def is_causal(config: ModelConfig) -> bool:
     """Whether the logits after a token depend on it and earlier ones only, as sampling needs."""
     return not config.moe.num_experts or config.moe.router != "expert_choice"
+
+
+def check_text(text: str, name: str) -> None:
+    """UserError unless ``text``, called ``name``, can be written as UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # bytes of a command line that are no text arrive as lone surrogates
+        raise UserError(f"{name} must be UTF-8 text, got another byte at {error.start}; give text") from error
 
 
 def load_generator(run: RunDirectory, which: Literal["best", "newest"]) -> tuple[Generator, Variables]:
@@ -130,5 +160,5 @@ def _settings(sample: SampleConfig, vocab_size: int) -> Settings:
 
 
 def _power_of_two(length: int) -> int:
-    """Shapes are rounded up, so that prompts and budgets of many lengths share a few compiled programs."""
+    """Shapes are rounded up, so that prompts of many lengths share a few compiled programs."""
     return 1 << (length - 1).bit_length()

@@ -1,40 +1,20 @@
 """Text in, text out, on an untrained model: what is compiled equals a naive loop of full forwards."""
 
 import dataclasses
+import math
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax.command import UserError
-from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, SampleConfig
+from moe_jax.config import Config, DataConfig, SampleConfig
 from moe_jax.data.tokenizer import build_tokenizer, document_end, document_start
-from moe_jax.model.decoder import Decoder, Variables, forward
+from moe_jax.model.decoder import forward
 from moe_jax.sampling.generator import Generator
+from tests.sampling.tiny import CONFIG, TOKENIZER, make
 
-TOKENIZER = build_tokenizer("char", ["abcdefgh"])
 END = document_end(TOKENIZER)
-CONFIG = ModelConfig(
-    context_length=16,
-    num_layers=2,
-    embed_dim=16,
-    num_heads=2,
-    init_std=0.4,
-    moe=MoEConfig(num_experts=4, expert_dim=8, capacity_factor=1.0),
-)
-
-
-def make(config):
-    decoder = Decoder(config, TOKENIZER.vocab_size)
-    params = nn.unbox(jax.jit(decoder.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32)))["params"]
-    return Generator(Config(model=config), TOKENIZER), Variables(params), decoder
-
-
-@pytest.fixture(scope="module")
-def rotary():
-    return make(CONFIG)
 
 
 def naive_greedy(decoder, variables, prompt, count):
@@ -53,8 +33,9 @@ def naive_greedy(decoder, variables, prompt, count):
 @pytest.mark.parametrize("prompt", ["a", "bad", "hgfedcb"])
 def test_greedy_text_equals_a_loop_of_full_forwards(rotary, prompt):
     generator, variables, decoder = rotary
-    (sample,) = generator.generate(variables, prompt, SampleConfig(temperature=0.0, max_new_tokens=8))
-    expected = naive_greedy(decoder, variables, TOKENIZER.encode(prompt), 8)
+    count = 16 - len(prompt)  # to the end of the context, in two or three chunks
+    (sample,) = generator.generate(variables, prompt, SampleConfig(temperature=0.0, max_new_tokens=count))
+    expected = naive_greedy(decoder, variables, TOKENIZER.encode(prompt), count)
     assert sample.tokens == expected
     assert sample.text == TOKENIZER.decode(expected)
 
@@ -76,6 +57,32 @@ def test_the_same_seed_gives_the_same_text_and_samples_differ(rotary):
     # A sample does not depend on how many others are drawn beside it.
     alone = generator.generate(variables, "ab", dataclasses.replace(settings, num_samples=1))
     assert alone[0].text == first[0].text
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 9, 10, 40])
+def test_a_text_is_the_same_streamed_or_not(rotary, max_new_tokens):
+    generator, variables, _ = rotary
+    for seed in range(4):
+        settings = SampleConfig(max_new_tokens=max_new_tokens, num_samples=4, temperature=1.0, seed=seed)
+        pieces = list(generator.stream(variables, "ab", settings))
+        sample = generator.generate(variables, "ab", settings)[0]
+        assert "".join(pieces) == sample.text
+        # The first token comes alone, and then eight at a time; the last piece is what was held back.
+        drawn = len(sample.tokens) + (sample.finish_reason == "stop")
+        assert len(pieces) == 1 + math.ceil((drawn - 1) / 8) + 1
+
+
+def test_a_stream_can_be_left_and_begun_again(rotary):
+    generator, variables, _ = rotary
+    settings = SampleConfig(max_new_tokens=30, temperature=1.0, seed=2)
+    first = next(generator.stream(variables, "ab", settings))
+    assert "".join(generator.stream(variables, "ab", settings)).startswith(first)
+
+
+def test_a_stream_refuses_a_prompt_before_its_first_piece(rotary):
+    generator, variables, _ = rotary
+    with pytest.raises(UserError, match="the prompt must fit the context of 16 tokens, got 17; shorten the prompt"):
+        next(generator.stream(variables, "a" * 17, SampleConfig()))
 
 
 def test_rotary_text_goes_on_past_the_context(rotary):

@@ -1,0 +1,27 @@
+"""An untrained model of eight letters, and its generator."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import Config, ModelConfig, MoEConfig
+from moe_jax.data.tokenizer import build_tokenizer
+from moe_jax.model.decoder import Decoder, Variables
+from moe_jax.sampling.generator import Generator
+
+TOKENIZER = build_tokenizer("char", ["abcdefgh"])
+CONFIG = ModelConfig(
+    context_length=16,
+    num_layers=2,
+    embed_dim=16,
+    num_heads=2,
+    init_std=0.4,
+    moe=MoEConfig(num_experts=4, expert_dim=8, capacity_factor=1.0),
+)
+
+
+def make(config):
+    """(generator, variables, training decoder) of a model of ``config``."""
+    decoder = Decoder(config, TOKENIZER.vocab_size)
+    params = nn.unbox(jax.jit(decoder.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32)))["params"]
+    return Generator(Config(model=config), TOKENIZER), Variables(params), decoder
