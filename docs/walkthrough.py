@@ -79,24 +79,13 @@ folder = tempfile.TemporaryDirectory()
 Path(folder.name, "play.txt").write_text(text, encoding="utf-8")
 data = prepare_folder(PrepareConfig((f"{folder.name}/play.txt",), out=f"{folder.name}/data", tokenizer="char"))
 split = data.corpora[0].train
-stream = split.stream().read(0, split.num_tokens)
-
+windows = np.lib.stride_tricks.sliding_window_view(split.stream().read(0, split.num_tokens), 17)
 with train_batches(data, DataConfig(batch_size=4), context_length=16) as batches:
     batch = next(batches)
 for inputs_L, targets_L in zip(batch["inputs"], batch["targets"], strict=True):
     print(repr(data.tokenizer.decode(inputs_L.tolist())), "->", repr(data.tokenizer.decode(targets_L.tolist())))
     assert (inputs_L[1:] == targets_L[:-1]).all()
-
-# %% [markdown]
-# Each row is a window of the stream. Which one is a function of the seed and the row's number alone, so that a run
-# which stops and goes on sees the rows it would have seen.
-
-# %%
-windows = np.lib.stride_tricks.sliding_window_view(stream, 17)
-for inputs_L, targets_L in zip(batch["inputs"], batch["targets"], strict=True):
-    assert (windows == np.append(inputs_L, targets_L[-1])).all(axis=1).any()
-with train_batches(data, DataConfig(batch_size=4), context_length=16, start=0) as batches:
-    assert (next(batches)["inputs"] == batch["inputs"]).all()
+    assert (windows == np.append(inputs_L, targets_L[-1])).all(axis=1).any(), "a window of the stream"
 folder.cleanup()
 
 # %% [markdown]
@@ -112,12 +101,11 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from moe_jax.model.attention import attend, causal_mask, rotate
+from moe_jax.model.attention import attend, causal_mask
 
 L, H, A = 8, 2, 16  # tokens, heads, width of a head
 query_LHA, key_LHA, value_LHA = jax.random.normal(jax.random.key(0), (3, L, H, A))
-position_BL = jnp.arange(L)[None]
-mask_BLM = causal_mask(position_BL)
+mask_BLM = causal_mask(jnp.arange(L)[None])
 assert (mask_BLM[0] == np.tril(np.ones((L, L), bool))).all()
 
 
@@ -155,17 +143,6 @@ changed = [array.at[-1].add(1.0) for array in (query_LHA, key_LHA, value_LHA)]
 changed_LHA = attend(*(array[None] for array in changed), mask_BLM, None)[0]
 assert (changed_LHA[:-1] == out_LHA[:-1]).all()
 assert not np.allclose(changed_LHA[-1], out_LHA[-1])
-
-# %% [markdown]
-# The weighted mean does not know where its values came from. Rotary positions tell it: queries and keys are turned by
-# an angle that grows with their position, so that a score depends on the distance of the two tokens only.
-
-# %%
-turned_LHA = [rotate(x_LHA[None], position_BL, 10000.0)[0] for x_LHA in (query_LHA, key_LHA)]
-later_LHA = [rotate(x_LHA[None], position_BL + 100, 10000.0)[0] for x_LHA in (query_LHA, key_LHA)]
-score = [jnp.einsum("LHA,MHA->HLM", *pair) for pair in (turned_LHA, later_LHA)]
-np.testing.assert_allclose(score[0], score[1], atol=1e-3)
-assert not np.allclose(score[0], jnp.einsum("LHA,MHA->HLM", query_LHA, key_LHA), atol=1e-3)
 
 # %% [markdown]
 # ## 3. Router
@@ -211,9 +188,8 @@ print("token 0 goes to experts", plan.expert_TK[0], "with weights", plan.combine
 chosen_logits_TK = jnp.take_along_axis(router_logits_TE, plan.expert_TK, axis=1)
 np.testing.assert_allclose(plan.combine_weight_TK, jax.nn.softmax(chosen_logits_TK), rtol=1e-5)
 probs_TE = jax.nn.softmax(router_logits_TE)
-np.testing.assert_allclose(
-    top_k_plan(router_logits_TE, 1).combine_weight_TK[:, 0], jnp.max(probs_TE, axis=1), rtol=1e-5
-)
+best_TK = top_k_plan(router_logits_TE, 1).combine_weight_TK
+np.testing.assert_allclose(best_TK[:, 0], jnp.max(probs_TE, axis=1), rtol=1e-5)
 
 # %% [markdown]
 # Left, what the router believes; right, the combine weights: the same, cut to two experts a token and scaled to sum to
@@ -224,9 +200,8 @@ combine_TE = jnp.zeros((T, E)).at[jnp.arange(T)[:, None], plan.expert_TK].set(pl
 assert (jnp.sum(combine_TE > 0, axis=1) == K).all()
 np.testing.assert_allclose(jnp.sum(combine_TE, axis=1), 1.0, rtol=1e-5)
 figure, both_axes = plt.subplots(1, 2, figsize=(6, 4), layout="constrained")
-for axes, title, values_TE in zip(
-    both_axes, ("probabilities", "combine weights"), (probs_TE, combine_TE), strict=True
-):
+shown = {"probabilities": probs_TE, "combine weights": combine_TE}
+for axes, (title, values_TE) in zip(both_axes, shown.items(), strict=True):
     axes.set(title=title, xlabel="expert", ylabel="token", xticks=range(E))
     image = axes.imshow(values_TE, cmap="Blues", vmin=0, vmax=1, aspect="auto")
 
@@ -312,12 +287,11 @@ def one_by_one(kept_TK):
 groups = jax.tree.map(lambda leaf: leaf[None], (x_TD, plan))
 experts = functools.partial(expert_mlp, weights, activation="relu")
 sorted_experts = functools.partial(ragged_mlp, weights, activation="relu")
-by_name = {
-    "einsum": einsum_dispatch(*groups, E, T, experts),
-    "gather": gather_dispatch(*groups, E, T, experts),
-    "sorted": sorted_dispatch(*groups, E, 1, sorted_experts),
-}
-for y_GTD, kept_GTK in by_name.values():
+for y_GTD, kept_GTK in (
+    einsum_dispatch(*groups, E, T, experts),
+    gather_dispatch(*groups, E, T, experts),
+    sorted_dispatch(*groups, E, 1, sorted_experts),
+):
     assert kept_GTK.all()
     np.testing.assert_allclose(y_GTD[0], one_by_one(kept_GTK[0]), rtol=1e-4, atol=1e-5)
 
@@ -336,6 +310,7 @@ for dispatch in (einsum_dispatch, gather_dispatch):
     y_GTD, kept_GTK = dispatch(*groups, E, C, experts)
     assert (kept_GTK[0] == placement.kept_TK).all()
     np.testing.assert_allclose(y_GTD[0], one_by_one(placement.kept_TK), rtol=1e-4, atol=1e-5)
+assert placement.kept_TK[:C].all(), "an expert is full only after C tokens"
 num_dropped = int(jnp.sum(~placement.kept_TK))
 assert num_dropped == np.maximum(plan.statistics.load_E - C, 0).sum() > 0
 
@@ -384,9 +359,8 @@ y_GTD, kept_GTK = gather_dispatch(*groups, E, C, experts)
 for seed in range(5):
     other_TD = x_TD.at[-1].set(jax.random.normal(jax.random.key(seed), (D,)))
     other_plan = top_k_plan(other_TD @ jax.random.normal(keys[3], (D, E)), K)
-    other_GTD, other_GTK = gather_dispatch(
-        *jax.tree.map(lambda leaf: leaf[None], (other_TD, other_plan)), E, C, experts
-    )
+    other = jax.tree.map(lambda leaf: leaf[None], (other_TD, other_plan))
+    other_GTD, other_GTK = gather_dispatch(*other, E, C, experts)
     assert (other_GTK[0, :-1] == kept_GTK[0, :-1]).all()
     np.testing.assert_allclose(other_GTD[0, :-1], y_GTD[0, :-1], rtol=1e-6)
 
@@ -428,7 +402,7 @@ random_TE = jax.random.normal(jax.random.key(0), (T, E))
 np.testing.assert_allclose(balancing(random_TE), naive_balancing(random_TE), rtol=1e-5)
 
 # %% [markdown]
-# It is 1 where the load is balanced, for any K, and E/K at the worst, where all tokens go to the same K experts.
+# It is 1 where the load is balanced, for any K, and E/K where all tokens go surely to the same K experts.
 
 # %%
 balanced_TE = 5.0 * (jax.nn.one_hot(jnp.arange(T) % E, E) + jax.nn.one_hot((jnp.arange(T) + 1) % E, E))
