@@ -485,9 +485,10 @@ from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.report.plots import plot_expert_load, plot_loss_curve
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.metrics import MetricsWriter
+from moe_jax.training.flops import count_params
 from moe_jax.training.metrics import named_metrics, routing_by_layer, step_metrics
 from moe_jax.training.optimizer import make_optimizer, make_schedule
-from moe_jax.training.state import count_params, init_state
+from moe_jax.training.state import init_state
 from moe_jax.training.step import make_train_step
 
 folder = tempfile.TemporaryDirectory()
