@@ -5,7 +5,7 @@
 
 The plays, in the size of configs/moe.py: 4 layers of width 128, 6.4 M parameters, 1.6 M active. Scores are sigmoids; a
 bias that each step moves by a fixed rate keeps the load even, so no auxiliary loss is needed. The learning rate stays
-at its peak and falls in the last fifth (warm-up, stable, decay). FINE No row is dropped.
+at its peak and falls in the last fifth (warm-up, stable, decay). @FINE No row is dropped.
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig

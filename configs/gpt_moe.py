@@ -4,9 +4,9 @@
     python train.py --config configs/gpt_moe.py
     python sample.py --workdir runs/gpt_moe --top-p 0.9
 
-The plays in GPT-2's tokens, whose 50,261 embeddings are more than half of the model: 4 layers of width 128, 8 experts of
-which a token takes 2, 10.9 M parameters, 7.8 M active. Settings and metrics go to MLflow too: runs/mlflow.db, or a
-server by --train.mlflow-uri. GPT No row is dropped.
+The plays in GPT-2's tokens, whose 50,261 embeddings are more than half of the model: 4 layers of width 128, 8 experts
+of which a token takes 2, 10.9 M parameters, 7.8 M active. Settings and metrics go to MLflow too: runs/mlflow.db, or a
+server by --train.mlflow-uri. @GPT No row is dropped.
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
@@ -25,6 +25,6 @@ def get_config() -> Config:
         data=DataConfig(tokenizer="gpt2", batch_size=8),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100),
         train=TrainConfig(
-            num_steps=1000, eval_every=250, checkpoint_every=250, patience=5, trackers=("tensorboard", "mlflow")
+            num_steps=500, eval_every=250, checkpoint_every=250, patience=5, trackers=("tensorboard", "mlflow")
         ),
     )

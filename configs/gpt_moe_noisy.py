@@ -5,7 +5,7 @@
     python sample.py --workdir runs/gpt_moe_noisy --top-p 0.9
 
 <|unknown|> stands in their place; targets, evaluation and sampling are left alone. 10.9 M parameters, 7.8 M active.
-NOISY No row is dropped.
+@NOISY No row is dropped.
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
@@ -25,6 +25,6 @@ def get_config() -> Config:
         data=DataConfig(tokenizer="gpt2", batch_size=8, token_dropout=0.1),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100),
         train=TrainConfig(
-            num_steps=1000, eval_every=250, checkpoint_every=250, patience=5, trackers=("tensorboard", "mlflow")
+            num_steps=500, eval_every=250, checkpoint_every=250, patience=5, trackers=("tensorboard", "mlflow")
         ),
     )

@@ -1,12 +1,13 @@
-"""Our own at the size of configs/makemoe.py: 9.0 M parameters, 2.7 M active, a context of 32, 2.56 M characters to train on.
+"""Our own at makeMoE's size: 9.0 M parameters, 2.7 M active, a context of 32, 2.56 M characters to train on.
 
     python train.py --config configs/makemoe_best.py --data.path input.txt
     python sample.py --workdir runs/makemoe_best
 
-BEST
+@BEST No row is dropped.
 
-Of makeMoE it keeps the depth, the width and 8 experts of which a token takes 2. What differs: RMSNorm, rotary positions,
-normalised queries and keys, SwiGLU experts (of width 344, so that there are as many parameters), Muon, and a cosine.
+Of configs/makemoe.py it keeps the depth, the width and 8 experts of which a token takes 2. What differs: RMSNorm,
+rotary positions, normalised queries and keys, SwiGLU experts (of width 344, so that there are as many parameters), no
+dropout, a load-balancing loss, Muon with a cosine, and batches four times as large for a quarter of the steps.
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, SampleConfig, TrainConfig

@@ -1,7 +1,7 @@
 """NanoGPT-MoE on TinyStories, as its table says: 12 layers of width 256, 8 experts of width 1,024, 2 a token.
 
-Prepare the stories by a command in configs/tinystories.py (--max-documents 30000 --val-documents 3000 take as many as
-its short form does), then
+Prepare the stories by a command in configs/tinystories.py (with --max-documents 30000 --val-documents 3000 for the
+authors' short form), then
 
     python train.py --config configs/tinystories_moe.py
     python sample.py --workdir runs/tinystories_moe --prompt "Once upon a time"
@@ -10,9 +10,9 @@ its short form does), then
 authors state 134.6 M for this table, which takes wider experts: configs/tinystories_moe_135m.py.
 
 For one GPU of 80 GB. Mixed precision is bfloat16 with float32 parameters: it has the range of float32, so float16 and
-its loss scaling are not offered. 198,720 steps are six epochs of 64 stories in two microbatches, cut or padded to 1,080
-tokens, with OneCycle and every block recomputed. No loss is stated: the data set does not come with this package, and
-no GPU was at hand. No row is dropped.
+its loss scaling are not offered. 198,720 steps are six epochs of 64 stories in two microbatches, cut or padded to
+1,080 tokens, with OneCycle and every block recomputed. No minutes and no loss are stated: the data set does not come
+with this package, and no GPU was at hand. No row is dropped.
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
