@@ -18,7 +18,7 @@ Scope = Literal["sequence", "batch"]
 
 
 def load_balancing_loss(statistics: RouterStatistics, scope: Scope, num_units: Array | float) -> Array:
-    """E · Σ_e f_e · p_e (Switch, arXiv 2101.03961, eq. 4-6): 1 when balanced, E at the worst.
+    """E · Σ_e f_e · p_e (Switch, arXiv 2101.03961, eq. 4-6): 1 when balanced, E/K at the worst.
 
     f_e is the fraction of *rows* sent to expert e before drops (Switch has one row a token, so there rows are tokens)
     and p_e the mean normalised score. f_e has no gradient. ``num_units``: sequences with a token, or microbatches
