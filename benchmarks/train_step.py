@@ -75,7 +75,7 @@ def prepare_step(config: Config, vocab_size: int) -> tuple[Callable[[], None], f
         state = init_state(decoder, optimizer, mesh, 0)
         batch = put_batch({"inputs": tokens_BL[:, :-1], "targets": tokens_BL[:, 1:]}, mesh)
         step = jax.jit(make_train_step(config, decoder, optimizer), donate_argnums=0)
-        _, active = count_params(state.params, model.moe.top_k, model.moe.num_experts)
+        _, active = count_params(state.params, model.moe)
         looked_up = 0 if model.tie_embeddings else vocab_size * model.embed_dim
         # Forward and backward: 6 operations a parameter and token, and 12 a layer, key and channel for attention.
         useful = B * L * (6 * (active - looked_up) + 12 * model.num_layers * L * model.embed_dim)

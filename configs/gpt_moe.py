@@ -24,7 +24,5 @@ def get_config() -> Config:
         ),
         data=DataConfig(tokenizer="gpt2", batch_size=8),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100),
-        train=TrainConfig(
-            num_steps=500, eval_every=250, checkpoint_every=250, patience=5, trackers=("tensorboard", "mlflow")
-        ),
+        train=TrainConfig(num_steps=500, eval_every=250, checkpoint_every=250, trackers=("tensorboard", "mlflow")),
     )

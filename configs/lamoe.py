@@ -33,6 +33,6 @@ def get_config() -> Config:
             ),
         ),
         data=DataConfig(path="data/five_corpora", batch_size=32),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=100),
+        optimizer=OptimizerConfig(learning_rate=3e-4, schedule="constant", warmup_steps=0),
         train=TrainConfig(num_steps=1000, eval_every=100, checkpoint_every=100, trackers=("tensorboard", "mlflow")),
     )

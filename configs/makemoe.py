@@ -44,7 +44,7 @@ def get_config() -> Config:
         ),
         data=DataConfig(tokenizer="char", val_fraction=0.1, batch_size=16),
         optimizer=OptimizerConfig(
-            learning_rate=1e-3, warmup_steps=0, final_fraction=1.0, beta2=0.999, weight_decay=0.01, clip_norm=None
+            learning_rate=1e-3, schedule="constant", warmup_steps=0, beta2=0.999, weight_decay=0.01, clip_norm=None
         ),
         train=TrainConfig(num_steps=5000, eval_every=1000, checkpoint_every=1000),
         sample=SampleConfig(max_new_tokens=400),

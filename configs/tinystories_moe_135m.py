@@ -11,8 +11,8 @@ count is 134.6 M: the two disagree, and this is the model of the count. All else
 
 For one GPU of 80 GB. Mixed precision is bfloat16 with float32 parameters: it has the range of float32, so float16 and
 its loss scaling are not offered. 198,720 steps are six epochs of 64 stories in two microbatches, cut or padded to
-1,080 tokens, with OneCycle and every block recomputed. No minutes and no loss are stated: the data set does not come
-with this package, and no GPU was at hand. @STEP No row is dropped.
+1,080 tokens, with OneCycle and every block recomputed; the checkpoint of each epoch's end is kept. No minutes and no
+loss are stated: the data set does not come with this package, and no GPU was at hand. @STEP No row is dropped.
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
@@ -41,9 +41,12 @@ def get_config() -> Config:
             schedule="onecycle",
             warmup_steps=59_616,
             final_fraction=4e-6,
+            beta2=0.999,
             weight_decay=0.01,
             clip_norm=None,
             accumulation_steps=2,
         ),
-        train=TrainConfig(num_steps=198_720, eval_every=33_120, checkpoint_every=1000, log_every=100),
+        train=TrainConfig(
+            num_steps=198_720, eval_every=33_120, checkpoint_every=33_120, keep_checkpoints=6, log_every=100
+        ),
     )

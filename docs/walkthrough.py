@@ -522,7 +522,7 @@ mesh = make_mesh(config.mesh, config.data.batch_size)
 decoder = Decoder(config.model, V)
 optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, num_steps=100))
 state = init_state(decoder, optimizer, mesh, seed=0)
-total, active = count_params(state.params, moe.top_k, moe.num_experts)
+total, active = count_params(state.params, moe)
 print(f"{total:,} parameters, {active:,} of them active for a token")
 assert total - active > total / 3, "more than two thirds are experts'"
 

@@ -133,9 +133,9 @@ class EvaluateCommand:
     workdir: str | None = None
     """Run directory of the model; None: the run under runs/ that changed last."""
     data: str | None = None
-    """Text or prepared folder to score instead of the run's own; texts are split as they are in training."""
-    split: Literal["val", "train"] = "val"
-    """Which part of it: the held-out one, or the one to train on."""
+    """Text or prepared folder to score instead of the run's own; a text is tokenized and split as the run's was."""
+    split: Literal["val", "train", "all"] = "val"
+    """Which part of it: the held-out one, the one to train on, or both, as for a text that was not trained on."""
     checkpoint: Literal["best", "newest"] = "best"
     """Which checkpoint: best (lowest validation loss; the newest where none was evaluated) or newest."""
 

@@ -133,7 +133,7 @@ class OptimizerConfig:
     decay_steps: int | None = None
     """Optimizer step at which the decay ends; None: train.num_steps."""
     decay_fraction: float = 0.2
-    """wsd: share of decay_steps, at their end, over which the learning rate falls."""
+    """wsd: share of decay_steps, at their end, over which the learning rate falls; at most all after the warm-up."""
     final_fraction: float = 0.1
     """Learning rate after the decay, as a fraction of the peak."""
     beta1: float = 0.9

@@ -23,9 +23,13 @@ def main() -> None:
     else:
         run = latest_run()
         print(f"note: scoring {run.path}, the run that changed last", file=sys.stderr)
-    run.load_config()  # what is wrong with it is told before jax is loaded
+    config = run.load_config()  # what is wrong with it is told before jax is loaded
 
+    from moe_jax.sampling.generator import is_causal
     from moe_jax.training.evaluation import evaluate_run
+
+    if not is_causal(config.model):
+        print("note: experts that choose have seen later tokens too, and drop some", file=sys.stderr)
 
     print(json.dumps(evaluate_run(run, arguments.data, arguments.split, arguments.checkpoint)))
 

@@ -191,6 +191,13 @@ def _check_training(config: Config) -> None:
         )
     if config.mesh.data != -1 and config.mesh.data < 1:
         raise UserError(f"mesh.data must be -1 (all devices) or at least 1, got {config.mesh.data}")
+    if "mlflow" in train.trackers and not train.mlflow_experiment.strip():
+        raise UserError("train.mlflow_experiment must be a name, got none; name an experiment")
+    if train.mlflow_uri is not None and "mlflow" not in train.trackers:
+        raise UserError(
+            f"train.mlflow_uri is for train.trackers mlflow, got {train.mlflow_uri} with "
+            f"{', '.join(train.trackers) or 'none'}; add mlflow to train.trackers, or leave the address out"
+        )
     if train.profile is not None and profile_steps(train.profile)[0] >= train.num_steps:
         raise UserError(
             f"train.profile must start before train.num_steps={train.num_steps}, got {train.profile}; lower its START"

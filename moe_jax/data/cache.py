@@ -16,13 +16,16 @@ from moe_jax.data.plays import PLAYS
 from moe_jax.data.prepare import prepare_folder
 from moe_jax.data.prepared import FORMAT_VERSION, PreparedData, is_prepared, meta_file, open_prepared
 from moe_jax.data.sources import find_corpora
-from moe_jax.data.tokenizer import build_tokenizer, file_of_spec, fingerprint, spec_by_content
+from moe_jax.data.tokenizer import Delimiters, build_tokenizer, file_of_spec, fingerprint, spec_by_content
 
 log = logging.getLogger("moe_jax")
 
 
-def find_or_prepare(data: DataConfig, cache: Path) -> PreparedData:
-    """The streams of ``data``: a prepared folder, or those of a text, made in the cache where they are not there."""
+def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "endoftext") -> PreparedData:
+    """The streams of ``data``: a prepared folder, or those of a text, made in the cache where they are not there.
+
+    ``delimiters`` are those of a text's documents; a prepared folder has its own.
+    """
     if data.path is not None and Path(data.path).is_dir() and is_prepared(Path(data.path)):
         found = open_prepared(Path(data.path))
         _check_matches(data, found)
@@ -31,6 +34,7 @@ def find_or_prepare(data: DataConfig, cache: Path) -> PreparedData:
         input=(PLAYS if data.path is None else data.path,),
         tokenizer=data.tokenizer or PrepareConfig.tokenizer,
         val_fraction=data.val_fraction or PrepareConfig.val_fraction,
+        delimiters=delimiters,
     )
     try:
         folder = cache / _cache_key(config)
@@ -69,7 +73,9 @@ def _cache_key(config: PrepareConfig) -> str:
     """A hash of what the streams are made from; files count by their content, the embedded plays by their sizes."""
     (corpus,) = find_corpora(config)
     digest = hashlib.sha256(
-        json.dumps([FORMAT_VERSION, spec_by_content(config.tokenizer), config.val_fraction]).encode()
+        json.dumps(
+            [FORMAT_VERSION, spec_by_content(config.tokenizer), config.delimiters, config.val_fraction]
+        ).encode()
     )
     for source in corpus.train:
         size = Path(source.path).stat().st_size if source.name.startswith(PLAYS) else source.sha256()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,19 +13,25 @@ from moe_jax.runs.trackers import Ending, Tracker
 
 
 class MetricsWriter:
-    """Writes each step's values as a line of metrics.jsonl, at once, and hands its scalars to ``trackers``.
+    """Writes each step's values as a line of metrics.jsonl, at once, and hands its scalars to the trackers.
 
     ``restored_step`` is the step that the run goes on from, None for a new run: what a start that died wrote past it
     is cut. Use it in a ``with`` block; without ``finish`` the trackers are told that the run failed.
     """
 
-    def __init__(self, run: RunDirectory, restored_step: int | None, trackers: Sequence[Tracker] = ()):
+    def __init__(
+        self,
+        run: RunDirectory,
+        restored_step: int | None,
+        open_trackers: Callable[[], Sequence[Tracker]] = tuple,
+    ):
         kept = restored_step or 0
         if run.metrics_file.exists():
             lines = [line for line in read_metrics(run.metrics_file) if line["step"] <= kept]
             atomic_write_text(run.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
+        # After what may be wrong with the file, so that no tracker is left with a run that never began.
+        self._trackers = open_trackers()
         self._file = open(run.metrics_file, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
-        self._trackers = trackers
         self._ending: Ending = "failed"
 
     def __enter__(self) -> Self:

@@ -39,7 +39,7 @@ class Tracker(Protocol):
 
 
 def check_trackers(train: TrainConfig, run: RunDirectory) -> None:
-    """UserError where a tracker's library is not installed, or its server does not answer."""
+    """UserError where a tracker's library is not installed, or its server cannot take this run."""
     if "mlflow" not in train.trackers:
         return
     missing = [name for name in ("mlflow", "sqlalchemy", "alembic") if importlib.util.find_spec(name) is None]
@@ -48,18 +48,28 @@ def check_trackers(train: TrainConfig, run: RunDirectory) -> None:
             f"train.trackers mlflow needs {', '.join(missing)}, which is not installed; "
             "pip install 'mlflow-skinny>=3.17' alembic 'sqlalchemy<2.1', or leave mlflow out"
         )
-    uri = _mlflow_uri(train, run)
-    with _faults_as_user_errors(uri, run):
-        _mlflow_client(uri).search_experiments(max_results=1)
+    if _named_uri(train) is None and not _default_database(run).exists():
+        return  # it is made with the run, and not for one that something else is wrong with
+    with _faults_as_user_errors(train, run):
+        client = _mlflow_client(train, run)
+        experiment = client.get_experiment_by_name(train.mlflow_experiment)
+        if experiment is not None and experiment.lifecycle_stage != "active":
+            raise UserError(
+                f"train.mlflow_experiment {train.mlflow_experiment} has been deleted in MLflow; restore it there, or "
+                "name another"
+            )
+        saved = _saved_run_id(train, run)
+        if saved is not None:
+            client.get_run(saved)
 
 
 def open_trackers(config: Config, run: RunDirectory, restored_step: int | None) -> list[Tracker]:
     """The trackers of ``config.train.trackers``, going on where an earlier start stopped. Raises UserError."""
     opened: list[Tracker] = []
-    if "tensorboard" in config.train.trackers:
-        opened.append(TensorBoard(run, restored_step))
     if "mlflow" in config.train.trackers:
         opened.append(MLflow(config, run, restored_step))
+    if "tensorboard" in config.train.trackers:
+        opened.append(TensorBoard(run, restored_step))
     return opened
 
 
@@ -95,20 +105,19 @@ class MLflow:
     """
 
     def __init__(self, config: Config, run: RunDirectory, restored_step: int | None):
-        uri = _mlflow_uri(config.train, run)
-        self._client = _mlflow_client(uri)
         self._unsent: list[Any] = []
         self._is_down = False
-        with _faults_as_user_errors(uri, run):
+        with _faults_as_user_errors(config.train, run):
+            self._client = _mlflow_client(config.train, run)
             # Before its first checkpoint a run binds to nothing, and what it logged was of another one.
-            going_on = None if restored_step is None else _saved_run_id(run, uri)
-            self._id = going_on or _new_mlflow_run(self._client, config, run, uri)
+            going_on = None if restored_step is None else _saved_run_id(config.train, run)
+            self._id = going_on or _new_mlflow_run(self._client, config, run)
             self._client.update_run(self._id, status="RUNNING")
             names = self._client.get_run(self._id).data.metrics
             self._logged = {
                 name: max(point.step for point in self._client.get_metric_history(self._id, name)) for name in names
             }
-        log.info(f"MLflow: run {self._id} at {uri}")
+        log.info(f"MLflow: run {self._id} at {_mlflow_uri(config.train, run)}")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -144,7 +153,7 @@ class MLflow:
         """Whether ``call`` went through. The first fault in a row is told; none ends the run."""
         try:
             call()
-        except _mlflow_faults() as error:
+        except Exception as error:  # noqa: BLE001 - a store is anybody's plug-in, and raises what it likes
             if not self._is_down:
                 log.warning(f"warning: MLflow does not take what is logged ({_one_line(error)}); the run goes on")
             self._is_down = True
@@ -153,72 +162,77 @@ class MLflow:
         return True
 
 
+def _named_uri(train: TrainConfig) -> str | None:
+    """The server or database that the user named; None: the file beside the run directory, wherever that is."""
+    named = train.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or None
+    if named is not None and re.match("sqlite:///[^/]", named):  # relative to the working directory of this start
+        return f"sqlite:///{Path(named.removeprefix('sqlite:///')).resolve()}"
+    return named
+
+
+def _default_database(run: RunDirectory) -> Path:
+    return run.path.resolve().parent / "mlflow.db"
+
+
 def _mlflow_uri(train: TrainConfig, run: RunDirectory) -> str:
-    beside = run.path.resolve().parent / "mlflow.db"
-    return train.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{beside}"
+    return _named_uri(train) or f"sqlite:///{_default_database(run)}"
 
 
-def _mlflow_client(uri: str) -> "MlflowClient":
+def _mlflow_client(train: TrainConfig, run: RunDirectory) -> "MlflowClient":
     # It would otherwise call home, and repeat a failed request for minutes.
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it creates
-    return MlflowClient(tracking_uri=uri)
-
-
-def _mlflow_faults() -> tuple[type[Exception], ...]:
-    from mlflow.exceptions import MlflowException
-
-    return MlflowException, OSError
+    return MlflowClient(tracking_uri=_mlflow_uri(train, run))
 
 
 @contextlib.contextmanager
-def _faults_as_user_errors(uri: str, run: RunDirectory) -> Iterator[None]:
+def _faults_as_user_errors(train: TrainConfig, run: RunDirectory) -> Iterator[None]:
     try:
         yield
-    except (*_mlflow_faults(), ImportError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a store is anybody's plug-in, and raises what it likes
         begun = f", remove {run.mlflow_file} for a new MLflow run" if run.mlflow_file.exists() else ""
         raise UserError(
-            f"MLflow at {uri} cannot be used ({_one_line(error)}); "
+            f"MLflow at {_mlflow_uri(train, run)} cannot be used ({_one_line(error)}); "
             f"correct train.mlflow_uri, start the server{begun}, or leave mlflow out of train.trackers"
         ) from None
 
 
-def _saved_run_id(run: RunDirectory, uri: str) -> str | None:
-    """The MLflow run at ``uri`` that an earlier start of ``run`` began; None without one."""
+def _saved_run_id(train: TrainConfig, run: RunDirectory) -> str | None:
+    """The MLflow run that an earlier start of ``run`` began in the same place; None without one."""
     if not run.mlflow_file.exists():
         return None
     try:
         saved_uri, run_id = itemgetter("uri", "run_id")(json.loads(run.mlflow_file.read_text("utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run.mlflow_file} is corrupt ({error}); remove it for a new MLflow run") from None
-    if saved_uri == uri:
-        return run_id
-    log.warning(f"warning: MLflow was at {saved_uri} and is at {uri} now: a new MLflow run begins there")
-    return None
+    return run_id if saved_uri == _named_uri(train) else None
 
 
-def _new_mlflow_run(client: "MlflowClient", config: Config, run: RunDirectory, uri: str) -> str:
+def _new_mlflow_run(client: "MlflowClient", config: Config, run: RunDirectory) -> str:
     """Creates a run, and its experiment where there is none; its id is kept in the run directory."""
     from mlflow.entities import Param
 
+    if run.mlflow_file.exists():
+        log.info(f"a new MLflow run begins: that of {run.mlflow_file} is of another server or of an earlier try")
     name = config.train.mlflow_experiment
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # A server knows where artifacts go; beside a file they would otherwise go to the working directory.
         beside = run.path.resolve().parent / "mlflow-artifacts"
-        experiment_id = client.create_experiment(
-            name, artifact_location=beside.as_uri() if uri.startswith("sqlite:") else None
-        )
+        is_file = _mlflow_uri(config.train, run).startswith("sqlite:")
+        experiment_id = client.create_experiment(name, artifact_location=beside.as_uri() if is_file else None)
     else:
         experiment_id = experiment.experiment_id
     run_id = client.create_run(experiment_id, run_name=run.path.resolve().name).info.run_id
     parameters = [Param(name, str(value)) for name, _, value in settings(config)]
     for start in range(0, len(parameters), 100):  # as many as one request may hold
         client.log_batch(run_id, params=parameters[start : start + 100])
-    atomic_write_text(run.mlflow_file, json.dumps({"uri": uri, "run_id": run_id}) + "\n")
+    atomic_write_text(run.mlflow_file, json.dumps({"uri": _named_uri(config.train), "run_id": run_id}) + "\n")
     return run_id
 
 

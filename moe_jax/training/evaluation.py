@@ -18,11 +18,11 @@ from moe_jax.data.cache import find_or_prepare
 from moe_jax.data.pipeline import check_data, evaluation_batches
 from moe_jax.data.prepared import PreparedData, is_prepared
 from moe_jax.data.shards import Split
-from moe_jax.data.tokenizer import fingerprint, load_tokenizer
+from moe_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from moe_jax.model.decoder import Decoder, Variables
 from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.parallel.startup import enable_compile_cache
-from moe_jax.runs.checkpoint import restore_items
+from moe_jax.runs.checkpoint import read_progress, restore_items
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.training.metrics import routing_by_layer, routing_summary
 from moe_jax.training.state import abstract_state
@@ -105,25 +105,31 @@ def bits_per_byte(evaluation: Evaluation, splits: Iterable[Split]) -> float | No
     return evaluation.loss * evaluation.num_tokens / (math.log(2.0) * sum(split.num_bytes for split in splits))
 
 
+def check_same_text(run: RunDirectory, config: DataConfig, data: PreparedData) -> None:
+    """UserError where the run's newest checkpoint was trained on other text: its vocabulary, too, would be another."""
+    saved = read_progress(run.checkpoints)
+    if saved is not None and saved["data_fingerprint"] != data.fingerprint:
+        text = "the text of the embedded plays" if config.path is None else f"the text of {config.path}"
+        raise UserError(
+            f"{text} is not the one this run was trained on (fingerprint {data.fingerprint}, "
+            f"was {saved['data_fingerprint']}); name the old text, or start a new run in another --workdir"
+        )
+
+
 def evaluate_run(
-    run: RunDirectory, path: str | None, split: Literal["val", "train"], which: Literal["best", "newest"]
+    run: RunDirectory, path: str | None, name: Literal["val", "train", "all"], which: Literal["best", "newest"]
 ) -> dict[str, Any]:
     """What ``moe_jax.evaluate`` prints: the scores of a checkpoint on the run's text, or on the one at ``path``.
 
-    Raises UserError, as for a prepared folder whose tokens are not those of the run.
+    Raises UserError, as for a text that has changed, or a prepared folder whose tokens are not those of the run.
     """
     config = run.load_config()
-    config = dataclasses.replace(config, data=_text(config.data, path, run))
     tokenizer = load_tokenizer(run.tokenizer)
-    data = find_or_prepare(config.data, cache_folder("data"))
-    if fingerprint(data.tokenizer) != fingerprint(tokenizer):
-        raise UserError(
-            f"{path or 'the text'} has tokens of another tokenizer ({data.tokenizer.name}) than {run.path} "
-            f"({tokenizer.name}); prepare it with --tokenizer {run.tokenizer} --delimiters {tokenizer.delimiters}"
-        )
+    data = _text(config.data, path, run, tokenizer)
     check_data(data, config.data, config.model.context_length)
     if config.train.compile_cache:
         enable_compile_cache()
+    splits = ("train", "val") if name == "all" else (name,)
     # The devices here need not be those of the training.
     devices = jax.device_count()
     batch_size = -(-config.data.batch_size // (config.optimizer.accumulation_steps * devices)) * devices
@@ -131,21 +137,27 @@ def evaluate_run(
     decoder = Decoder(config.model, tokenizer.vocab_size)
     with use_mesh(mesh):
         items = abstract_state(decoder, optax.identity(), mesh).variables.to_items()
-        by_corpus = evaluate(
-            jax.jit(make_eval_step(decoder)),
-            Variables.from_items(restore_items(run.checkpoints, which, items)),
-            data,
-            split,
-            mesh,
-            mode=config.data.mode,
-            context_length=config.model.context_length,
-            batch_size=batch_size,
-        )
+        variables = Variables.from_items(restore_items(run.checkpoints, which, items))
+        eval_step = jax.jit(make_eval_step(decoder))
+        by_split = [
+            evaluate(
+                eval_step,
+                variables,
+                data,
+                split,
+                mesh,
+                mode=config.data.mode,
+                context_length=config.model.context_length,
+                batch_size=batch_size,
+            )
+            for split in splits
+        ]
+    by_corpus = {corpus: joined(part[corpus] for part in by_split) for corpus in by_split[0]}
     found = joined(by_corpus.values())
     scores: dict[str, Any] = {
         "loss": found.loss,
         "perplexity": found.perplexity,
-        "bits_per_byte": bits_per_byte(found, data.splits(split)),
+        "bits_per_byte": bits_per_byte(found, [part for split in splits for part in data.splits(split)]),
         "tokens": found.num_tokens,
     }
     if config.data.mode == "padded":
@@ -158,9 +170,25 @@ def evaluate_run(
     return scores
 
 
-def _text(data: DataConfig, path: str | None, run: RunDirectory) -> DataConfig:
-    """The settings of the run's own text, or of the one at ``path``, which is tokenized as the run's was."""
+def _text(data: DataConfig, path: str | None, run: RunDirectory, tokenizer: Tokenizer) -> PreparedData:
+    """The run's own text, or the one at ``path``, which is tokenized and split as the run's was."""
+    if path is not None:
+        is_ready = Path(path).is_dir() and is_prepared(Path(path))
+        data = dataclasses.replace(
+            data,
+            path=path,
+            tokenizer=None if is_ready else str(run.tokenizer),
+            val_fraction=None if is_ready else data.val_fraction,
+        )
+    try:
+        found = find_or_prepare(data, cache_folder("data"), tokenizer.delimiters)
+    except UserError as error:
+        raise UserError(str(error).replace("data.path=", "--data ") if path is not None else str(error)) from None
     if path is None:
-        return data
-    tokenizer = None if Path(path).is_dir() and is_prepared(Path(path)) else str(run.tokenizer)
-    return dataclasses.replace(data, path=path, val_fraction=None, tokenizer=tokenizer)
+        check_same_text(run, data, found)
+    elif fingerprint(found.tokenizer) != fingerprint(tokenizer):
+        raise UserError(
+            f"{path} has tokens of another tokenizer ({found.tokenizer.name}) than {run.path} ({tokenizer.name}); "
+            f"prepare it with --tokenizer {run.tokenizer} --delimiters {tokenizer.delimiters}"
+        )
+    return found

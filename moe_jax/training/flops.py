@@ -3,7 +3,7 @@
 import jax
 
 from moe_jax.axes import PyTree
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.training.optimizer import MATRICES
 
 PEAK_FLOPS = {
@@ -23,12 +23,12 @@ PEAK_FLOPS = {
 """Dense bfloat16 operations a second by ``device_kind``, from the makers' data sheets (without sparsity)."""
 
 
-def count_params(params: PyTree, top_k: int, num_experts: int) -> tuple[int, int]:
+def count_params(params: PyTree, moe: MoEConfig) -> tuple[int, int]:
     """(total, active) parameters: active are those touched for one token, K of E experts in each MoE layer."""
     total = active = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         total += leaf.size
-        active += _active_size(path, leaf, top_k, num_experts)
+        active += _active_size(path, leaf, moe)
     return total, active
 
 
@@ -38,21 +38,23 @@ def flops_per_token(params: PyTree, model: ModelConfig) -> int:
     P counts the active entries of matrices, the output's too where it is the embedding. Looking up embeddings, norms
     and biases count nothing; nor does what a run computes beyond that: a recomputed forward pass, rows that pad an
     expert's capacity, router noise. Attention counts all L keys of each query, as the paper does, though half of them
-    are masked. Under expert choice K is the mean of a token's experts.
+    are masked. Experts that choose take K · capacity_factor rows a token on average.
     """
     matrices = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if path[-1].key in MATRICES - {"router_noise"}:
-            matrices += _active_size(path, leaf, model.moe.top_k, model.moe.num_experts)
+            matrices += _active_size(path, leaf, model.moe)
     if model.tie_embeddings:
         matrices += params["embedding"].size
     return 6 * matrices + 12 * model.num_layers * model.embed_dim * model.context_length
 
 
-def _active_size(path: tuple, leaf: jax.Array, top_k: int, num_experts: int) -> int:
+def _active_size(path: tuple, leaf: jax.Array, moe: MoEConfig) -> int:
     keys = [part.key for part in path]
-    is_expert = "moe" in keys and "shared" not in keys and not keys[-1].startswith("router")
-    return leaf.size * top_k // num_experts if is_expert else leaf.size
+    if "moe" not in keys or "shared" in keys or keys[-1].startswith("router"):
+        return leaf.size
+    rows = moe.top_k * (moe.capacity_factor or 1.0) if moe.router == "expert_choice" else moe.top_k
+    return round(leaf.size * min(rows / moe.num_experts, 1.0))
 
 
 def utilisation(flops_per_second: float, device_kind: str, num_devices: int) -> float | None:

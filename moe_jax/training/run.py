@@ -1,6 +1,7 @@
 """What train.py does: start a run, or go on with the one that is there."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +20,13 @@ from moe_jax.model.moe.choice import DispatchChoice, choose_dispatch
 from moe_jax.parallel.mesh import make_mesh, use_mesh
 from moe_jax.parallel.startup import enable_compile_cache
 from moe_jax.report.plots import plot_expert_load, plot_loss_curve
-from moe_jax.runs.checkpoint import Checkpoints, read_progress
+from moe_jax.runs.checkpoint import Checkpoints
 from moe_jax.runs.layout import RunDirectory, check_same_run, saved_steps
 from moe_jax.runs.log import start_log
 from moe_jax.runs.metrics import MetricsWriter
 from moe_jax.runs.trackers import check_trackers, open_trackers
 from moe_jax.sampling.generator import is_causal
+from moe_jax.training.evaluation import check_same_text
 from moe_jax.training.flops import count_params, flops_per_token
 from moe_jax.training.interrupt import catch_signals
 from moe_jax.training.loop import Loop, Progress
@@ -49,14 +51,15 @@ def train(config: Config, workdir: Path) -> None:
     mesh = make_mesh(config.mesh, config.data.batch_size // config.optimizer.accumulation_steps)
     data = find_or_prepare(config.data, cache_folder("data"))
     check_data(data, config.data, config.model.context_length)
-    _check_same_text(run, config, data)
+    check_same_text(run, config.data, data)
     config = _settle(config, run, data)
     with run.lock(), start_log(run.log_file), use_mesh(mesh), catch_signals() as request:
         with Checkpoints(run.checkpoints, keep=config.train.keep_checkpoints) as checkpoints:
             state, progress, restored_step = _state(config, mesh, data, checkpoints)
             if _is_finished(config, int(state.step), progress, run):
                 return
-            with MetricsWriter(run, restored_step, open_trackers(config, run, restored_step)) as writer:
+            opening = functools.partial(open_trackers, config, run, restored_step)
+            with MetricsWriter(run, restored_step, opening) as writer:
                 run.save_config(config)
                 save_tokenizer(data.tokenizer, run.tokenizer)
                 _describe(config, mesh, data, state)
@@ -96,17 +99,6 @@ def _settle(config: Config, run: RunDirectory, data: PreparedData) -> Config:
     decay_steps = saved.optimizer.decay_steps if saved else config.optimizer.decay_steps or config.train.num_steps
     optimizer = dataclasses.replace(config.optimizer, decay_steps=decay_steps)
     return validate(dataclasses.replace(config, optimizer=optimizer))
-
-
-def _check_same_text(run: RunDirectory, config: Config, data: PreparedData) -> None:
-    """UserError where the run's newest checkpoint was trained on other text: its vocabulary, too, would be another."""
-    saved = read_progress(run.checkpoints)
-    if saved is not None and saved["data_fingerprint"] != data.fingerprint:
-        text = "the text of the embedded plays" if config.data.path is None else f"the text of {config.data.path}"
-        raise UserError(
-            f"{text} is not the one this run was trained on (fingerprint {data.fingerprint}, "
-            f"was {saved['data_fingerprint']}); name the old text, or start a new run in another --workdir"
-        )
 
 
 def _state(
@@ -150,7 +142,7 @@ def _describe(config: Config, mesh: jax.sharding.Mesh, data: PreparedData, state
     moe = config.model.moe
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
     log.info(overview)
-    total, active = count_params(state.params, moe.top_k, moe.num_experts)
+    total, active = count_params(state.params, moe)
     log.info(f"parameters: {total:,} in all, {active:,} active for a token")
     log.info(f"operations: {flops_per_token(state.params, config.model) / 1e6:,.1f} MFLOP for a token's step")
     for line in _describe_data(config, data):

@@ -105,11 +105,9 @@ def five_corpora_files(folder):
 
 
 def shrunk(config, path):
-    """``config`` with everything that makes it what it is, in a size of seconds, on the texts at ``path``."""
+    """``config`` but for its sizes, budget and learning rate: seconds, on the texts at ``path``."""
     model, moe = config.model, config.model.moe
-    moe = dataclasses.replace(
-        moe, expert_dim=32, num_experts=min(moe.num_experts, 8), top_k=min(moe.top_k, 4), load_balancing_weight=0.01
-    )
+    moe = dataclasses.replace(moe, expert_dim=32, num_experts=min(moe.num_experts, 8), top_k=min(moe.top_k, 4))
     model = dataclasses.replace(
         model,
         context_length=32,
@@ -160,7 +158,7 @@ def test_the_docstring_of_a_recipe_counts_its_parameters(recipe):
     config = validate(load_recipe(file))
     decoder = Decoder(config.model, VOCABULARY[config.data.path or config.data.tokenizer])
     params = jax.eval_shape(lambda: nn.unbox(decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]))
-    counts = count_params(params, config.model.moe.top_k, config.model.moe.num_experts)
+    counts = count_params(params, config.model.moe)
     stated = re.search(r"([\d.]+) M parameters(?:, ([\d.]+) M\s+active)?", " ".join(file.read_text().split()))
     assert stated is not None
     for number, text in zip(counts, stated.groups(), strict=True):

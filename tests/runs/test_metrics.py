@@ -30,7 +30,7 @@ def events(run):
 
 def test_a_line_is_on_disk_at_once_and_its_scalars_are_events(tmp_path):
     run = RunDirectory(tmp_path)
-    with MetricsWriter(run, None, [TensorBoard(run, None)]) as writer:
+    with MetricsWriter(run, None, lambda: [TensorBoard(run, None)]) as writer:
         writer.write(5, {"train/loss": 2.5, "moe/load": [[0.5, math.nan]]})
         assert json.loads(run.metrics_file.read_text()) == {"step": 5, "train/loss": 2.5, "moe/load": [[0.5, None]]}
         writer.write(10, {"train/loss": math.inf})
@@ -42,12 +42,12 @@ def test_a_line_is_on_disk_at_once_and_its_scalars_are_events(tmp_path):
 
 def test_lines_past_the_restored_step_are_cut(tmp_path):
     run = RunDirectory(tmp_path)
-    with MetricsWriter(run, None, [TensorBoard(run, None)]) as writer:
+    with MetricsWriter(run, None, lambda: [TensorBoard(run, None)]) as writer:
         for step in (5, 10, 15):
             writer.write(step, {"train/loss": 1.0 * step})
     with open(run.metrics_file, "a") as file:
         file.write('{"step": 20, "train/lo')  # killed
-    with MetricsWriter(run, 10, [TensorBoard(run, 10)]) as writer:
+    with MetricsWriter(run, 10, lambda: [TensorBoard(run, 10)]) as writer:
         writer.write(15, {"train/loss": 0.5})
     assert [(line["step"], line["train/loss"]) for line in read_metrics(run.metrics_file)] == [
         (5, 5),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 from mlflow import MlflowClient
@@ -50,7 +51,7 @@ def points(folder, run, name):
 
 def test_settings_metrics_texts_and_pictures_arrive_and_a_resumed_run_goes_on_in_the_same(folder):
     run = run_in(folder, "first")
-    with MetricsWriter(run, None, open_trackers(CONFIG, run, None)) as writer:
+    with MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None)) as writer:
         writer.write(5, {"train/loss": 2.5, "moe/load": [[0.5]]})
         writer.write(5, {"val/loss/a: b?": math.nan})
         writer.write(10, {"train/loss": 1.5})
@@ -66,7 +67,7 @@ def test_settings_metrics_texts_and_pictures_arrive_and_a_resumed_run_goes_on_in
     assert {item.path for item in client(folder).list_artifacts(first_id)} == {"loss_curve.png", "sample"}
     # From the checkpoint of step 5: step 10 comes again, and is the same.
     longer = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, num_steps=2000))
-    with MetricsWriter(run, 5, open_trackers(longer, run, 5)) as writer:
+    with MetricsWriter(run, 5, lambda: open_trackers(longer, run, 5)) as writer:
         assert client(folder).get_run(first_id).info.status == "RUNNING"
         writer.write(10, {"train/loss": 1.5})
         writer.write(15, {"train/loss": 1.0})
@@ -78,7 +79,7 @@ def test_settings_metrics_texts_and_pictures_arrive_and_a_resumed_run_goes_on_in
 
 def test_a_run_that_ends_in_an_error_has_failed(folder):
     run = run_in(folder, "failed")
-    with pytest.raises(ZeroDivisionError), MetricsWriter(run, None, open_trackers(CONFIG, run, None)):
+    with pytest.raises(ZeroDivisionError), MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None)):
         raise ZeroDivisionError
     assert client(folder).get_run(id_of(run)).info.status == "FAILED"
 
@@ -86,7 +87,7 @@ def test_a_run_that_ends_in_an_error_has_failed(folder):
 def test_a_server_that_is_away_for_a_while_gets_everything_later(folder, monkeypatch, caplog):
     run = run_in(folder, "away")
     caplog.set_level("WARNING", logger="moe_jax")
-    with MetricsWriter(run, None, open_trackers(CONFIG, run, None)) as writer:
+    with MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None)) as writer:
         with monkeypatch.context() as away:
 
             def refuse(*_arguments, **_values):
@@ -104,7 +105,15 @@ def test_a_server_that_is_away_for_a_while_gets_everything_later(folder, monkeyp
 
 
 @pytest.mark.parametrize(
-    "uri", ["http://127.0.0.1:9", "nonsense://x", "sqlite:////dev/null/mlflow.db", "postgresql://127.0.0.1/none"]
+    "uri",
+    [
+        "http://127.0.0.1:9",
+        "nonsense://x",
+        "sqlite:////dev/null/mlflow.db",
+        "postgresql://127.0.0.1/none",
+        "http://[::1",
+        "postgresql+x://y/z",
+    ],
 )
 def test_a_server_that_cannot_be_used_is_told_at_the_start(tmp_path, uri):
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, mlflow_uri=uri))
@@ -113,29 +122,84 @@ def test_a_server_that_cannot_be_used_is_told_at_the_start(tmp_path, uri):
     assert "\n" not in str(error.value)
 
 
-def test_the_environment_names_a_server_and_another_one_begins_a_new_run(folder, monkeypatch, caplog):
+def test_a_store_that_fails_in_its_own_way_does_not_end_the_run(folder, monkeypatch, caplog):
+    run = run_in(folder, "plugin")
+    caplog.set_level("WARNING", logger="moe_jax")
+
+    def refuse(*_arguments, **_values):
+        raise ModuleNotFoundError("No module named 'boto3'")
+
+    with MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None)) as writer:
+        monkeypatch.setattr(MlflowClient, "log_text", refuse)
+        writer.write_text(10, "sample", "To be")
+        writer.finish([], "finished")
+    assert "does not take what is logged (No module named 'boto3'); the run goes on" in caplog.text
+    assert client(folder).get_run(id_of(run)).info.status == "FINISHED"
+
+
+def test_a_file_that_is_no_database_is_told_at_the_start(tmp_path):
+    (tmp_path / "mlflow.db").write_text("what is this?" * 100)
+    with pytest.raises(UserError, match="cannot be used"):
+        check_trackers(CONFIG.train, RunDirectory(tmp_path / "run"))
+    (tmp_path / "mlflow.db").unlink()
+    check_trackers(CONFIG.train, RunDirectory(tmp_path / "run"))
+    assert list(tmp_path.iterdir()) == [], "nothing is made before the run is"
+
+
+def test_an_experiment_that_was_deleted_is_told_at_the_start(folder):
+    run = run_in(folder, "orphan")
+    gone = dataclasses.replace(CONFIG.train, mlflow_experiment="gone")
+    client(folder).delete_experiment(client(folder).create_experiment("gone"))
+    with pytest.raises(UserError, match=r"train.mlflow_experiment gone has been deleted in MLflow; restore it"):
+        check_trackers(gone, run)
+
+
+def test_a_run_begun_on_one_server_begins_anew_on_another(folder, monkeypatch):
     run = run_in(folder, "moved")
     run.mlflow_file.write_text(json.dumps({"uri": "http://old", "run_id": "1"}))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-    with MetricsWriter(run, 5, open_trackers(CONFIG, run, 5)) as writer:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    check_trackers(CONFIG.train, run)
+    with MetricsWriter(run, 5, lambda: open_trackers(CONFIG, run, 5)) as writer:
         writer.finish([], "finished")
     assert client(folder).get_run(id_of(run)).info.status == "FINISHED"
-    assert "MLflow was at http://old" in caplog.text
+    assert json.loads(run.mlflow_file.read_text())["uri"] == f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def test_damaged_metrics_leave_no_run_behind_in_mlflow(folder):
+    run = run_in(folder, "junk")
+    run.metrics_file.write_text("junk\n")
+    with pytest.raises(UserError, match="is not a line of metrics"):
+        MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None))
+    assert not run.mlflow_file.exists()
 
 
 def test_what_the_run_directory_knows_of_mlflow_may_be_removed(folder):
     run = run_in(folder, "damaged")
     run.mlflow_file.write_text("{")
     with pytest.raises(UserError, match=r"mlflow.json is corrupt .*; remove it"):
-        open_trackers(CONFIG, run, 5)
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    run.mlflow_file.write_text(json.dumps({"uri": uri, "run_id": "gone"}))
+        check_trackers(CONFIG.train, run)
+    run.mlflow_file.write_text(json.dumps({"uri": None, "run_id": "gone"}))
     with pytest.raises(UserError, match=r"cannot be used .* remove .*mlflow.json for a new MLflow run"):
-        open_trackers(CONFIG, run, 5)
+        check_trackers(CONFIG.train, run)
     # Before its first checkpoint a run begins anew.
-    with MetricsWriter(run, None, open_trackers(CONFIG, run, None)) as writer:
+    with MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None)) as writer:
         writer.finish([], "finished")
     assert id_of(run) != "gone"
+
+
+def test_runs_and_their_database_may_move_together(folder, tmp_path):
+    run = run_in(folder, "before")
+    with MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None)) as writer:
+        writer.write(5, {"train/loss": 2.5})
+        writer.finish([], "interrupted")
+    shutil.copytree(folder, tmp_path / "moved")
+    moved = RunDirectory(tmp_path / "moved" / "before")
+    with MetricsWriter(moved, 5, lambda: open_trackers(CONFIG, moved, 5)) as writer:
+        writer.write(10, {"train/loss": 1.5})
+        writer.finish([], "finished")
+    assert id_of(moved) == id_of(run)
+    assert points(tmp_path / "moved", moved, "train/loss") == [(5, 2.5), (10, 1.5)]
 
 
 def test_a_missing_library_is_told_before_any_work(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """What moe_jax.evaluate prints of a run: the loss of its own log, that of other texts, and what it refuses."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -45,11 +46,53 @@ def test_another_text_is_tokenized_as_the_runs_was(finished, tmp_path):
     text = tmp_path / "other.txt"
     text.write_text("lazy dogs jump over foxes; " * 200)
     raw = evaluate_run(finished, str(text), "val", "best")
-    made = PrepareConfig(input=(str(text),), tokenizer=str(finished.tokenizer), out=str(tmp_path / "made"))
+    made = PrepareConfig(
+        input=(str(text),), tokenizer=str(finished.tokenizer), val_fraction=0.1, out=str(tmp_path / "made")
+    )
     prepare_folder(made)
     assert evaluate_run(finished, made.out, "val", "best") == raw
     assert raw["loss"] > last_evaluation(finished)["val/loss"] + 0.5
     assert raw["tokens"] < evaluate_run(finished, made.out, "train", "best")["tokens"]
+
+
+def test_a_text_is_delimited_and_split_as_the_runs_was(change, tmp_path):
+    text = tmp_path / "verse.txt"
+    text.write_text(VERSE * 60)
+    prepare_folder(
+        PrepareConfig(
+            input=(str(text),), tokenizer="char", delimiters="chat", val_fraction=0.3, out=str(tmp_path / "made")
+        )
+    )
+    config = change(
+        data={"path": str(tmp_path / "made"), "tokenizer": None, "val_fraction": 0.3},
+        optimizer={"warmup_steps": 0},
+        train={"num_steps": 1},
+    )
+    train(config, tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    own = evaluate_run(run, None, "val", "newest")
+    assert evaluate_run(run, str(text), "val", "newest") == own
+    trained_on = evaluate_run(run, None, "train", "newest")
+    every = evaluate_run(run, str(text), "all", "newest")
+    assert every["tokens"] == own["tokens"] + trained_on["tokens"]
+    mean = (own["loss"] * own["tokens"] + trained_on["loss"] * trained_on["tokens"]) / every["tokens"]
+    assert every["loss"] == pytest.approx(mean, rel=1e-9)
+    assert every["bits_per_byte"] == pytest.approx(every["loss"] * every["tokens"] / (60 * len(VERSE) * math.log(2)))
+
+
+def test_a_text_that_has_changed_since_is_refused(change, tmp_path):
+    text = tmp_path / "verse.txt"
+    text.write_text(VERSE * 20)
+    config = change(data={"path": str(text)}, optimizer={"warmup_steps": 0}, train={"num_steps": 1})
+    train(config, tmp_path / "run")
+    text.write_text(VERSE[::-1] * 20)
+    with pytest.raises(UserError, match="is not the one this run was trained on"):
+        evaluate_run(RunDirectory(tmp_path / "run"), None, "val", "newest")
+
+
+def test_a_text_that_is_not_there_is_told_by_the_flag_of_this_command(finished):
+    with pytest.raises(UserError, match=r"^--data nowhere.txt: "):
+        evaluate_run(finished, "nowhere.txt", "val", "best")
 
 
 def test_tokens_of_another_tokenizer_are_refused(finished, tmp_path):

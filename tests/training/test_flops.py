@@ -18,7 +18,7 @@ def test_parameter_counts_by_hand():
         "embedding": jnp.zeros((10, 4)),
         "moe": {"router": jnp.zeros((4, 8)), "w_up": jnp.zeros((8, 4, 6))},
     }
-    assert count_params(params, top_k=2, num_experts=8) == (40 + 32 + 192, 40 + 32 + 192 // 4)
+    assert count_params(params, MoEConfig(top_k=2, num_experts=8)) == (40 + 32 + 192, 40 + 32 + 192 // 4)
 
 
 def test_operations_by_hand():
@@ -38,10 +38,19 @@ def test_operations_by_hand():
     assert flops_per_token(params, tied) == 6 * (40 + 32 + 48 + 24) + 480
 
 
-@pytest.mark.parametrize("num_experts", [0, 4])
-def test_xla_counts_about_as_many(num_experts):
-    # capacity_factor 1: the experts compute exactly K rows a token.
-    moe = MoEConfig(num_experts=num_experts, top_k=2, expert_dim=256, capacity_factor=1.0, dispatch="gather")
+@pytest.mark.parametrize(
+    ("num_experts", "router", "capacity_factor"), [(0, "top_k", 1.0), (4, "top_k", 1.0), (4, "expert_choice", 1.5)]
+)
+def test_xla_counts_about_as_many(num_experts, router, capacity_factor):
+    # capacity_factor 1: the experts compute exactly K rows a token. Those that choose take as many more as they may.
+    moe = MoEConfig(
+        num_experts=num_experts,
+        top_k=2,
+        expert_dim=256,
+        router=router,
+        capacity_factor=capacity_factor,
+        dispatch="gather",
+    )
     config = ModelConfig(context_length=64, num_layers=2, embed_dim=256, num_heads=2, activation="gelu", moe=moe)
     decoder = Decoder(config, 512)
     params = nn.unbox(jax.eval_shape(lambda: decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]))
