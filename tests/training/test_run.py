@@ -110,7 +110,7 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, finished, tmp_p
 
 
 def test_a_mixture_in_packed_rows_goes_on_and_ends_bit_identical(change, tmp_path, monkeypatch):
-    """Corpora of documents, epochs instead of steps, token dropout: stopped in the second epoch."""
+    """Corpora of documents, epochs instead of steps, token dropout, Muon, WSD: stopped in the second epoch."""
     for name, texts in (("long", [VERSE * 3, VERSE * 2] * 12), ("short", [VERSE[: 9 + n] for n in range(30)])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     inputs = tuple(f"{name}={tmp_path / name}.jsonl" for name in ("long", "short"))
@@ -127,6 +127,7 @@ def test_a_mixture_in_packed_rows_goes_on_and_ends_bit_identical(change, tmp_pat
             "batch_size": 8,
             "token_dropout": 0.1,
         },
+        optimizer={"name": "muon", "schedule": "wsd"},
         train={"num_epochs": 2, "eval_every": 1000},
     )
     straight, run = RunDirectory(tmp_path / "straight"), RunDirectory(tmp_path / "run")
