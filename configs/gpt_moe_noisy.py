@@ -8,21 +8,17 @@
 @NOISY No row is dropped.
 """
 
-from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+import dataclasses
+from pathlib import Path
+
+from moe_jax.command_line import load_recipe
+from moe_jax.config import Config
 
 
 def get_config() -> Config:
-    return Config(
-        model=ModelConfig(
-            norm="layernorm",
-            positions="learned",
-            activation="relu",
-            use_bias=True,
-            dropout_rate=0.1,
-            init="kaiming",
-            moe=MoEConfig(expert_dim=512, router="noisy_top_k", load_balancing_weight=0.01, router_z_weight=0.0),
-        ),
-        data=DataConfig(tokenizer="gpt2", batch_size=8, token_dropout=0.1),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100),
-        train=TrainConfig(num_steps=500, eval_every=250, checkpoint_every=250, trackers=("tensorboard", "mlflow")),
+    config = load_recipe(Path(__file__).with_name("gpt_moe.py"))
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, init="kaiming"),
+        data=dataclasses.replace(config.data, token_dropout=0.1),
     )

@@ -15,38 +15,14 @@ its loss scaling are not offered. 198,720 steps are six epochs of 64 stories in 
 loss are stated: the data set does not come with this package, and no GPU was at hand. @STEP No row is dropped.
 """
 
-from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+import dataclasses
+from pathlib import Path
+
+from moe_jax.command_line import load_recipe
+from moe_jax.config import Config
 
 
 def get_config() -> Config:
-    return Config(
-        model=ModelConfig(
-            context_length=1080,
-            num_layers=12,
-            embed_dim=256,
-            num_heads=8,
-            norm="layernorm",
-            positions="learned",
-            activation="relu",
-            use_bias=True,
-            dropout_rate=0.1,
-            tie_embeddings=False,
-            dtype="bfloat16",
-            remat="full",
-            moe=MoEConfig(expert_dim=2640, router="noisy_top_k", load_balancing_weight=0.0, router_z_weight=0.0),
-        ),
-        data=DataConfig(path="data/tinystories", mode="padded", batch_size=64),
-        optimizer=OptimizerConfig(
-            learning_rate=1e-3,
-            schedule="onecycle",
-            warmup_steps=59_616,
-            final_fraction=4e-6,
-            beta2=0.999,
-            weight_decay=0.01,
-            clip_norm=None,
-            accumulation_steps=2,
-        ),
-        train=TrainConfig(
-            num_steps=198_720, eval_every=33_120, checkpoint_every=33_120, keep_checkpoints=6, log_every=100
-        ),
-    )
+    config = load_recipe(Path(__file__).with_name("tinystories_moe.py"))
+    moe = dataclasses.replace(config.model.moe, expert_dim=2640)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe))
