@@ -4,8 +4,8 @@
     python train.py --config configs/gpt_moe_noisy.py
     python sample.py --workdir runs/gpt_moe_noisy --top-p 0.9
 
-<|unknown|> stands in their place; targets, evaluation and sampling are left alone. 10.9 M parameters, 7.8 M active.
-@NOISY No row is dropped.
+Random tokens stand in their place, for GPT-2's have no <|unknown|>; targets, evaluation and sampling are left alone.
+10.9 M parameters, 7.8 M active. @NOISY No row is dropped.
 """
 
 import dataclasses
@@ -20,5 +20,5 @@ def get_config() -> Config:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, init="kaiming"),
-        data=dataclasses.replace(config.data, token_dropout=0.1),
+        data=dataclasses.replace(config.data, token_dropout=0.1, token_dropout_by="random"),
     )
