@@ -23,6 +23,6 @@ def get_config() -> Config:
             moe=MoEConfig(expert_dim=512, router="noisy_top_k", load_balancing_weight=0.01, router_z_weight=0.0),
         ),
         data=DataConfig(tokenizer="gpt2", batch_size=8),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50),
-        train=TrainConfig(num_steps=300, eval_every=100, checkpoint_every=100, trackers=("tensorboard", "mlflow")),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100),
+        train=TrainConfig(num_steps=500, eval_every=250, checkpoint_every=250, trackers=("tensorboard", "mlflow")),
     )
