@@ -4,8 +4,8 @@
     python sample.py --workdir runs/tiny
 
 The plays; 2 layers of width 64, 4 experts of which a token takes 2, in a context of 64: 0.2 M parameters, 0.1 M
-active. On two cores 200 steps take @TINYS seconds, and half a minute with the preparation of the text and compilation:
-validation 2.825 bits per byte at the last step. No row is dropped.
+active. 200 steps take seconds, and half a minute with the preparation of the text and compilation: validation 2.825
+bits per byte at the last step. No row is dropped.
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, SampleConfig, TrainConfig
