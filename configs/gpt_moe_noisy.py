@@ -5,7 +5,8 @@
     python sample.py --workdir runs/gpt_moe_noisy --top-p 0.9
 
 Random tokens stand in their place, for GPT-2's have no <|unknown|>; targets, evaluation and sampling are left alone.
-10.9 M parameters, 7.8 M active. @NOISY No row is dropped.
+10.9 M parameters, 7.8 M active. On one core of a busy machine 500 steps take 9 minutes: validation 2.579 bits per byte
+(5.781 nats per token) at the last step, on clean text, where configs/gpt_moe.py has 2.424. No row is dropped.
 """
 
 import dataclasses
