@@ -47,7 +47,7 @@ class MetricsWriter:
 
         What is not finite is written as null, for JSON has no word for it.
         """
-        self._file.write(json.dumps({"step": step, **_finite(values)}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({"step": step, **finite(values)}, allow_nan=False) + "\n")
         self._file.flush()
         scalars = {name: value for name, value in values.items() if not isinstance(value, list)}
         for tracker in self._trackers:
@@ -65,11 +65,12 @@ class MetricsWriter:
         self._ending = ending
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """``value`` with None for every number that JSON has no word for."""
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value if math.isfinite(value) else None
 
 

@@ -45,7 +45,7 @@ def check_trackers(train: TrainConfig, run: RunDirectory) -> None:
     missing = [name for name in ("mlflow", "sqlalchemy", "alembic") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"train.trackers mlflow needs {', '.join(missing)}, which is not installed; "
+            f"train.trackers mlflow needs {', '.join(missing)} installed; "
             "pip install 'mlflow-skinny>=3.17' alembic 'sqlalchemy<2.1', or leave mlflow out"
         )
     if _named_uri(train) is None and not _default_database(run).exists():
@@ -117,7 +117,7 @@ class MLflow:
             self._logged = {
                 name: max(point.step for point in self._client.get_metric_history(self._id, name)) for name in names
             }
-        log.info(f"MLflow: run {self._id} at {_mlflow_uri(config.train, run)}")
+        log.info(f"MLflow: run {self._id} at {without_password(_mlflow_uri(config.train, run))}")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -170,6 +170,17 @@ def _named_uri(train: TrainConfig) -> str | None:
     return named
 
 
+def without_password(uri: str) -> str:
+    """``uri`` as it may be shown and kept."""
+    return re.sub(r"//([^/@:]*):[^/@]*@", r"//\1:***@", uri)
+
+
+def _place(train: TrainConfig) -> str | None:
+    """What mlflow.json remembers of where a run is."""
+    named = _named_uri(train)
+    return None if named is None else without_password(named)
+
+
 def _default_database(run: RunDirectory) -> Path:
     return run.path.resolve().parent / "mlflow.db"
 
@@ -197,7 +208,7 @@ def _faults_as_user_errors(train: TrainConfig, run: RunDirectory) -> Iterator[No
     except Exception as error:  # noqa: BLE001 - a store is anybody's plug-in, and raises what it likes
         begun = f", remove {run.mlflow_file} for a new MLflow run" if run.mlflow_file.exists() else ""
         raise UserError(
-            f"MLflow at {_mlflow_uri(train, run)} cannot be used ({_one_line(error)}); "
+            f"MLflow at {without_password(_mlflow_uri(train, run))} cannot be used ({_one_line(error)}); "
             f"correct train.mlflow_uri, start the server{begun}, or leave mlflow out of train.trackers"
         ) from None
 
@@ -210,7 +221,7 @@ def _saved_run_id(train: TrainConfig, run: RunDirectory) -> str | None:
         saved_uri, run_id = itemgetter("uri", "run_id")(json.loads(run.mlflow_file.read_text("utf-8")))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run.mlflow_file} is corrupt ({error}); remove it for a new MLflow run") from None
-    return run_id if saved_uri == _named_uri(train) else None
+    return run_id if saved_uri == _place(train) else None
 
 
 def _new_mlflow_run(client: "MlflowClient", config: Config, run: RunDirectory) -> str:
@@ -229,12 +240,12 @@ def _new_mlflow_run(client: "MlflowClient", config: Config, run: RunDirectory) -
     else:
         experiment_id = experiment.experiment_id
     run_id = client.create_run(experiment_id, run_name=run.path.resolve().name).info.run_id
-    parameters = [Param(name, str(value)) for name, _, value in settings(config)]
+    parameters = [Param(name, without_password(str(value))) for name, _, value in settings(config)]
     for start in range(0, len(parameters), 100):  # as many as one request may hold
         client.log_batch(run_id, params=parameters[start : start + 100])
-    atomic_write_text(run.mlflow_file, json.dumps({"uri": _named_uri(config.train), "run_id": run_id}) + "\n")
+    atomic_write_text(run.mlflow_file, json.dumps({"uri": _place(config.train), "run_id": run_id}) + "\n")
     return run_id
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    return without_password(" ".join(str(error).split())[:300])

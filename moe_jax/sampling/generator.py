@@ -16,6 +16,7 @@ from moe_jax.command import UserError
 from moe_jax.config import Config, ModelConfig, SampleConfig
 from moe_jax.data.tokenizer import Tokenizer, document_end, document_start, load_tokenizer
 from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias, unstack
+from moe_jax.model.moe.choice import on_this_machine
 from moe_jax.runs.checkpoint import restore_items
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.sampling.decode import CHUNK, Settings, decode, prefill
@@ -44,9 +45,7 @@ class Generator:
                 "a model of model.moe.router=expert_choice cannot be sampled from: its experts choose among all "
                 "tokens of a text, later ones included; train one with another router"
             )
-        # How rows move is a matter of this machine and of few rows, not of the one that trained and of many.
-        moe = dataclasses.replace(model.moe, dispatch="auto", grouped_matmul="auto")
-        self.config = model = dataclasses.replace(model, moe=moe)
+        self.config = model = on_this_machine(model)
         self.tokenizer = tokenizer
         self._start, self._end = document_start(tokenizer), document_end(tokenizer)
         # A window starts anywhere in a text, and so does a prompt; other rows have documents from their start.

@@ -20,6 +20,7 @@ from moe_jax.data.prepared import PreparedData, is_prepared
 from moe_jax.data.shards import Split
 from moe_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from moe_jax.model.decoder import Decoder, Variables
+from moe_jax.model.moe.choice import on_this_machine
 from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.parallel.startup import enable_compile_cache
 from moe_jax.runs.checkpoint import read_progress, restore_items
@@ -134,7 +135,7 @@ def evaluate_run(
     devices = jax.device_count()
     batch_size = -(-config.data.batch_size // (config.optimizer.accumulation_steps * devices)) * devices
     mesh = make_mesh(MeshConfig(), batch_size)
-    decoder = Decoder(config.model, tokenizer.vocab_size)
+    decoder = Decoder(on_this_machine(config.model), tokenizer.vocab_size)
     with use_mesh(mesh):
         items = abstract_state(decoder, optax.identity(), mesh).variables.to_items()
         variables = Variables.from_items(restore_items(run.checkpoints, which, items))

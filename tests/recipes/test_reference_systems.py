@@ -1,13 +1,15 @@
 """docs/reference_systems.md: what it tells people to type is understood, and what it names is there."""
 
+import itertools
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from moe_jax.command_line import parse_evaluate, parse_prepare, parse_sample, parse_train
+from moe_jax.command_line import SampleCommand, parse_evaluate, parse_prepare, parse_sample, parse_train
 from moe_jax.config import SampleConfig
+from moe_jax.sections import settings
 from moe_jax.validation import validate_prepare
 
 ROOT = Path(__file__).parents[2]
@@ -26,14 +28,19 @@ def at_the_root(monkeypatch):
 
 @pytest.mark.parametrize("arguments", of_command("python train.py"))
 def test_training_commands(arguments):
-    parse_train(shlex.split(arguments))
+    _, workdir = parse_train(shlex.split(arguments))
+    assert workdir.name in arguments
 
 
 @pytest.mark.parametrize("flags", sorted({code for code in CODE if code.startswith("--") and "moe_jax" not in code}))
 def test_flags_go_with_a_recipe(flags):
-    if "num-experts 0" not in flags:
-        flags += " --model.moe.num-experts 8"
-    parse_train(["--config", "configs/moe.py", *shlex.split(flags.replace("STEPS", "100"))])
+    given = shlex.split(flags.replace("STEPS", "100"))
+    config, _ = parse_train(["--config", "configs/moe.py", *given])
+    read = {name: value for name, _, value in settings(config)}
+    for flag, value in itertools.pairwise(given):
+        if flag.startswith("--"):
+            got = read[flag.removeprefix("--").replace("-", "_")]
+            assert value in got if isinstance(got, tuple) else got == type(got)(value)
 
 
 @pytest.mark.parametrize("arguments", of_command("python -m moe_jax.data.prepare"))
@@ -43,7 +50,7 @@ def test_preparing_commands(arguments):
 
 @pytest.mark.parametrize("arguments", of_command("python sample.py"))
 def test_sampling_commands(arguments):
-    parse_sample(shlex.split(arguments), SampleConfig())
+    assert parse_sample(shlex.split(arguments), SampleConfig()) != SampleCommand()
 
 
 @pytest.mark.parametrize("arguments", of_command("python -m moe_jax.evaluate"))

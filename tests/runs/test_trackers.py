@@ -202,8 +202,26 @@ def test_runs_and_their_database_may_move_together(folder, tmp_path):
     assert points(tmp_path / "moved", moved, "train/loss") == [(5, 2.5), (10, 1.5)]
 
 
+def test_a_password_is_not_kept_nor_shown(folder, monkeypatch, caplog):
+    run = run_in(folder, "secret")
+    caplog.set_level("INFO", logger="moe_jax")
+    address = "postgresql://me:pa:ss@host/db"
+    assert trackers.without_password(address) == "postgresql://me:***@host/db"
+    assert trackers.without_password("sqlite:////home/me/mlflow.db") == "sqlite:////home/me/mlflow.db"
+    with pytest.raises(UserError) as error:
+        check_trackers(dataclasses.replace(CONFIG.train, mlflow_uri=address), run)
+    assert "pa:ss" not in str(error.value)
+    monkeypatch.setattr(trackers, "_mlflow_uri", lambda train, run: f"sqlite:///{folder / 'mlflow.db'}")
+    secret = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, mlflow_uri=address))
+    with MetricsWriter(run, None, lambda: open_trackers(secret, run, None)) as writer:
+        writer.finish([], "finished")
+    kept = json.dumps(client(folder).get_run(id_of(run)).data.params) + run.mlflow_file.read_text() + caplog.text
+    assert "me:***@host" in kept
+    assert "pa:ss" not in kept
+
+
 def test_a_missing_library_is_told_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "alembic" else name)
-    with pytest.raises(UserError, match="mlflow needs alembic, which is not installed; pip install"):
+    with pytest.raises(UserError, match="mlflow needs alembic installed; pip install"):
         check_trackers(CONFIG.train, RunDirectory(tmp_path))
     check_trackers(TrainConfig(), RunDirectory(tmp_path))

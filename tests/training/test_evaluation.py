@@ -1,8 +1,10 @@
 """What moe_jax.evaluate prints of a run: the loss of its own log, that of other texts, and what it refuses."""
 
+import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -35,6 +37,16 @@ def test_it_finds_the_loss_that_the_run_logged(finished):
     assert scores["moe/load"] == logged["moe/load"]
     assert scores["tokens"] == 450
     assert "loss_over_padding" not in scores
+
+
+def test_a_run_of_another_machine_is_scored_here(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "copy")
+    run = RunDirectory(tmp_path / "copy")
+    config = run.load_config()
+    moe = dataclasses.replace(config.model.moe, dispatch="sorted", grouped_matmul="tokamax")
+    run.save_config(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)))
+    here = evaluate_run(run, None, "val", "newest")
+    assert here["loss"] == pytest.approx(last_evaluation(run)["val/loss"], rel=1e-6)
 
 
 def test_the_best_checkpoint_is_the_default_of_what_is_best(finished):

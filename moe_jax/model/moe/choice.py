@@ -1,5 +1,6 @@
 """Which dispatcher and which grouped product a layer uses: what the settings say, or what was measured fastest."""
 
+import dataclasses
 import importlib.util
 from dataclasses import dataclass
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 import jax
 
 from moe_jax.command import UserError
-from moe_jax.config import MoEConfig
+from moe_jax.config import ModelConfig, MoEConfig
 
 GroupedMatmul = Literal["blocked", "ragged", "tokamax", "by_row"]
 
@@ -23,6 +24,12 @@ class DispatchChoice:
     def __str__(self) -> str:
         backend = f" ({self.grouped_matmul})" if self.grouped_matmul else ""
         return f"{self.dispatch}{backend}, {self.reason}"
+
+
+def on_this_machine(model: ModelConfig) -> ModelConfig:
+    """``model`` with the ways of moving rows left to choice: those it was trained with may be another machine's."""
+    moe = dataclasses.replace(model.moe, dispatch="auto", grouped_matmul="auto")
+    return dataclasses.replace(model, moe=moe)
 
 
 def choose_dispatch(moe: MoEConfig, num_tokens: int, *, train: bool) -> DispatchChoice:
