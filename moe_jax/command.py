@@ -3,13 +3,23 @@
 import errno
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 
 class UserError(ValueError):
     """A mistake of the user's: the message names the rule, the value and the remedy on one line."""
+
+
+class EnvironmentFault(Exception):
+    """A fault of the machine, or a run that cannot go on: the message says what and what to do, on one line."""
+
+
+class Terminated(BaseException):
+    """SIGTERM where there is nothing to save; raised, so that what is half written is removed."""
 
 
 class Interrupted(Exception):
@@ -33,12 +43,17 @@ def run(main: Callable[[], None]) -> None:
     0 done; 2 the user's mistake; 1 a fault of the environment (one line) or of ours (traceback); 130 or 143 after
     SIGINT or SIGTERM.
     """
+    before = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         main()
     except UserError as error:
         _leave(str(error), 2)
+    except EnvironmentFault as error:
+        _leave(str(error), 1)
     except Interrupted as error:
         sys.exit(error.exit_code)
+    except Terminated:
+        _leave("terminated before there was anything to save", 143)
     except KeyboardInterrupt:
         _leave("interrupted before there was anything to save", 130)
     except BrokenPipeError:
@@ -49,6 +64,13 @@ def run(main: Callable[[], None]) -> None:
         if error.errno not in _ENVIRONMENT_ERRNOS:
             raise
         _leave(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror), 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _raise_terminated(_number: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one does not wait
+    raise Terminated
 
 
 def _leave(message: str, exit_code: int) -> None:

@@ -175,7 +175,21 @@ class TrainConfig:
     patience: int | None = None
     """Stop after this many evaluations in a row without a lower validation loss; None: never."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept, beside the one of the lowest validation loss."""
+    """Newest checkpoints kept."""
+    keep_best: int = 1
+    """Checkpoints of the lowest validation losses kept beside them."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this many steps are made and kept for good; None: none is."""
+    keep_epochs: bool = False
+    """Make a checkpoint at the end of each pass over the training split, and keep it for good."""
+    init_from: str | None = None
+    """Run directory from whose best checkpoint a new run takes its parameters, as for fine-tuning; None: random."""
+    deterministic: bool = False
+    """On a GPU, only use kernels that give the same bits each time, which is slower; a processor always does."""
+    max_skipped_steps: int = 10
+    """Steps in a row without a finite loss and gradient, each left out, after which the run stops."""
+    watchdog: float | None = 20.0
+    """Write down what every thread does when a step takes this many times its peers and a minute; None: never."""
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that a later start skips compilation."""
     trackers: tuple[Literal["tensorboard", "mlflow"], ...] = ("tensorboard",)

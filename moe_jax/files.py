@@ -5,6 +5,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from moe_jax.command import UserError
 
@@ -47,15 +48,27 @@ def locked_folder(folder: Path, flag: str, what: str, *, wait: bool = False) -> 
             raise
         raise UserError(f"{flag} {folder} is a link to nothing; remove it, or choose another") from None
     with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"process {file.read().strip()} is {what} {folder} already; "
-                f"wait for it, stop it, or name another {flag}"
-            ) from None
+        if wait:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        else:
+            _lock_or_refuse(file, folder, flag, what)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def refuse_locked_folder(folder: Path, flag: str, what: str) -> None:
+    """UserError where ``locked_folder`` would raise it now, so that no work is done in vain; creates nothing."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(folder / ".lock") as file:
+        _lock_or_refuse(file, folder, flag, what)
+
+
+def _lock_or_refuse(file: TextIO, folder: Path, flag: str, what: str) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"process {file.read().strip()} is {what} {folder} already; wait for it, stop it, or name another {flag}"
+        ) from None

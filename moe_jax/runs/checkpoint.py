@@ -1,182 +1,260 @@
-"""Checkpoints: Orbax steps with checksums; the newest ones and the one of the lowest validation loss are kept.
+"""Checkpoints: one folder a step, written in the background, sealed with checksums, and only then given its name.
 
-A step's folder holds the items params, router_state (where the router has one), optimizer_state and progress (JSON).
-The first two are items of their own, so that sampling reads nothing else. Orbax restores a flipped bit without a word,
-so each finished step is sealed with the checksums of its files, and they are compared before anything is read.
+A step holds the items params, router_state (where the router has one) and optimizer_state, arrays that Orbax writes,
+and the record, a file of JSON: what else the run must remember. Sampling reads the first two items and the record.
 """
 
-import hashlib
 import json
 import logging
 import math
 import shutil
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from moe_jax.axes import PyTree
-from moe_jax.command import UserError
-from moe_jax.files import atomic_write_text
+from moe_jax.command import EnvironmentFault, UserError
 from moe_jax.runs.layout import saved_steps
+from moe_jax.runs.seal import find_damage, seal
 
 log = logging.getLogger("moe_jax")
 
-_SUMS = "SHA256SUMS.json"
+FORMAT_VERSION = 2
+"""1 had no version, no settings and no state of the data in it."""
+_UNFINISHED = ".unfinished"
+"""Where a step is written before it has its name, and where it goes to be removed."""
+_RETRY_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay, beside those that were saved for good."""
+
+    newest: int
+    best: int
+    """Those of the lowest validation losses."""
 
 
 @dataclass(frozen=True)
 class Restored:
     step: int
     items: dict[str, PyTree]
-    progress: dict[str, Any]
+    record: dict[str, Any]
 
 
-def read_progress(folder: Path) -> dict[str, Any] | None:
-    """The progress item of the newest sound checkpoint in ``folder``; None without one."""
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """The record of the newest checkpoint in ``folder`` whose record is sound; None without one.
+
+    Raises UserError where it was written by another version of this package.
+    """
     for step in reversed(saved_steps(folder)):
-        if _damage(folder / str(step)) is None:
-            return _progress(folder / str(step))
+        record = _record(folder / str(step))
+        if record is not None:
+            return record
     return None
 
 
 def restore_items(folder: Path, which: Literal["best", "newest"], items: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """The named items of the checkpoint of the lowest validation loss, or of the newest one.
+    """The named items of the checkpoint of the lowest validation loss, or of the newest one; no other file is read.
 
     Before the first evaluation the best is the newest. ``items`` gives shapes, types and shardings. UserError where
-    there is no checkpoint, or it is damaged.
+    there is no checkpoint, it is damaged, or of another version of this package.
     """
     steps = saved_steps(folder)
     if not steps:
         raise UserError(f"there is no checkpoint in {folder}; train a model there first")
-    losses = {step: loss for step in steps if (loss := _val_loss_of(folder / str(step))) is not None}
-    step = min(losses, key=lambda each: losses[each]) if which == "best" and losses else steps[-1]
-    damage = _damage(folder / str(step))
+    losses = _losses(folder)
+    chosen = {"newest": steps[-1], "best": min(losses, key=lambda each: losses[each], default=steps[-1])}
+    step_folder = folder / str(chosen[which])
+    needed = ("record", *items)
+    damage = find_damage(step_folder, needed)
     if damage is not None:
-        sound = [each for each in steps if _damage(folder / str(each)) is None]
-        others = {"newest": steps[-1], "best": min(losses, key=lambda each: losses[each], default=steps[-1])}
-        remedy = [f", or use --checkpoint {name}" for name, other in others.items() if other in sound]
+        others = [name for name, step in chosen.items() if find_damage(folder / str(step), needed) is None]
         raise UserError(
-            f"the {which} checkpoint {folder / str(step)} is damaged ({damage}); put a copy of it back"
-            + (remedy[0] if remedy else ", or train on: the same train.py command goes on from the newest sound one")
+            f"the {which} checkpoint {step_folder} is damaged ({damage}); put a copy of it back"
+            + (
+                f", or use --checkpoint {others[0]}"
+                if others
+                else ", or train on: the same train.py command goes on from the newest sound one"
+            )
         )
-    return _restore(folder / str(step), items)
+    _record(step_folder)
+    return _restore(step_folder, items)
 
 
 class Checkpoints:
-    """Saves into ``folder`` and keeps ``keep`` of the newest checkpoints beside the best.
+    """Saves into ``folder`` and restores from there.
 
-    Damaged ones are moved to ``damaged/`` beside it first, and told; UserError where all are. Use it in a ``with``
-    block, whose end waits for the last save.
+    Newer checkpoints than the newest sound one are moved to ``damaged/`` beside it first, and told; UserError where
+    all are damaged. What a killed save or removal left is removed. A save that fails, as on a full disk, is told and
+    harms nothing that is there; ``is_retry_due`` says when to try again. Use it in a ``with`` block.
     """
 
-    def __init__(self, folder: Path, keep: int):
-        self._folder = folder.absolute()
-        _move_damaged_aside(self._folder)
-        # A save that a kill cut short; Orbax ignores it but leaves it there.
-        for half in folder.glob("*.orbax-checkpoint-tmp"):
-            shutil.rmtree(half)
-        # Orbax writes the loss down because of best_fn; max_to_keep with it would remove the newest checkpoint where
-        # that is not among the best.
-        policy = preservation_policy.AnyPreservationPolicy(
-            [
-                preservation_policy.LatestN(keep),
-                preservation_policy.BestN(
-                    get_metric_fn=_val_loss,
-                    n=1,
-                    reverse=True,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
-        )
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(preservation_policy=policy, best_fn=_val_loss, best_mode="min"),
-            item_names=("params", "router_state", "optimizer_state", "progress"),
-        )
+    def __init__(self, folder: Path, retention: Retention):
+        self._folder, self._retention = folder.absolute(), retention
+        self._unfinished = self._folder / _UNFINISHED
+        self._newest = _move_damaged_aside(self._folder)
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._saving: tuple[int, Future[None]] | None = None
+        self._failure: str | None = None
+        self._retry_at = math.inf
+        self.seconds = 0.0
+        """How long saves have kept the caller waiting."""
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.wait()
-        self._manager.close()
+        self._thread.shutdown()
+        self._checkpointer.close()
+        shutil.rmtree(self._unfinished, ignore_errors=True)
 
     def save(
         self,
         step: int,
         items: Mapping[str, PyTree],
+        record: Mapping[str, Any],
         *,
-        progress: Mapping[str, Any],
         val_loss: float | None,
+        for_good: bool = False,
     ) -> None:
-        """Starts to write the arrays ``items`` of ``step`` and returns once they are copied.
+        """Starts to write the arrays ``items`` and the JSON ``record`` of ``step``; returns once they are copied.
 
-        ``val_loss`` is None if the step was not evaluated; one that is not finite is never the best.
+        ``val_loss`` is None if the step was not evaluated; one that is not finite is never among the best. A step that
+        is saved ``for_good`` is never removed.
         """
+        started = time.perf_counter()
         self.wait()
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                progress=ocp.args.JsonSave(dict(progress)),
-                **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-            ),
-            metrics={"val_loss": val_loss} if val_loss is not None and math.isfinite(val_loss) else None,
-        )
+        if step != self._newest:
+            is_finite = val_loss is not None and math.isfinite(val_loss)
+            known = {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "val_loss": val_loss if is_finite else None,
+                "for_good": for_good,
+            }
+            try:
+                shutil.rmtree(self._unfinished, ignore_errors=True)
+                self._checkpointer.save(
+                    self._unfinished / str(step),
+                    args=ocp.args.Composite(
+                        record=ocp.args.JsonSave(known | dict(record)),
+                        **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
+                    ),
+                )
+                self._saving = step, self._thread.submit(self._commit, step)
+            except Exception as error:  # noqa: BLE001 - a file system's faults have many types in Orbax
+                self._tell_failure(step, error)
+        self.seconds += time.perf_counter() - started
+
+    def _commit(self, step: int) -> None:
+        """Runs beside the training: gives the step its name once all of it is on disk, then removes old ones."""
+        self._checkpointer.wait_until_finished()
+        staged = self._unfinished / str(step)
+        seal(staged)
+        staged.rename(self._folder / str(step))
+        kept = _steps_to_keep(self._folder, self._retention)
+        for old in set(saved_steps(self._folder)) - kept:
+            # Renamed first: a kill in the middle leaves no half of a checkpoint.
+            (self._folder / str(old)).rename(self._unfinished / f"removed-{old}")
+            shutil.rmtree(self._unfinished / f"removed-{old}")
+
+    def wait(self) -> bool:
+        """Waits until the last save has ended, well or not; whether it is on disk."""
+        if self._saving is not None:
+            step, future = self._saving
+            self._saving = None
+            error = future.exception()
+            if (self._folder / str(step)).is_dir():
+                self._newest, self._failure, self._retry_at = step, None, math.inf
+            if error is not None:
+                self._tell_failure(step, error)
+        return self._failure is None
+
+    def is_retry_due(self) -> bool:
+        """Whether the last save has failed a while ago, so that another one may be tried."""
+        if self._saving is not None and self._saving[1].done():
+            self.wait()
+        return time.monotonic() >= self._retry_at
+
+    def check_saved(self, step: int) -> None:
+        """EnvironmentFault unless ``step`` is on disk."""
+        self.wait()
+        if self._newest != step:
+            newest = "none is on disk" if self._newest is None else f"the newest one on disk is of step {self._newest}"
+            raise EnvironmentFault(
+                f"the checkpoint of step {step} could not be saved ({self._failure}); {newest}: free space in "
+                f"{self._folder} or mend what is wrong there, and run the same command to go on from it"
+            )
 
     def restore(self, items: Mapping[str, PyTree]) -> Restored | None:
         """The newest checkpoint, in the shapes, types and shardings of ``items``; None without any."""
-        steps = saved_steps(self._folder)
-        if not steps:
+        if self._newest is None:
             return None
-        folder = self._folder / str(steps[-1])
-        return Restored(steps[-1], _restore(folder, items), _progress(folder))
+        folder = self._folder / str(self._newest)
+        record = _record(folder)
+        assert record is not None, "it was sound a moment ago"
+        return Restored(self._newest, _restore(folder, items), record)
 
-    def wait(self) -> None:
-        """Waits until the last save is on disk, and writes the checksums of every step that has none."""
-        self._manager.wait_until_finished()
-        for step in saved_steps(self._folder):
-            folder = self._folder / str(step)
-            if not (folder / _SUMS).exists():
-                files = sorted(file for file in folder.rglob("*") if file.is_file())
-                sums = {str(file.relative_to(folder)): _sha256(file) for file in files}
-                atomic_write_text(folder / _SUMS, json.dumps(sums, indent=1) + "\n")
-
-
-def _move_damaged_aside(folder: Path) -> None:
-    steps = saved_steps(folder)
-    damages = {step: damage for step in steps if (damage := _damage(folder / str(step))) is not None}
-    if steps and len(damages) == len(steps):
-        raise UserError(
-            f"every checkpoint in {folder} is damaged, the newest one by {damages[steps[-1]]}; "
-            "put a copy back, or start a new run in another --workdir"
+    def _tell_failure(self, step: int, error: BaseException) -> None:
+        self._failure = " ".join(f"{error}".split())[:300] or type(error).__name__
+        self._retry_at = time.monotonic() + _RETRY_SECONDS
+        shutil.rmtree(self._unfinished, ignore_errors=True)  # half a checkpoint takes room that the next one needs
+        newest = (
+            "there is none on disk yet" if self._newest is None else f"the newest on disk is of step {self._newest}"
         )
-    for step, damage in damages.items():
-        aside = folder.parent / "damaged" / str(step)
+        log.warning(
+            f"warning: the checkpoint of step {step} is not saved ({self._failure}); training goes on, and it is "
+            f"tried again in {_RETRY_SECONDS:.0f} s; {newest}"
+        )
+
+
+def _steps_to_keep(folder: Path, retention: Retention) -> set[int]:
+    steps, losses = saved_steps(folder), _losses(folder)
+    newest = steps[len(steps) - min(retention.newest, len(steps)) :]
+    best = sorted(losses, key=lambda step: losses[step])[: retention.best]
+    for_good = [step for step in steps if (_read_json(folder / str(step)) or {}).get("for_good")]
+    return {*newest, *best, *for_good}
+
+
+def _losses(folder: Path) -> dict[int, float]:
+    """The validation losses of the steps that were evaluated and whose records can be read."""
+    records = {step: _read_json(folder / str(step)) or {} for step in saved_steps(folder)}
+    losses = {step: record.get("val_loss") for step, record in records.items()}
+    return {step: loss for step, loss in losses.items() if isinstance(loss, float)}
+
+
+def _move_damaged_aside(folder: Path) -> int | None:
+    """The newest sound step; newer ones are moved away. None where no step is there, UserError where none is sound."""
+    damages: dict[int, str] = {}
+    for step in reversed(saved_steps(folder)):
+        damage = find_damage(folder / str(step))
+        if damage is None:
+            break
+        damages[step] = damage
+    else:
+        if damages:
+            newest = max(damages)
+            raise UserError(
+                f"every checkpoint in {folder} is damaged, the newest one by {damages[newest]}; "
+                "put a copy back, or start a new run in another --workdir"
+            )
+        return None
+    for damaged, damage in damages.items():
+        aside = folder.parent / "damaged" / str(damaged)
         shutil.rmtree(aside, ignore_errors=True)
         aside.parent.mkdir(exist_ok=True)
-        shutil.move(folder / str(step), aside)
-        log.warning(f"the checkpoint of step {step} is damaged ({damage}) and was moved to {aside.parent}")
-
-
-def _damage(step_folder: Path) -> str | None:
-    """What is wrong with the files of a step; None where all are as written, or a kill came before the checksums."""
-    if not (step_folder / _SUMS).exists():
-        return None
-    try:
-        sums = json.loads((step_folder / _SUMS).read_text(encoding="utf-8"))
-        expected = {step_folder / name: str(value) for name, value in sums.items()}
-    except (ValueError, AttributeError):
-        return f"{_SUMS} cannot be read"
-    for file, value in expected.items():
-        if not file.is_file():
-            return f"{file.relative_to(step_folder)} is missing"
-        if _sha256(file) != value:
-            return f"{file.relative_to(step_folder)} has changed"
-    return None
+        shutil.move(folder / str(damaged), aside)
+        log.warning(f"the checkpoint of step {damaged} is damaged ({damage}) and was moved to {aside.parent}")
+    return step
 
 
 def _restore(step_folder: Path, items: Mapping[str, PyTree]) -> dict[str, PyTree]:
@@ -184,22 +262,27 @@ def _restore(step_folder: Path, items: Mapping[str, PyTree]) -> dict[str, PyTree
         return {name: checkpointer.restore((step_folder / name).absolute(), tree) for name, tree in items.items()}
 
 
-def _progress(step_folder: Path) -> dict[str, Any]:
-    return json.loads((step_folder / "progress" / "metadata").read_text(encoding="utf-8"))
-
-
-def _val_loss_of(step_folder: Path) -> float | None:
-    """The validation loss that a step was saved with; None where it was not evaluated, or that file is damaged."""
-    try:
-        return json.loads((step_folder / "metrics" / "metrics").read_text(encoding="utf-8"))["val_loss"]
-    except (OSError, ValueError, KeyError, TypeError):
+def _record(step_folder: Path) -> dict[str, Any] | None:
+    """The record of a step, None where it is damaged. UserError where it was written by another version."""
+    if (step_folder / "progress").is_dir() and not (step_folder / "record").exists():
+        version = 1
+    elif find_damage(step_folder, ["record"]) is not None:
         return None
+    else:
+        record = _read_json(step_folder) or {}
+        version = record.get("format_version", 1)
+        if version == FORMAT_VERSION:
+            return record
+    remedy = (
+        "use the older moe_jax that wrote it, or start a new run in another --workdir"
+        if version < FORMAT_VERSION
+        else "install the newer moe_jax that wrote it"
+    )
+    raise UserError(f"{step_folder} must have checkpoint format {FORMAT_VERSION}, got {version}; {remedy}")
 
 
-def _val_loss(metrics: Mapping[str, float]) -> float:
-    return metrics["val_loss"]
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+def _read_json(step_folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((step_folder / "record" / "metadata").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe_jax.command import UserError
 from moe_jax.config import Config
-from moe_jax.files import atomic_write_text, locked_folder
+from moe_jax.files import atomic_write_text, locked_folder, refuse_locked_folder
 from moe_jax.sections import settings
 from moe_jax.validation import validate
 
@@ -82,6 +82,10 @@ class RunDirectory:
             return validate(config)
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
+
+    def check_unlocked(self) -> None:
+        """UserError where another process trains in the folder; creates nothing."""
+        refuse_locked_folder(self.path, "--workdir", "training in")
 
     def lock(self) -> AbstractContextManager[None]:
         """Creates the folder and keeps other processes from training in it. UserError where one already does."""

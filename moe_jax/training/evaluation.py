@@ -23,7 +23,7 @@ from moe_jax.model.decoder import Decoder, Variables
 from moe_jax.model.moe.choice import on_this_machine
 from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.parallel.startup import enable_compile_cache
-from moe_jax.runs.checkpoint import read_progress, restore_items
+from moe_jax.runs.checkpoint import read_record, restore_items
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.training.metrics import routing_by_layer, routing_summary
 from moe_jax.training.state import abstract_state
@@ -108,7 +108,8 @@ def bits_per_byte(evaluation: Evaluation, splits: Iterable[Split]) -> float | No
 
 def check_same_text(run: RunDirectory, config: DataConfig, data: PreparedData) -> None:
     """UserError where the run's newest checkpoint was trained on other text: its vocabulary, too, would be another."""
-    saved = read_progress(run.checkpoints)
+    record = read_record(run.checkpoints)
+    saved = None if record is None else record["progress"]
     if saved is not None and saved["data_fingerprint"] != data.fingerprint:
         text = "the text of the embedded plays" if config.path is None else f"the text of {config.path}"
         raise UserError(

@@ -6,26 +6,40 @@ import math
 import time
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from moe_jax.command import EnvironmentFault
 from moe_jax.config import Config
-from moe_jax.data.pipeline import train_batches
+from moe_jax.data.pipeline import TrainBatches, batches_per_epoch, train_batches
 from moe_jax.data.prepared import PreparedData
 from moe_jax.model.decoder import Decoder
 from moe_jax.parallel.mesh import put_batch
+from moe_jax.parallel.startup import compiler_options
 from moe_jax.runs.checkpoint import Checkpoints
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.log import TrainingBar, training_bar
 from moe_jax.runs.metrics import MetricsWriter
 from moe_jax.sampling.generator import Generator, is_causal
+from moe_jax.training.diagnosis import find_not_finite
 from moe_jax.training.evaluation import Evaluation, bits_per_byte, evaluate, joined
 from moe_jax.training.flops import flops_per_token, utilisation
+from moe_jax.training.health import CollapseWatch, SpikeWatch
 from moe_jax.training.interrupt import StopRequest
-from moe_jax.training.metrics import Metrics, merge, named_metrics, routing_by_layer, routing_summary, step_metrics
+from moe_jax.training.metrics import (
+    Metrics,
+    expert_load,
+    merge,
+    named_metrics,
+    routing_by_layer,
+    routing_summary,
+    step_metrics,
+)
 from moe_jax.training.optimizer import make_optimizer, make_schedule
-from moe_jax.training.state import TrainState
+from moe_jax.training.state import TrainState, random_record
 from moe_jax.training.step import StepOutput, make_eval_step, make_train_step
 from moe_jax.training.trace import Trace
+from moe_jax.training.watchdog import Watchdog
 
 log = logging.getLogger("moe_jax")
 
@@ -35,6 +49,11 @@ class Progress:
     """What a run remembers beside its arrays; saved with every checkpoint."""
 
     data_fingerprint: str
+    next_batch: int = 0
+    """The state of the data: batch n is a function of (seed, n)."""
+    skipped_steps: int = 0
+    """Steps without a finite loss and gradient, which changed nothing."""
+    skipped_in_a_row: int = 0
     best_val_loss: float | None = None
     evaluations_without_gain: int = 0
     train_seconds: float = 0.0
@@ -60,26 +79,38 @@ class Loop:
         decoder = Decoder(config.model, data.tokenizer.vocab_size)
         self.schedule = make_schedule(config.optimizer, config.train.num_steps)
         optimizer = make_optimizer(config.optimizer, self.schedule)
-        self.train_step = jax.jit(make_train_step(config, decoder, optimizer), donate_argnums=0)
-        self.eval_step = jax.jit(make_eval_step(decoder))
+        options = compiler_options(config.train.deterministic)
+        self.decoder = decoder
+        self.train_step = jax.jit(
+            make_train_step(config, decoder, optimizer), donate_argnums=0, compiler_options=options
+        )
+        self.eval_step = jax.jit(make_eval_step(decoder), compiler_options=options)
         # Experts that choose tokens choose among later ones too, so that no text can be sampled from them.
         self.generator = Generator(config, data.tokenizer) if is_causal(config.model) else None
         self.flops_per_token = flops_per_token(state.params, config.model)
         self.trace = Trace(config.train.profile, run.profile)
+        self.spikes = SpikeWatch()
+        self.collapses = CollapseWatch(config.model.moe.num_experts, config.model.moe.top_k)
         self.first = int(state.step)
+        self.steps_per_epoch = batches_per_epoch(data, config.data, config.model.context_length)
         # Of the steps since the last line of metrics.jsonl: their metrics, number and time.
         self.interval: Metrics | None = None
         self.interval_tokens, self.interval_steps, self.interval_seconds = 0, 0, 0.0
 
     def run(self, request: StopRequest) -> None:
-        """Runs to the last step, to an early stop or to ``request``; whichever it is, the state is saved."""
+        """Runs to the last step, to an early stop or to ``request``; whichever it is, the state is then on disk.
+
+        Raises EnvironmentFault where it could not be saved, or where the loss was not finite for too long.
+        """
         train, first = self.config.train, self.first
-        batches = train_batches(self.data, self.config.data, self.config.model.context_length, start=first)
-        with batches, training_bar(train.num_steps, first) as bar:
+        batches = self._batches(self.progress.next_batch)
+        watchdog = Watchdog(train.watchdog, self.run_directory.log_file)
+        with batches, watchdog, training_bar(train.num_steps, first) as bar:
             unread: StepOutput | None = None
             clock = time.perf_counter()
             for step in range(first, train.num_steps):
                 self.trace.before_step(step, self.state)
+                watchdog.step_begins()
                 self.state, output = self.train_step(self.state, put_batch(next(batches), self.mesh))
                 if step == first:
                     jax.block_until_ready(output)
@@ -91,20 +122,36 @@ class Loop:
                 # Read once a turn: a signal may come at any moment of it, and what ends the run must also save it.
                 is_interrupted = request.exit_code is not None
                 is_evaluation = done % train.eval_every == 0 or done == train.num_steps
-                is_save = is_evaluation or done % train.checkpoint_every == 0 or is_interrupted
-                if not (is_save or done % train.log_every == 0):
+                is_save = is_evaluation or is_interrupted or self._is_save_due(done)
+                if is_save or done % train.log_every == 0:
+                    self._read(unread, bar, done)
+                    unread = None
+                if step > first:
+                    watchdog.step_ends(done)
+                if unread is not None:
                     continue
-                self._read(unread, bar, done)
-                unread = None
                 self.interval_seconds += time.perf_counter() - clock
                 self._write_interval(done)
                 val_loss = self._evaluate(done, bar) if is_evaluation else None
                 if is_save:
                     self._save(done, val_loss)
-                if is_interrupted or self.is_out_of_patience():
+                if is_interrupted or self.is_out_of_patience() or done == train.num_steps:
+                    self._save_at_last(done, val_loss)
                     break
                 clock = time.perf_counter()
         self.trace.finish(self.state)
+
+    def _batches(self, start: int) -> TrainBatches:
+        return train_batches(self.data, self.config.data, self.config.model.context_length, start=start)
+
+    def _is_save_due(self, done: int) -> bool:
+        every = self.config.train.checkpoint_every
+        return done % every == 0 or self._is_for_good(done) or self.checkpoints.is_retry_due()
+
+    def _is_for_good(self, done: int) -> bool:
+        train = self.config.train
+        is_multiple = train.keep_every is not None and done % train.keep_every == 0
+        return is_multiple or (train.keep_epochs and done % self.steps_per_epoch == 0)
 
     def is_out_of_patience(self) -> bool:
         """True once ``train.patience`` evaluations in a row have not lowered the validation loss."""
@@ -115,19 +162,59 @@ class Loop:
         """Merges a step's metrics into the interval's; waits until the device has computed it."""
         if output is None:
             return
-        metrics = step_metrics(jax.device_get(output))
-        self.interval = metrics if self.interval is None else merge(self.interval, metrics)
+        output = jax.device_get(output)
         num_tokens = int(output.num_targets)
         if done > self.first + 1:  # the first step of a start compiles, and is not timed
             self.interval_tokens += num_tokens
             self.interval_steps += 1
         bar.update(done, float(output.loss), num_tokens)
+        if not output.is_finite:
+            self._count_skipped(done)
+            return
+        self.progress.skipped_in_a_row = 0
+        metrics = step_metrics(output)
+        self.interval = metrics if self.interval is None else merge(self.interval, metrics)
+        self._warn(self.spikes.warning(done, float(output.loss)))
+
+    def _warn(self, message: str | None) -> None:
+        if message is not None:
+            log.warning(f"warning: {message}")
+
+    def _count_skipped(self, done: int) -> None:
+        """Notes that step ``done`` changed nothing. EnvironmentFault once there are too many in a row."""
+        self.progress.skipped_steps += 1
+        self.progress.skipped_in_a_row += 1
+        in_a_row, most = self.progress.skipped_in_a_row, self.config.train.max_skipped_steps
+        if in_a_row == 1:
+            self._warn(
+                f"step {done} has no finite loss and gradient and is left out ({self.progress.skipped_steps} so far)"
+            )
+        if in_a_row < most:
+            return
+        began = done - in_a_row + 1
+        # No step since has changed the parameters, so the first one can be looked at now.
+        with self._batches(began - 1) as batches:
+            batch = put_batch(next(batches), self.mesh)
+        state = self.state.replace(step=jnp.asarray(began - 1, self.state.step.dtype))
+        found = find_not_finite(self.config, self.decoder, state, batch)
+        raise EnvironmentFault(
+            f"{in_a_row} steps in a row, from step {began}, had no finite loss and gradient; in step {began} {found}; "
+            f"start a new run from an earlier checkpoint (--train.init-from {self.run_directory.path}) with a lower "
+            "optimizer.learning_rate or a clip_norm, or raise train.max_skipped_steps"
+        )
 
     def _write_interval(self, done: int) -> None:
         """Writes one line of metrics and starts a new interval."""
-        assert self.interval is not None
-        values: dict[str, float | list] = {**named_metrics(self.interval)}
-        values["train/learning_rate"] = float(jax.device_get(self.schedule(done - 1)))
+        values: dict[str, float | list] = {}
+        if self.interval is not None:  # otherwise each of its steps was left out
+            values |= named_metrics(self.interval)
+            load_NE = expert_load(self.interval)
+            if load_NE is not None:
+                for message in self.collapses.warnings(done, load_NE):
+                    self._warn(message)
+        values["train/learning_rate"] = float(jax.device_get(self.schedule(done - 1 - self.progress.skipped_steps)))
+        if self.progress.skipped_steps:
+            values["train/skipped_steps"] = self.progress.skipped_steps
         if self.interval_tokens:
             values |= self._speed()
         self.progress.train_seconds += self.interval_seconds
@@ -201,9 +288,22 @@ class Loop:
         )
 
     def _save(self, done: int, val_loss: float | None) -> None:
+        self.progress.next_batch = done
+        record = {
+            "progress": dataclasses.asdict(self.progress),
+            "random": random_record(self.config.train.seed),
+            "config": self.config.to_dict(),
+        }
         self.checkpoints.save(
             done,
             self.state.checkpoint_items(),
-            progress=dataclasses.asdict(self.progress),
+            record,
             val_loss=val_loss,
+            for_good=self._is_for_good(done),
         )
+
+    def _save_at_last(self, done: int, val_loss: float | None) -> None:
+        """Waits for the last save, which has a second try. EnvironmentFault where that fails too."""
+        if not self.checkpoints.wait():
+            self._save(done, val_loss)
+        self.checkpoints.check_saved(done)

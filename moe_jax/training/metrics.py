@@ -83,6 +83,11 @@ def named_metrics(merged: Metrics) -> dict[str, float]:
     return named | routing_summary(routing)
 
 
+def expert_load(merged: Metrics) -> np.ndarray | None:
+    """[MoE layers, E] rows of each expert in the merged steps; None for a dense model."""
+    return np.asarray(merged.load.total) if isinstance(merged, MoEMetrics) else None
+
+
 def routing_summary(routing: RoutingTotals) -> dict[str, float]:
     """The health of all MoE layers in a few numbers: means over layers, the worst max_load, all dead experts."""
     health = _health(routing)

@@ -20,7 +20,7 @@ from moe_jax.model.moe.choice import DispatchChoice, choose_dispatch
 from moe_jax.parallel.mesh import make_mesh, use_mesh
 from moe_jax.parallel.startup import enable_compile_cache
 from moe_jax.report.plots import plot_expert_load, plot_loss_curve
-from moe_jax.runs.checkpoint import Checkpoints
+from moe_jax.runs.checkpoint import Checkpoints, Retention, read_record
 from moe_jax.runs.layout import RunDirectory, check_same_run, saved_steps
 from moe_jax.runs.log import start_log
 from moe_jax.runs.metrics import MetricsWriter
@@ -28,10 +28,11 @@ from moe_jax.runs.trackers import check_trackers, open_trackers
 from moe_jax.sampling.generator import is_causal
 from moe_jax.training.evaluation import check_same_text
 from moe_jax.training.flops import count_params, flops_per_token
+from moe_jax.training.init_from import check_source, load_into
 from moe_jax.training.interrupt import catch_signals
 from moe_jax.training.loop import Loop, Progress
 from moe_jax.training.optimizer import make_optimizer, make_schedule
-from moe_jax.training.state import TrainState, abstract_state, init_state
+from moe_jax.training.state import TrainState, abstract_state, check_random, init_state
 from moe_jax.validation import validate
 
 log = logging.getLogger("moe_jax")
@@ -43,6 +44,7 @@ def train(config: Config, workdir: Path) -> None:
     Raises UserError before anything is written, and Interrupted once a signal's checkpoint is on disk.
     """
     run = RunDirectory(workdir)
+    run.check_unlocked()
     _check_run(config, run)
     check_trackers(config.train, run)
     if config.train.compile_cache:
@@ -53,8 +55,12 @@ def train(config: Config, workdir: Path) -> None:
     check_data(data, config.data, config.model.context_length)
     check_same_text(run, config.data, data)
     config = _settle(config, run, data)
+    is_new = not saved_steps(run.checkpoints)
+    if config.train.init_from is not None and is_new:
+        check_source(config, data.tokenizer, run)
     with run.lock(), start_log(run.log_file), use_mesh(mesh), catch_signals() as request:
-        with Checkpoints(run.checkpoints, keep=config.train.keep_checkpoints) as checkpoints:
+        retention = Retention(newest=config.train.keep_checkpoints, best=config.train.keep_best)
+        with Checkpoints(run.checkpoints, retention) as checkpoints:
             state, progress, restored_step = _state(config, mesh, data, checkpoints)
             if _is_finished(config, int(state.step), progress, run):
                 return
@@ -66,7 +72,6 @@ def train(config: Config, workdir: Path) -> None:
                 _describe_dispatch(config, choices)
                 loop = Loop(config, run, mesh, data, state, progress, checkpoints, writer)
                 loop.run(request)
-                checkpoints.wait()
                 pictures = [file for file in (plot_loss_curve(run), plot_expert_load(run)) if file is not None]
                 writer.finish(pictures, "finished" if request.exit_code is None else "interrupted")
         _conclude(config, run, int(loop.state.step), progress, request.exit_code)
@@ -84,9 +89,16 @@ def _check_run(config: Config, run: RunDirectory) -> None:
 
 
 def _begun(run: RunDirectory) -> Config | None:
-    """The configuration that the run was begun with; None before its first checkpoint, for that binds to nothing."""
-    saved = run.load_config() if run.config_file.exists() else None
-    return saved if saved_steps(run.checkpoints) else None
+    """The configuration that the run was begun with; None before its first checkpoint, for that binds to nothing.
+
+    UserError where a checkpoint is of another version, or config.json of a folder without one is not ours.
+    """
+    record = read_record(run.checkpoints)
+    if record is not None:
+        return Config.from_dict(record["config"], str(run.checkpoints))
+    if run.config_file.exists():
+        run.load_config()
+    return None
 
 
 def _settle(config: Config, run: RunDirectory, data: PreparedData) -> Config:
@@ -104,20 +116,20 @@ def _settle(config: Config, run: RunDirectory, data: PreparedData) -> Config:
 def _state(
     config: Config, mesh: jax.sharding.Mesh, data: PreparedData, checkpoints: Checkpoints
 ) -> tuple[TrainState, Progress, int | None]:
-    """The newest checkpoint's state, what the run remembers and the step restored; or a new state and None.
-
-    The step is also the state of the data: batch n is a function of (seed, n).
-    """
+    """The newest checkpoint's state, what the run remembers and the step restored; or a new state and None."""
     decoder = Decoder(config.model, data.tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
     target = abstract_state(decoder, optimizer, mesh)
     restored = checkpoints.restore(target.checkpoint_items())
     if restored is None:
         state = init_state(decoder, optimizer, mesh, config.train.seed)
+        if config.train.init_from is not None:
+            state = load_into(state, target, RunDirectory(Path(config.train.init_from)))
         return state, Progress(data_fingerprint=data.fingerprint), None
+    check_random(restored.record["random"], config.train.seed)
     step = jax.device_put(jax.numpy.asarray(restored.step, target.step.dtype), target.step.sharding)
     state = TrainState.from_items(step, restored.items)
-    return state, Progress(**restored.progress), restored.step
+    return state, Progress(**restored.record["progress"]), restored.step
 
 
 def _is_finished(config: Config, step: int, progress: Progress, run: RunDirectory) -> bool:
@@ -197,6 +209,8 @@ def _describe_dispatch(config: Config, choices: dict[str, DispatchChoice]) -> No
 
 def _conclude(config: Config, run: RunDirectory, step: int, progress: Progress, exit_code: int | None) -> None:
     """The last lines: what was reached and what to do next."""
+    if progress.skipped_steps:
+        log.info(f"{progress.skipped_steps} steps had no finite loss and gradient and were left out")
     best = "" if progress.best_val_loss is None else f"; best validation loss {progress.best_val_loss:.4f} nats/token"
     log.info(f"{step} steps, {progress.train_seconds:.0f} s in steps{best}")
     memory = jax.local_devices()[0].memory_stats()  # a processor does not count its own

@@ -1,5 +1,7 @@
 """The training state: a pytree of everything that a step changes."""
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -8,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from moe_jax.axes import Array, PyTree
+from moe_jax.command import UserError
 from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
 from moe_jax.parallel.mesh import shardings
 
@@ -50,6 +53,28 @@ def init_state(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: 
     target = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(decoder, optimizer, mesh))
     initialise = jax.jit(lambda key: nn.unbox(_boxed_state(decoder, optimizer, key)), out_shardings=target)
     return initialise(jax.random.key(seed))
+
+
+def random_record(seed: int) -> dict[str, Any]:
+    """The key that all keys of a run are made from, as JSON, and what is drawn with it in this process."""
+    key = jax.random.key(seed)
+    return {
+        "key": jax.random.key_data(key).tolist(),
+        "generator": str(jax.random.key_impl(key)),
+        "draws": jax.random.bits(key, (4,)).tolist(),
+    }
+
+
+def check_random(saved: dict[str, Any], seed: int) -> None:
+    """UserError where the random numbers of this process are not those of the run."""
+    now = random_record(seed)
+    changes = [f"{name} was {saved.get(name)}, now {value}" for name, value in now.items() if saved.get(name) != value]
+    if changes:
+        raise UserError(
+            "a run cannot go on with other random numbers: "
+            + "; ".join(changes)
+            + "; unset JAX_DEFAULT_PRNG_IMPL and JAX_THREEFRY_PARTITIONABLE, or set them as at the first start"
+        )
 
 
 def _boxed_state(decoder: Decoder, optimizer: optax.GradientTransformation, key: Array) -> TrainState:

@@ -1,6 +1,7 @@
 """One optimizer step and one evaluation step, as pure functions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -27,6 +28,8 @@ class StepOutput(flax.struct.PyTreeNode):
     grad_norm: Array
     num_targets: Array
     """Tokens that the loss is a mean over."""
+    is_finite: Array
+    """[] bool: whether the loss and the norm of the gradient are; otherwise the step changed nothing but ``step``."""
 
 
 class RoutingTotals(flax.struct.PyTreeNode):
@@ -53,14 +56,38 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, StepOutput]]:
     """The function (state, batch of ``data.pipeline``) -> (new state, output) of one optimizer step.
 
+    A step whose loss or gradient is not finite changes nothing but ``state.step``.
+    """
+    gradient = make_gradient(config, decoder)
+
+    def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, StepOutput]:
+        gradients, (loss, moe_losses, routing) = gradient(state, batch)
+        grad_norm = optax.tree.norm(gradients)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
+        changed = state.replace(
+            params=optax.apply_updates(state.params, updates),
+            optimizer_state=optimizer_state,
+        )
+        if state.expert_bias_NE is not None:
+            bias_NE = updated_bias(state.expert_bias_NE, routing.load_NE, config.model.moe.bias_update_rate)
+            changed = changed.replace(expert_bias_NE=bias_NE)
+        # One NaN in the parameters would be the end of the run.
+        kept = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), changed, state)
+        output = StepOutput(loss, moe_losses, routing, grad_norm, _num_targets(batch), is_finite)
+        return kept.replace(step=state.step + 1), output
+
+    return train_step
+
+
+def make_gradient(config: Config, decoder: Decoder) -> Callable[[TrainState, dict[str, Array]], tuple[PyTree, Any]]:
+    """The function (state, batch) -> (gradient, (loss, auxiliary losses, routing)) of the training objective.
+
     The batch is computed in ``accumulation_steps`` microbatches whose gradients, each already divided by the counts of
     the whole batch, add up in float32 to the gradient of the whole batch. Random keys depend on the step and on the
     sequence's index in the global batch, so neither accumulation nor devices change dropout or noise.
     """
     accumulation = config.optimizer.accumulation_steps
-    is_random = config.model.dropout_rate > 0 or (
-        config.model.moe.num_experts > 0 and config.model.moe.router in ("noisy_top_k", "switch")
-    )
 
     def objective(
         params: PyTree,
@@ -84,31 +111,19 @@ def make_train_step(
         total = loss + sum(weights[name] * value for name, value in losses.items())
         return total, (loss, losses, routing_totals(output.statistics))
 
-    def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, StepOutput]:
+    def gradient(state: TrainState, batch: dict[str, Array]) -> tuple[PyTree, Any]:
         batch_size = batch["inputs"].shape[0]
         num_targets = _num_targets(batch)
-        keys_B = _sequence_keys(config.train.seed, state.step, batch_size) if is_random else None
         gradient_of = jax.grad(objective, has_aux=True)
-        gradients, sums = _accumulate(
+        return _accumulate(
             lambda microbatch, keys_B: gradient_of(
                 state.params, state.expert_bias_NE, microbatch, keys_B, batch_size, num_targets
             ),
-            (batch, keys_B),
+            (batch, sequence_keys(config, state.step, batch_size)),
             accumulation,
         )
-        loss, moe_losses, routing = sums
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-        new_state = state.replace(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            optimizer_state=optimizer_state,
-        )
-        if state.expert_bias_NE is not None:
-            bias_NE = updated_bias(state.expert_bias_NE, routing.load_NE, config.model.moe.bias_update_rate)
-            new_state = new_state.replace(expert_bias_NE=bias_NE)
-        return new_state, StepOutput(loss, moe_losses, routing, optax.tree.norm(gradients), num_targets)
 
-    return train_step
+    return gradient
 
 
 def _accumulate(function: Callable[..., PyTree], batch: PyTree, accumulation: int) -> PyTree:
@@ -175,8 +190,12 @@ def _moe_losses(
     return jax.tree.map(jnp.mean, jax.vmap(layer_losses)(statistics.router))
 
 
-def _sequence_keys(seed: int, step: Array, batch_size: int) -> Array:
-    step_key = jax.random.fold_in(jax.random.key(seed), step)
+def sequence_keys(config: Config, step: Array, batch_size: int) -> Array | None:
+    """[B] random keys of the sequences of one step's batch, for dropout and router noise; None without either."""
+    moe = config.model.moe
+    if not (config.model.dropout_rate > 0 or (moe.num_experts > 0 and moe.router in ("noisy_top_k", "switch"))):
+        return None
+    step_key = jax.random.fold_in(jax.random.key(config.train.seed), step)
     return jax.vmap(lambda index: jax.random.fold_in(step_key, index))(jnp.arange(batch_size))
 
 

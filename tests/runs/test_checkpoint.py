@@ -1,7 +1,9 @@
 """Checkpoints: what is kept, what comes back, and damage."""
 
+import errno
 import json
 import math
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moe_jax.command import UserError
-from moe_jax.runs.checkpoint import Checkpoints, read_progress, restore_items
+from moe_jax.command import EnvironmentFault, UserError
+from moe_jax.runs import checkpoint
+from moe_jax.runs.checkpoint import Checkpoints, Retention, read_record, restore_items
 from moe_jax.runs.layout import saved_steps
+from moe_jax.runs.seal import seal
 
 
 def mesh_of(count):
@@ -28,15 +32,16 @@ def abstract(tree):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), tree)
 
 
-def fill(folder, losses, keep=2):
+def fill(folder, losses, keep=2, best=1, for_good=()):
     """Saves steps 10, 20, ... with a validation loss each, None for one that was not evaluated."""
-    with Checkpoints(folder, keep=keep) as checkpoints:
+    with Checkpoints(folder, Retention(keep, best)) as checkpoints:
         for number, val_loss in enumerate(losses, start=1):
-            checkpoints.save(10 * number, trees(number), progress={"number": number}, val_loss=val_loss)
+            step = 10 * number
+            checkpoints.save(step, trees(number), {"number": number}, val_loss=val_loss, for_good=step in for_good)
 
 
 def restored(folder, devices=1):
-    with Checkpoints(folder, keep=2) as checkpoints:
+    with Checkpoints(folder, Retention(2, 1)) as checkpoints:
         return checkpoints.restore(abstract(trees(0, devices)))
 
 
@@ -62,14 +67,23 @@ def largest_file(folder):
 def test_the_newest_and_the_best_are_kept(tmp_path, losses, kept):
     fill(tmp_path, losses)
     assert saved_steps(tmp_path) == kept
-    assert read_progress(tmp_path) == {"number": len(losses)}
+    assert not (tmp_path / ".unfinished").exists()
+    assert read_record(tmp_path)["number"] == len(losses)
+
+
+def test_several_of_the_best_are_kept_and_some_for_good(tmp_path):
+    fill(tmp_path, [5.0, 1.0, 4.0, 2.0, 3.0, 6.0, 7.0], keep=1, best=2, for_good=(10, 50))
+    assert saved_steps(tmp_path) == [10, 20, 40, 50, 70]
+    with Checkpoints(tmp_path, Retention(1, 0)) as checkpoints:
+        checkpoints.save(80, trees(8), {}, val_loss=None)
+    assert saved_steps(tmp_path) == [10, 50, 80]
 
 
 def test_the_newest_comes_back_on_any_number_of_devices(tmp_path):
     fill(tmp_path, [1.0, 2.0])
     for devices in (1, 8):
         found = restored(tmp_path, devices)
-        assert (found.step, found.progress) == (20, {"number": 2})
+        assert (found.step, found.record["number"]) == (20, 2)
         want = trees(2)
         assert found.items.keys() == want.keys()
         np.testing.assert_array_equal(found.items["params"]["w"], want["params"]["w"])
@@ -85,9 +99,9 @@ def test_parameters_of_the_best_and_of_the_newest(tmp_path):
 
 def test_the_best_is_kept_when_a_run_goes_on(tmp_path):
     fill(tmp_path, [2.0, 1.0, 3.0])
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, Retention(2, 1)) as checkpoints:
         for step, val_loss in ((40, 1.5), (50, None), (60, 1.25)):
-            checkpoints.save(step, trees(step), progress={}, val_loss=val_loss)
+            checkpoints.save(step, trees(step), {}, val_loss=val_loss)
     assert saved_steps(tmp_path) == [20, 50, 60]
     assert best_value(tmp_path) == 2.0
 
@@ -97,43 +111,94 @@ def test_before_any_evaluation_the_best_is_the_newest(tmp_path):
     assert best_value(tmp_path) == 2.0
 
 
-def flip_a_bit(folder):
-    file = largest_file(folder)
+def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (lambda step: flip_a_bit(step / "params"), "params/.* has changed"),
-        (lambda step: largest_file(step / "optimizer_state").unlink(), "optimizer_state/.* is missing"),
-        (lambda step: (step / "progress" / "metadata").write_text('{"num'), "progress/metadata has changed"),
-        (lambda step: (step / "metrics" / "metrics").write_text("{"), "metrics/metrics has changed"),
-        (lambda step: (step / "SHA256SUMS.json").write_text("{"), r"SHA256SUMS.json cannot be read"),
-    ],
-)
-def test_damage_is_found_and_the_older_checkpoint_restored(tmp_path, damage, words):
+def test_damage_is_found_and_the_older_checkpoint_restored(tmp_path):
     folder = tmp_path / "checkpoints"
     fill(folder, [1.0, 2.0])
-    damage(folder / "20")
-    with pytest.raises(UserError, match=rf"the newest checkpoint .* is damaged \({words}\).*--checkpoint best"):
+    flip_a_bit(largest_file(folder / "20" / "params"))
+    with pytest.raises(
+        UserError, match=r"the newest checkpoint .* is damaged \(params/.* has changed\).*--checkpoint best"
+    ):
         best_value(folder, "newest")
     assert best_value(folder) == 1.0
-    assert read_progress(folder) == {"number": 1}
     assert restored(folder).step == 10
     assert (tmp_path / "damaged" / "20").is_dir()
     # The step can be saved anew.
-    with Checkpoints(folder, keep=2) as checkpoints:
-        checkpoints.save(20, trees(7), progress={}, val_loss=0.5)
+    with Checkpoints(folder, Retention(2, 1)) as checkpoints:
+        checkpoints.save(20, trees(7), {}, val_loss=0.5)
     assert best_value(folder) == 7.0
+
+
+def test_sampling_reads_neither_the_optimizer_nor_its_checksums(tmp_path):
+    fill(tmp_path, [1.0])
+    shutil.rmtree(tmp_path / "10" / "optimizer_state")
+    assert best_value(tmp_path) == 1.0
+
+
+def test_what_is_older_than_the_newest_sound_one_is_left_alone(tmp_path):
+    fill(tmp_path, [1.0, 2.0])
+    flip_a_bit(largest_file(tmp_path / "10"))
+    assert restored(tmp_path).step == 20
+    assert saved_steps(tmp_path) == [10, 20]
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [(1, "got 1; use the older moe_jax that wrote it"), (3, "got 3; install the newer moe_jax that wrote it")],
+)
+def test_another_format_is_refused(tmp_path, version, words):
+    fill(tmp_path, [1.0])
+    file = tmp_path / "10" / "record" / "metadata"
+    record = json.loads(file.read_text())
+    assert record["format_version"] == 2
+    file.write_text(json.dumps(record | {"format_version": version}))
+    seal(tmp_path / "10")
+    for read in (read_record, best_value, restored):
+        with pytest.raises(UserError, match=rf"must have checkpoint format 2, {words}"):
+            read(tmp_path)
+
+
+def test_the_first_format_had_no_record(tmp_path):
+    fill(tmp_path, [1.0])
+    (tmp_path / "10" / "record").rename(tmp_path / "10" / "progress")
+    seal(tmp_path / "10")
+    with pytest.raises(UserError, match="must have checkpoint format 2, got 1"):
+        read_record(tmp_path)
+
+
+def test_a_save_that_fails_harms_nothing_is_told_and_tried_again(tmp_path, monkeypatch, caplog):
+    fill(tmp_path, [1.0])
+    monkeypatch.setattr(checkpoint, "_RETRY_SECONDS", 0.0)
+    with Checkpoints(tmp_path, Retention(2, 1)) as checkpoints:
+        with monkeypatch.context() as full:
+            full.setattr(checkpoint, "seal", raise_no_space)
+            checkpoints.save(20, trees(2), {}, val_loss=None)
+            assert not checkpoints.wait()
+            assert checkpoints.is_retry_due()
+            with pytest.raises(EnvironmentFault, match=r"step 20 could not be saved \(.*No space left.*is of step 10"):
+                checkpoints.check_saved(20)
+        assert "the checkpoint of step 20 is not saved" in caplog.text
+        assert saved_steps(tmp_path) == [10]
+        assert not (tmp_path / ".unfinished").exists()
+        checkpoints.save(21, trees(3), {}, val_loss=None)
+        checkpoints.check_saved(21)
+        assert not checkpoints.is_retry_due()
+    assert saved_steps(tmp_path) == [10, 21]
+
+
+def raise_no_space(folder):
+    raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
 
 def test_no_sound_checkpoint_is_told_and_nothing_moved(tmp_path):
     folder = tmp_path / "checkpoints"
     fill(folder, [1.0])
-    flip_a_bit(folder / "10" / "params")
+    flip_a_bit(largest_file(folder / "10" / "params"))
     with pytest.raises(UserError, match=r"every checkpoint in .* is damaged, the newest one by params"):
         restored(folder)
     assert (folder / "10").is_dir()
@@ -144,9 +209,10 @@ def test_no_sound_checkpoint_is_told_and_nothing_moved(tmp_path):
 
 def test_half_a_checkpoint_is_removed_and_ignored(tmp_path):
     fill(tmp_path, [1.0])
-    (tmp_path / "20.orbax-checkpoint-tmp").mkdir()
+    half = tmp_path / ".unfinished" / "20.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
     assert restored(tmp_path).step == 10
-    assert not (tmp_path / "20.orbax-checkpoint-tmp").exists()
+    assert not half.exists()
 
 
 def test_sums_hold_every_file(tmp_path):
@@ -159,7 +225,7 @@ def test_sums_hold_every_file(tmp_path):
 
 def test_nothing_to_restore(tmp_path):
     assert restored(tmp_path / "new") is None
-    assert read_progress(tmp_path / "none") is None
+    assert read_record(tmp_path / "none") is None
     for name in ("new", "none"):
         with pytest.raises(UserError, match="there is no checkpoint in"):
             best_value(tmp_path / name)

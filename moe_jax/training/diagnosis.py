@@ -1,0 +1,77 @@
+"""Where a step went wrong: which layer's gradient, or output, was the first that is not finite."""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.axes import Array, PyTree
+from moe_jax.config import Config
+from moe_jax.model.decoder import Block, Decoder, Variables, unstack
+from moe_jax.training.state import TrainState
+from moe_jax.training.step import make_gradient, sequence_keys
+
+
+def find_not_finite(config: Config, decoder: Decoder, state: TrainState, batch: dict[str, Array]) -> str:
+    """Says which gradient of the step of ``state`` and ``batch`` was the first, in the order of the backward pass.
+
+    Where the loss is not finite every gradient is lost with it, and it says which layer's output was the first.
+    """
+    gradients, (loss, _, _) = jax.device_get(jax.jit(make_gradient(config, decoder))(state, batch))
+    if not jnp.isfinite(loss):
+        layer = _first_bad_output(config, decoder, state, batch)
+        where = "the outputs of all layers were finite" if layer is None else f"the output of {layer} was the first"
+        return f"the loss was not finite: {where}"
+    name = first_bad_gradient(config, gradients)
+    if name is None:
+        return "each gradient was finite, but not their norm"
+    return f"the gradient of {name} was the first in the backward pass"
+
+
+def first_bad_gradient(config: Config, gradients: PyTree) -> str | None:
+    """The parameter nearest to the loss whose gradient is not finite; None where all are finite."""
+    by_layer = unstack(Variables(gradients), config.model).params
+    blocks = [f"layer_{layer}" for layer in reversed(range(config.model.num_layers))]
+    last = [name for name in ("embedding", "positions") if name in by_layer]
+    first = [name for name in by_layer if name not in blocks and name not in last]
+    for part in (*first, *blocks, *last):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(by_layer[part]):
+            if not jnp.all(jnp.isfinite(leaf)):
+                return " ".join([part.replace("_", " "), *(str(key.key) for key in path)])
+    return None
+
+
+def _first_bad_output(config: Config, decoder: Decoder, state: TrainState, batch: dict[str, Array]) -> str | None:
+    """The first layer of the forward pass with an output that is not finite; None where all are finite."""
+    walking = decoder.clone(unstacked=True)
+
+    def are_finite(variables: Variables, rows: dict[str, Array], keys_B: Array | None) -> dict[str, Array]:
+        _, kept = walking.apply(
+            {"params": unstack(variables, config.model).params},
+            rows["inputs"],
+            train=True,
+            expert_bias_NE=variables.expert_bias_NE,
+            token_mask_BL=rows.get("mask"),
+            keys_B=keys_B,
+            position_BL=rows.get("positions"),
+            segment_BL=rows.get("segments"),
+            capture_intermediates=lambda module, _: isinstance(module, Block),
+            mutable=["intermediates"],
+        )
+        # A block returns its output first, then what is not an activation.
+        blocks = cast(dict[str, Any], kept["intermediates"])
+        outputs: dict[str, Array] = {name: block["__call__"][0][0] for name, block in blocks.items()}
+        return {name: jnp.all(jnp.isfinite(output)) for name, output in outputs.items()}
+
+    keys_B = sequence_keys(config, state.step, batch["inputs"].shape[0])
+    accumulation = config.optimizer.accumulation_steps
+    check = jax.jit(are_finite)
+    # In the rows of each microbatch, which fit into memory.
+    found = [
+        jax.device_get(check(state.variables, *jax.tree.map(lambda leaf, n=n: leaf[n::accumulation], (batch, keys_B))))
+        for n in range(accumulation)
+    ]
+    for layer in range(config.model.num_layers):
+        if not all(part[f"layer_{layer}"] for part in found):
+            return f"layer {layer}"
+    return None

@@ -1,0 +1,57 @@
+"""A new run that begins with the parameters of another one, as fine-tuning does."""
+
+import logging
+from pathlib import Path
+
+from moe_jax.command import UserError
+from moe_jax.config import Config
+from moe_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from moe_jax.model.decoder import Variables
+from moe_jax.runs.checkpoint import restore_items
+from moe_jax.runs.layout import RunDirectory, saved_steps
+from moe_jax.sections import settings
+from moe_jax.training.state import TrainState
+
+log = logging.getLogger("moe_jax")
+
+# What neither the shapes of parameters nor the function that they stand for depend on.
+_FREE = frozenset(
+    {"model.dropout_rate", "model.embedding_dropout", "model.init", "model.init_std", "model.dtype", "model.remat"}
+    | {"model.scan_unroll", "model.moe.router_jitter", "model.moe.bias_update_rate", "model.moe.dispatch"}
+    | {"model.moe.grouped_matmul", "model.moe.capacity_factor", "model.moe.load_balancing_weight"}
+    | {"model.moe.load_balancing_scope", "model.moe.router_z_weight", "model.moe.importance_weight"}
+)
+
+
+def check_source(config: Config, tokenizer: Tokenizer, run: RunDirectory) -> None:
+    """UserError unless the run ``config.train.init_from`` has a model of the same kind, for the same tokens."""
+    source = RunDirectory(Path(config.train.init_from or ""))
+    if source.path.resolve() == run.path.resolve():
+        raise UserError(
+            f"train.init_from must be another run than --workdir, got {source.path} for both; name another --workdir"
+        )
+    saved = source.load_config()
+    if not saved_steps(source.checkpoints):
+        raise UserError(f"train.init_from {source.path} has no checkpoint; train a model there first")
+    before = {name: value for name, _, value in settings(saved.model, "model.")}
+    free = _FREE if config.model.positions == "learned" else _FREE | {"model.context_length"}
+    changes = [
+        f"{name} is {before[name]} there, {value} here"
+        for name, _, value in settings(config.model, "model.")
+        if name not in free and value != before[name]
+    ]
+    if changes:
+        raise UserError(f"train.init_from {source.path} has another model: {'; '.join(changes)}; use its settings")
+    if fingerprint(load_tokenizer(source.tokenizer)) != fingerprint(tokenizer):
+        raise UserError(
+            f"train.init_from {source.path} has other tokens than the text here; set data.tokenizer to "
+            f"{source.tokenizer}, or prepare the text with --tokenizer {source.tokenizer}"
+        )
+
+
+def load_into(state: TrainState, target: TrainState, source: RunDirectory) -> TrainState:
+    """``state`` with the parameters and the router state of the best checkpoint of ``source``."""
+    items = restore_items(source.checkpoints, "best", target.variables.to_items())
+    variables = Variables.from_items(items)
+    log.info(f"parameters are those of the best checkpoint of {source.path}")
+    return state.replace(params=variables.params, expert_bias_NE=variables.expert_bias_NE)
