@@ -121,7 +121,7 @@ def moments():
     """Twenty, the same ones in every run of the tests."""
     draw = random.Random(20)
     yield from ({"moment": "compilation", "seconds": draw.uniform(0.01, 1.0)} for _ in range(3))
-    yield from ({"moment": "evaluation", "number": draw.randrange(1, 60)} for _ in range(3))
+    yield from ({"moment": "evaluation", "number": draw.randrange(1, 16)} for _ in range(3))
     yield from ({"moment": "save", "number": draw.randrange(1, 14)} for _ in range(5))
     yield {"moment": "sealing", "number": draw.randrange(2, 8)}
     yield {"moment": "naming", "number": draw.randrange(2, 8)}

@@ -10,6 +10,7 @@ import pytest
 from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.model.decoder import Decoder, Variables
 from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
+from moe_jax.training.diagnosis import find_not_finite, first_bad_gradient
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_eval_step, make_train_step
@@ -93,6 +94,68 @@ def test_einsum_trains_as_gather_does(reference):
     moe = dataclasses.replace(CONFIG.model.moe, dispatch="einsum")
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe))
     assert_same_training(two_steps(config), reference)
+
+
+@pytest.fixture(scope="module")
+def one_step():
+    """A new state, the function of a state that makes one step, and the one that looks for what is not finite."""
+    moe = dataclasses.replace(CONFIG.model.moe, router="sigmoid_bias", router_z_weight=0.0)
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe))
+    decoder = Decoder(config.model, VOCAB)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
+    step = jax.jit(make_train_step(config, decoder, optimizer))
+    mesh = make_mesh(MeshConfig(data=1), BATCH)
+
+    def make(state):
+        with use_mesh(mesh):
+            return step(state, put_batch(batch(), mesh))
+
+    def find(state):
+        with use_mesh(mesh):
+            return find_not_finite(config, decoder, state, put_batch(batch(), mesh))
+
+    with use_mesh(mesh):
+        return init_state(decoder, optimizer, mesh, seed=0), make, find
+
+
+def changed_weight(name, layer, value):
+    def poison(params):
+        block = params["periods"]["block_0"]
+        moe = {**block["moe"], name: block["moe"][name].at[layer].set(value)}
+        return {**params, "periods": {"block_0": {**block, "moe": moe}}}
+
+    return poison
+
+
+def test_a_step_without_a_finite_loss_changes_nothing_and_says_which_layer_was_first(one_step):
+    new, make, find = one_step
+    state = new.replace(params=changed_weight("w_up", 1, jnp.nan)(new.params))
+    after, output = make(state)
+    assert not output.is_finite
+    assert int(after.step) == int(state.step) + 1
+    for got, want in zip(jax.tree.leaves(after.replace(step=0)), jax.tree.leaves(state.replace(step=0)), strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert find(state) == "the loss was not finite: the output of layer 1 was the first"
+
+
+def test_an_ordinary_step_is_finite_and_moves_everything(one_step):
+    state, make, _ = one_step
+    after, output = make(state)
+    assert output.is_finite
+    for name in ("params", "expert_bias_NE", "optimizer_state"):
+        pairs = zip(jax.tree.leaves(getattr(after, name)), jax.tree.leaves(getattr(state, name)), strict=True)
+        assert all(np.any(got != want) for got, want in pairs), name
+
+
+def test_the_first_bad_gradient_is_that_of_the_layer_nearest_to_the_loss(reference):
+    params = jax.tree.map(jnp.zeros_like, reference[0].params)
+    assert first_bad_gradient(CONFIG, params) is None
+    first = changed_weight("w_down", 0, jnp.inf)(params)
+    assert first_bad_gradient(CONFIG, first) == "layer 0 moe w_down"
+    both = changed_weight("router", 1, jnp.nan)(first)
+    assert first_bad_gradient(CONFIG, both) == "layer 1 moe router"
+    assert first_bad_gradient(CONFIG, {**both, "final_norm": {"scale": jnp.array([jnp.nan])}}) == "final norm scale"
+    assert first_bad_gradient(CONFIG, {**params, "embedding": jnp.array([jnp.nan])}) == "embedding"
 
 
 LOSSES = {"load_balancing_weight": 0.1, "importance_weight": 0.1, "router_z_weight": 0.1}
