@@ -133,6 +133,5 @@ def locked_folder(folder: Path, flag: str, what: str, *, wait: bool = False) -> 
             ) from None
         with naming(folder / ".lock"):
             file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
+            os.write(file.fileno(), str(os.getpid()).encode())
         yield

@@ -59,7 +59,9 @@ class _FileHandler(logging.Handler):
         self._file.append((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
-        lost = [] if self._file is None else self._file.close()
+        # logging closes every handler once more when Python ends.
+        file, self._file = self._file, None
+        lost = [] if file is None else file.close()
         if lost:
             self._tell(f"warning: {self._path} lacks its last {len(lost)} messages, which could not be written")
         super().close()
