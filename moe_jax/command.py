@@ -36,6 +36,13 @@ _ENVIRONMENT_ERRNOS = frozenset(
     | {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENOMEM}
 )
 
+_FULL = "free some space and run the same command again"
+_REMEDIES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "allow larger files (ulimit -f) and run the same command again",
+}
+
 
 def run(main: Callable[[], None]) -> None:
     """Calls ``main`` and leaves the process with the exit code that design and README promise.
@@ -63,7 +70,9 @@ def run(main: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in _ENVIRONMENT_ERRNOS:
             raise
-        _leave(f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror), 1)
+        where = f": {error.filename}" if error.filename else ""
+        remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+        _leave(f"{error.strerror}{where}{remedy}", 1)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -1,13 +1,25 @@
-"""Files that are written whole or not at all, and folders that one process works in at a time."""
+"""Files that are written whole or not at all, or grow on a full disk's terms; folders of one process at a time."""
 
 import contextlib
 import fcntl
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 from moe_jax.command import UserError
+
+
+@contextlib.contextmanager
+def naming(file: Path | str) -> Iterator[None]:
+    """Within it an OSError is one of ``file``: that of a failed write does not say where it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(file)
+        raise
 
 
 @contextlib.contextmanager
@@ -18,9 +30,10 @@ def atomic_file(file: Path) -> Iterator[Path]:
     """
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        yield beside
-        with open(beside, "rb") as written:
-            os.fsync(written.fileno())
+        with naming(file):
+            yield beside
+            with open(beside, "rb") as written:
+                os.fsync(written.fileno())
         beside.replace(file)
     finally:
         beside.unlink(missing_ok=True)
@@ -30,6 +43,69 @@ def atomic_write_text(file: Path, text: str) -> None:
     """Writes ``text`` so that a reader, or a kill, sees the old content or the new one and nothing between."""
     with atomic_file(file) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+class GrowingFile:
+    """A file that grows by whole records, and whose writer a full disk does not stop.
+
+    A record that cannot be written is kept in memory, and nothing of it stays in the file. It is tried again with the
+    next one and at the end, so that none is lost, doubled or out of order once there is space. ``tell`` gets one line
+    when writing begins to fail and one when it works again.
+    """
+
+    def __init__(self, file: Path, tell: Callable[[str], None]):
+        self._file, self._tell = file, tell
+        self._unwritten: list[bytes] = []
+        self._is_failing = False
+        # No buffer of Python's: after a fault nobody could say what of it is in the file.
+        self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._end = os.fstat(self._descriptor).st_size
+
+    def append(self, record: bytes) -> None:
+        """Writes ``record`` after all that are kept. No fault of the file system is raised."""
+        self._unwritten.append(record)
+        self._write_what_is_kept()
+
+    def close(self) -> list[bytes]:
+        """Tries for the last time, and returns the records that are not in the file."""
+        if self._unwritten:
+            self._write_what_is_kept()
+        try:
+            os.close(self._descriptor)
+        except OSError as error:  # a server's file system may tell of a lost write as late as here
+            self._tell(f"warning: the end of {self._file} may be missing ({error.strerror})")
+        return self._unwritten
+
+    def _write_what_is_kept(self) -> None:
+        error = self._try()
+        if error is not None and not self._is_failing:
+            self._tell(
+                f"warning: {self._file} cannot be written ({error.strerror}); the run goes on, keeps what is due in "
+                "memory and tries again each time"
+            )
+        elif error is None and self._is_failing:
+            self._tell(f"{self._file} can be written again, and nothing of it is lost")
+        self._is_failing = error is not None
+
+    def _try(self) -> OSError | None:
+        """Writes as many of the kept records as there is space for; what hindered it."""
+        data, written, fault = b"".join(self._unwritten), 0, None
+        try:
+            # A file that somebody has cut must not get a hole.
+            self._end = min(self._end, os.fstat(self._descriptor).st_size)
+            while written < len(data):
+                written += os.pwrite(self._descriptor, memoryview(data)[written:], self._end + written)
+        except OSError as error:
+            fault = error
+        ends = [end for end in itertools.accumulate(map(len, self._unwritten)) if end <= written]
+        if ends:
+            self._end += ends[-1]
+            del self._unwritten[: len(ends)]
+        if fault is not None:
+            # Where even this fails, the next record is still written over the half one.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._end)
+        return fault
 
 
 @contextlib.contextmanager
@@ -52,9 +128,9 @@ def locked_folder(folder: Path, flag: str, what: str, *, wait: bool = False) -> 
             fcntl.flock(file, fcntl.LOCK_EX)
         else:
             _lock_or_refuse(file, folder, flag, what)
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        with naming(folder / ".lock"):
+            file.truncate(0)
+            os.write(file.fileno(), str(os.getpid()).encode())
         yield
 
 

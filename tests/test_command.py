@@ -24,7 +24,11 @@ def run(error, capsys):
     ("error", "code", "line"),
     [
         (command.UserError("a rule,\n got a value"), 2, "error: a rule, got a value\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "f"), 1, "error: No space left on device: f\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "f"),
+            1,
+            "error: No space left on device: f; free some space and run the same command again\n",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "d"), 1, "error: Permission denied: d\n"),
         (KeyboardInterrupt(), 130, "error: interrupted before there was anything to save\n"),
         (command.Interrupted(143), 143, ""),

@@ -15,6 +15,7 @@ import numpy as np
 
 from moe_jax.command import UserError
 from moe_jax.data.encode import Encoded
+from moe_jax.files import naming
 
 LENGTHS = np.dtype(np.uint32)
 
@@ -82,7 +83,8 @@ class SplitWriter:
             if self._shard is None:
                 self._shard = open(shard_file(self._folder, self._split, index), "ab")  # noqa: SIM115 - see close()
             now = ids[: self._shard_tokens - used]
-            self._shard.write(now.tobytes())
+            with naming(self._shard.name):
+                self._shard.write(now.tobytes())
             counts.num_tokens += len(now)
             ids = ids[len(now) :]
             if counts.num_tokens % self._shard_tokens == 0:
@@ -96,7 +98,8 @@ class SplitWriter:
                 f"a document must have at most {np.iinfo(LENGTHS).max:,} tokens, got {lengths.max():,}; "
                 "divide the file by --separator"
             )
-        self._lengths.write(lengths.astype(LENGTHS).tobytes())
+        with naming(self._lengths.name):
+            self._lengths.write(lengths.astype(LENGTHS).tobytes())
         counts.open_tokens += int(reached[-1]) - (int(at_ends[-1]) if len(ends) else 0)
         counts.num_documents += len(ends)
         counts.num_bytes += encoded.num_bytes
@@ -106,19 +109,24 @@ class SplitWriter:
         """Returns once all that was written is on disk."""
         for file in (self._shard, self._lengths):
             if file is not None:
-                file.flush()
-                os.fsync(file.fileno())
+                _make_durable(file)
 
     def _close_shard(self) -> None:
         if self._shard is not None:
-            self._shard.flush()
-            os.fsync(self._shard.fileno())
+            _make_durable(self._shard)
             self._shard.close()
             self._shard = None
 
     def close(self) -> None:
         self._close_shard()
-        self._lengths.close()
+        with naming(self._lengths.name):
+            self._lengths.close()
+
+
+def _make_durable(file: IO[bytes]) -> None:
+    with naming(file.name):
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @dataclass(frozen=True)

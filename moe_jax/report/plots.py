@@ -1,5 +1,6 @@
 """The two pictures of a run. matplotlib is imported inside the functions: it takes most of a second."""
 
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+log = logging.getLogger("moe_jax")
+
 _MAX_LEGEND = 8
 _MAX_CELLS_WITH_TEXT = 200
 
 
 def plot_loss_curve(run: RunDirectory) -> Path | None:
-    """Writes loss_curve.png from metrics.jsonl; None where no loss has been written yet. UserError as read_metrics."""
+    """Writes loss_curve.png from metrics.jsonl; None where there is no loss yet, or on a full disk.
+
+    Raises UserError as read_metrics does.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -81,7 +87,9 @@ def _use_log_scale(axes: "Axes") -> None:
 
 
 def plot_expert_load(run: RunDirectory) -> Path | None:
-    """Writes expert_load.png from the "moe/load" of metrics.jsonl; None for a dense run. UserError as read_metrics.
+    """Writes expert_load.png from the "moe/load" of metrics.jsonl; None for a dense run or on a full disk.
+
+    Raises UserError as read_metrics does.
 
     Above: each expert's share of its layer's rows at the last evaluation. Below: how far the busiest expert of each
     layer was over the balanced share, at every evaluation.
@@ -158,7 +166,12 @@ def _draw_max_load(figure: "Figure", axes: "Axes", steps: list[int], max_load_SN
         figure.colorbar(ScalarMappable(norm, colors), ax=axes, label="MoE layer", pad=0.01)
 
 
-def _save(figure: "Figure", file: Path) -> Path:
-    with atomic_file(file) as beside:
-        figure.savefig(beside, format="png", dpi=120)
+def _save(figure: "Figure", file: Path) -> Path | None:
+    """``file``; None where the disk does not take it, which ends no run: metrics.jsonl is there to draw it from."""
+    try:
+        with atomic_file(file) as beside:
+            figure.savefig(beside, format="png", dpi=120)
+    except OSError as error:
+        log.warning(f"warning: {file} cannot be written ({error.strerror or error}); the run is complete without it")
+        return None
     return file

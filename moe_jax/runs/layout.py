@@ -39,6 +39,10 @@ class RunDirectory:
         return self.path / "train.log"
 
     @property
+    def stacks(self) -> Path:
+        return self.path / "stacks.log"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 

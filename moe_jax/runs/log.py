@@ -11,6 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from moe_jax.files import GrowingFile
+
 log = logging.getLogger("moe_jax")
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -20,18 +22,62 @@ class _ConsoleHandler(logging.Handler):
     """Prints to what sys.stdout is at the time: a live progress bar puts itself there, to stay below the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        encoding = sys.stdout.encoding or "utf-8"
         try:
-            print(self.format(record), flush=True)
+            # A sampled text may hold what the console cannot show.
+            print(self.format(record).encode(encoding, "backslashreplace").decode(encoding), flush=True)
         except BrokenPipeError:
             # The reader went away (`python train.py ... | head`): the run goes on, and train.log has the rest.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except OSError:
+            # The console is a file on a full disk: the run goes on, and train.log has what is dropped here.
+            _drop_what_cannot_be_printed()
+
+
+def _drop_what_cannot_be_printed() -> None:
+    """Empties Python's buffer of standard output, which would fail again at the next line and at the very end."""
+    number = sys.stdout.fileno()
+    console, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    sys.stdout.flush()
+    os.dup2(console, number)
+    os.close(console)
+    os.close(nowhere)
+
+
+class _FileHandler(logging.Handler):
+    """Appends to ``file``, which is made with the first message; that it cannot be written is told by ``console``."""
+
+    def __init__(self, file: Path, console: logging.Handler):
+        super().__init__()
+        self._path, self._console = file, console
+        self._file: GrowingFile | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._file is None:
+            self._file = GrowingFile(self._path, self._tell)
+        self._file.append((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
+
+    def close(self) -> None:
+        # logging closes every handler once more when Python ends.
+        file, self._file = self._file, None
+        lost = [] if file is None else file.close()
+        if lost:
+            self._tell(f"warning: {self._path} lacks its last {len(lost)} messages, which could not be written")
+        super().close()
+
+    def _tell(self, message: str) -> None:
+        self._console.handle(logging.makeLogRecord({"msg": message}))
 
 
 @contextlib.contextmanager
 def start_log(file: Path) -> Iterator[None]:
-    """Within it, log messages go to the console and, with their time, to the end of ``file``."""
+    """Within it, log messages go to the console and, with their time, to the end of ``file``.
+
+    Where either is on a full disk the run goes on, with what the other one has.
+    """
     console = _ConsoleHandler(logging.INFO)
-    to_file = logging.FileHandler(file, encoding="utf-8", delay=True)
+    to_file = _FileHandler(file, console)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     level, propagate = log.level, log.propagate
     # Orbax warns of each checkpoint without a validation loss, as one made between two evaluations is.
@@ -45,7 +91,7 @@ def start_log(file: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for handler in (console, to_file):
+        for handler in (to_file, console):  # the file's last words go to the console
             log.removeHandler(handler)
             handler.close()
         log.setLevel(level)

@@ -1,22 +1,26 @@
 """metrics.jsonl, and the trackers that get its scalars too. Imports no jax."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from moe_jax.command import UserError
-from moe_jax.files import atomic_write_text
+from moe_jax.files import GrowingFile, atomic_write_text
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.trackers import Ending, Tracker
+
+log = logging.getLogger("moe_jax")
 
 
 class MetricsWriter:
     """Writes each step's values as a line of metrics.jsonl, at once, and hands its scalars to the trackers.
 
     ``restored_step`` is the step that the run goes on from, None for a new run: what a start that died wrote past it
-    is cut. Use it in a ``with`` block; without ``finish`` the trackers are told that the run failed.
+    is cut. Use it in a ``with`` block; without ``finish`` the trackers are told that the run failed. A disk that is
+    full, or fails, is told and ends no run: lines wait in memory until they can be written.
     """
 
     def __init__(
@@ -31,14 +35,20 @@ class MetricsWriter:
             atomic_write_text(run.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
         # After what may be wrong with the file, so that no tracker is left with a run that never began.
         self._trackers = open_trackers()
-        self._file = open(run.metrics_file, "a", encoding="utf-8")  # noqa: SIM115 - closed by __exit__
+        self._path = run.metrics_file
+        self._file = GrowingFile(run.metrics_file, log.warning)
         self._ending: Ending = "failed"
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        lost = self._file.close()
+        if lost:
+            log.warning(
+                f"warning: {self._path} lacks its last {len(lost)} lines, from step {json.loads(lost[0])['step']} on, "
+                "which could not be written to the end"
+            )
         for tracker in self._trackers:
             tracker.close(self._ending)
 
@@ -47,8 +57,8 @@ class MetricsWriter:
 
         What is not finite is written as null, for JSON has no word for it.
         """
-        self._file.write(json.dumps({"step": step, **finite(values)}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **finite(values)}, allow_nan=False) + "\n"
+        self._file.append(line.encode())
         scalars = {name: value for name, value in values.items() if not isinstance(value, list)}
         for tracker in self._trackers:
             tracker.scalars(step, scalars)

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import re
+import socket
+import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from operator import itemgetter
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from moe_jax.command import UserError
 from moe_jax.config import Config, TrainConfig
-from moe_jax.files import atomic_write_text
+from moe_jax.files import GrowingFile, atomic_write_text
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.sections import settings
 
@@ -74,26 +76,50 @@ def open_trackers(config: Config, run: RunDirectory, restored_step: int | None) 
 
 
 class TensorBoard:
-    """Event files in the run directory; what a start that died wrote past the restored step is purged."""
+    """Event files in the run directory; what a start that died wrote past the restored step is purged.
+
+    tensorboardX makes the events. Its own writer is not used: on a full disk its thread dies, and the run waits for
+    that thread forever.
+    """
 
     def __init__(self, run: RunDirectory, restored_step: int | None):
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(run.tensorboard), purge_step=(restored_step or 0) + 1)
+        run.tensorboard.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.time_ns()}"
+        self._file = GrowingFile(run.tensorboard / name, log.warning)
+        first = (restored_step or 0) + 1
+        self._append(first, file_version="brain.Event:2")
+        self._append(first, session_log={"status": "START"})
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        from tensorboardX.summary import scalar
+
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._append(step, summary=scalar(name, value))
 
     def text(self, step: int, name: str, text: str) -> None:
+        from tensorboardX.summary import text as text_summary
+
         # Indented, it is shown as it is.
-        self._writer.add_text(name, "\n".join("    " + line for line in text.splitlines()), step)
+        indented = "\n".join("    " + line for line in text.splitlines())
+        self._append(step, summary=text_summary(name, indented))
+
+    def _append(self, step: int, **what: Any) -> None:
+        """An event as a record of a TFRecord file: its length and itself, with a checksum behind each."""
+        from tensorboardX.proto.event_pb2 import Event  # type: ignore[missing-module-attribute] - made on import
+        from tensorboardX.record_writer import masked_crc32c
+
+        event = Event(wall_time=time.time(), step=step, **what).SerializeToString()
+        length = struct.pack("<Q", len(event))
+        sums = [struct.pack("<I", masked_crc32c(part)) for part in (length, event)]
+        self._file.append(length + sums[0] + event + sums[1])
 
     def files(self, files: Iterable[Path]) -> None:
         """TensorBoard draws its own curves."""
 
     def close(self, ending: Ending) -> None:
-        self._writer.close()
+        lost = self._file.close()
+        if lost:
+            log.warning(f"warning: TensorBoard lacks the last {len(lost)} values, which could not be written")
 
 
 class MLflow:
@@ -196,6 +222,8 @@ def _mlflow_client(train: TrainConfig, run: RunDirectory) -> "MlflowClient":
     from mlflow import MlflowClient
 
     logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of each table that it creates
+    # It prints a traceback of every fault of the database beside raising it, which is told once by us.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     return MlflowClient(tracking_uri=_mlflow_uri(train, run))
 
 

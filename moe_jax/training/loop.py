@@ -104,7 +104,7 @@ class Loop:
         """
         train, first = self.config.train, self.first
         batches = self._batches(self.progress.next_batch)
-        watchdog = Watchdog(train.watchdog, self.run_directory.log_file)
+        watchdog = Watchdog(train.watchdog, self.run_directory.stacks)
         with batches, watchdog, training_bar(train.num_steps, first) as bar:
             unread: StepOutput | None = None
             clock = time.perf_counter()

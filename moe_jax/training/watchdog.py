@@ -18,7 +18,7 @@ class Watchdog:
     """Between ``step_begins`` and ``step_ends`` a clock runs that the interpreter cannot hold up.
 
     When it rings, after ``factor`` times the median of the last steps and at least a minute, the stacks of all threads
-    are added to ``file``; the run goes on. Use it in a ``with`` block.
+    are added to ``file``, which is not left there without any; the run goes on. Use it in a ``with`` block.
     """
 
     def __init__(self, factor: float | None, file: Path):
@@ -35,6 +35,8 @@ class Watchdog:
     def __exit__(self, *exception: object) -> None:
         faulthandler.cancel_dump_traceback_later()
         self._file.close()
+        if not self._path.stat().st_size:
+            self._path.unlink()
 
     def step_begins(self) -> None:
         self._began = time.monotonic()

@@ -2,30 +2,14 @@
 
 import json
 import math
-import struct
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from moe_jax.command import UserError
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.metrics import MetricsWriter, read_metrics
 from moe_jax.runs.trackers import TensorBoard
-
-
-def events(run):
-    """The scalars in the event files, oldest file first: (step, name, value); and the steps that a restart purged."""
-    scalars, purged = [], []
-    for file in sorted(run.tensorboard.iterdir(), key=lambda file: file.stat().st_mtime_ns):
-        content, at = file.read_bytes(), 0
-        while at < len(content):
-            (length,) = struct.unpack_from("<Q", content, at)
-            event = Event.FromString(content[at + 12 : at + 12 + length])
-            at += 12 + length + 4
-            scalars += [(event.step, v.tag, v.simple_value) for v in event.summary.value if v.HasField("simple_value")]
-            if event.session_log.status:
-                purged.append(event.step)
-    return scalars, purged
+from tests.oracles.events import events
 
 
 def test_a_line_is_on_disk_at_once_and_its_scalars_are_events(tmp_path):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+import resource
 import shutil
 
 import pytest
@@ -120,6 +122,28 @@ def test_a_server_that_cannot_be_used_is_told_at_the_start(tmp_path, uri):
     with pytest.raises(UserError, match=r"MLflow at .* cannot be used .*; correct train.mlflow_uri") as error:
         check_trackers(config.train, RunDirectory(tmp_path))
     assert "\n" not in str(error.value)
+
+
+def test_a_full_disk_is_told_once_and_ends_no_run(folder, caplog, capfd):
+    run = run_in(folder, "full")
+    caplog.set_level("WARNING", logger="moe_jax")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None)) as writer:
+        writer.write(5, {"train/loss": 2.5})
+        capfd.readouterr()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        try:
+            for step in (10, 15):
+                writer.write(step, {"train/loss": 1.5})
+                writer.write_text(step, "sample", "To be " * 1000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        writer.finish([], "finished")
+    (said,) = [record.message for record in caplog.records]
+    assert re.match(r"warning: MLflow does not take what is logged \(.*disk.*; the run goes on$", said), said
+    assert capfd.readouterr().err == "", "no traceback beside it"
+    assert points(folder, run, "train/loss") == [(5, 2.5), (10, 1.5), (15, 1.5)]
+    assert client(folder).get_run(id_of(run)).info.status == "FINISHED"
 
 
 def test_a_store_that_fails_in_its_own_way_does_not_end_the_run(folder, monkeypatch, caplog):

@@ -1,0 +1,47 @@
+"""A folder with a tiny recipe, and the commands of this project run in it with faults."""
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.faults.faulty import ROOT
+from tests.oracles.texts import VERSE
+
+RECIPE = """
+from moe_jax.config import *
+
+def get_config():
+    return Config(
+        model=ModelConfig(context_length=16, num_layers=1, embed_dim=16, num_heads=2,
+                          moe=MoEConfig(num_experts=4, expert_dim=16)),
+        data=DataConfig(path="verse.txt", tokenizer="char", batch_size=4),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
+        train=TrainConfig(num_steps=20, eval_every=10, checkpoint_every=10, log_every=5),
+        sample=SampleConfig(max_new_tokens=20),
+    )
+"""
+
+
+def make_home(folder):
+    (folder / "verse.txt").write_text(VERSE * 50)
+    (folder / "tiny.py").write_text(RECIPE)
+    return folder
+
+
+def faulty(home, faults, *arguments, cache=None):
+    """Runs ``arguments``, a script or -m and a module and its flags, in ``home`` with the ``faults`` of faulty.py."""
+    return subprocess.run(
+        [sys.executable, ROOT / "tests" / "faults" / "faulty.py", json.dumps(faults), *map(str, arguments)],
+        cwd=home,
+        env={
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time would go into compiling
+            "XDG_CACHE_HOME": str(cache or home / "cache"),
+        },
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
