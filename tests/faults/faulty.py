@@ -69,7 +69,9 @@ FAULTS: dict[str, Callable[..., None]] = {
     "no_privileges": no_privileges,
     "clock_backwards": clock_backwards,
     "signal_at": moments.signal_at,
+    "hang_at": moments.hang_at,
     "not_a_number": moments.not_a_number,
+    "space_after_failures": moments.space_after_failures,
 }
 
 

@@ -23,6 +23,20 @@ def signal_at(moment: str, number: int = 1, signal_name: str = "SIGKILL", second
     MOMENTS[moment](number, send)
 
 
+def hang_at(moment: str, number: int, seconds: float, least_seconds: float = 60.0) -> None:
+    """Nothing goes on for ``seconds``; the watchdog waits for ``least_seconds`` instead of a minute."""
+    from moe_jax.training import watchdog
+
+    watchdog.LEAST_SECONDS = least_seconds
+
+    def hang() -> None:
+        latest = time.monotonic() + seconds
+        while time.monotonic() < latest:  # a signal does not end it
+            time.sleep(0.01)
+
+    MOMENTS[moment](number, hang)
+
+
 def _before_call(owner: Any, name: str, number: int, send: Callable[[], None]) -> None:
     """Calls ``send`` before the call of ``owner.name`` with this number, from 1."""
     original, calls = getattr(owner, name), []
@@ -161,3 +175,19 @@ def not_a_number(first: int, last: int) -> None:
 
     loop.put_batch = poisoned
     step._summed_loss = lost
+
+
+def space_after_failures(number: int, file: str) -> None:
+    """Makes ``file`` once this many saves have failed: what a file_size_limit waits for."""
+    from moe_jax.runs.checkpoint import Checkpoints
+
+    tell, calls = Checkpoints._tell_failure, []
+
+    def counted(self: Any, step: int, error: BaseException) -> None:
+        tell(self, step, error)
+        calls.append(1)
+        if len(calls) == number:
+            Path(file).touch()
+            time.sleep(0.2)
+
+    Checkpoints._tell_failure = counted  # type: ignore[method-assign]

@@ -1,12 +1,10 @@
 """Real runs that are killed, and terminated, at moments of every kind; the same command then goes on, bit for bit."""
 
 import json
-import os
 import random
+import signal
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,48 +13,19 @@ import pytest
 
 from moe_jax.runs.checkpoint import read_record
 from moe_jax.runs.layout import RunDirectory, saved_steps
-from tests.oracles.texts import VERSE
-
-FAULTY = Path(__file__).with_name("faulty.py")
-# The model is tiny, so the time goes into compiling it: XLA's costly passes are left out.
-SETTINGS = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
-RECIPE = """
-from moe_jax.config import *
-
-def get_config():
-    return Config(
-        model=ModelConfig(context_length=16, num_layers=2, embed_dim=16, num_heads=2, dropout_rate=0.1,
-                          moe=MoEConfig(num_experts=4, expert_dim=16, router="noisy_top_k")),
-        data=DataConfig(path={text!r}, tokenizer="char", batch_size=4),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
-        train=TrainConfig(num_steps=40, eval_every=10, checkpoint_every=5, log_every=5),
-        sample=SampleConfig(max_new_tokens=5),
-    )
-"""
+from tests.faults.tiny import faulty, make_home, start
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a text and a recipe; where the runs are."""
-    folder = tmp_path_factory.mktemp("home")
-    (folder / "verse.txt").write_text(VERSE * 50)
-    (folder / "tiny.py").write_text(RECIPE.format(text=str(folder / "verse.txt")))
-    return folder
+    return make_home(tmp_path_factory.mktemp("home"))
 
 
 def train(home, workdir, faults=None, *flags, cache="cache"):
-    """A start of train.py as a process of its own."""
-    return subprocess.run(
-        [
-            *(sys.executable, FAULTY, json.dumps(faults or {}), "train.py"),
-            *("--config", home / "tiny.py", "--workdir", workdir, *flags),
-        ],
-        env={**os.environ, **SETTINGS, "XDG_CACHE_HOME": str(home / cache)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    """A start of train.py as a process of its own: 40 steps, a checkpoint every fifth."""
+    steps = ("--train.num-steps", 40, "--train.checkpoint-every", 5)
+    arguments = ("train.py", "--config", "tiny.py", "--workdir", workdir, *steps, *flags)
+    return faulty(home, faults or {}, *arguments, cache=home / cache)
 
 
 @pytest.fixture(scope="module")
@@ -146,17 +115,17 @@ def test_twenty_kills_at_moments_of_every_kind(home, straight):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("moment", "saved"),
+    "moment",
     [
-        ({"moment": "compilation", "seconds": 0.2}, True),
-        ({"moment": "step", "number": 17}, True),
-        ({"moment": "evaluation", "number": 3}, True),
-        ({"moment": "sealing", "number": 2}, True),
+        {"moment": "compilation", "seconds": 0.2},
+        {"moment": "step", "number": 17},
+        {"moment": "evaluation", "number": 3},
+        {"moment": "sealing", "number": 2},
     ],
-    ids=lambda value: value["moment"] if isinstance(value, dict) else "",
+    ids=lambda value: value["moment"],
 )
 @pytest.mark.parametrize(("signal_name", "exit_code"), [("SIGTERM", 143), ("SIGINT", 130)])
-def test_a_signal_in_each_phase_saves_and_leaves(home, straight, moment, saved, signal_name, exit_code):
+def test_a_signal_in_each_phase_saves_and_leaves(home, straight, moment, signal_name, exit_code):
     workdir = home / f"{signal_name}_{moment['moment']}"
     ended = train(home, workdir, {"signal_at": {**moment, "signal_name": signal_name}})
     assert ended.returncode == exit_code, ended.stderr
@@ -176,3 +145,23 @@ def test_sigterm_while_the_text_is_prepared_leaves_nothing(home):
     assert (ended.returncode, ended.stdout) == (143, "")
     assert ended.stderr == "error: terminated before there was anything to save\n"
     assert not (home / "unprepared").exists()
+
+
+@pytest.mark.slow
+def test_a_second_signal_leaves_at_once_and_leaves_no_lock(home, straight):
+    workdir = home / "twice"
+    hang = {"hang_at": {"moment": "evaluation", "number": 3, "seconds": 200}}
+    with start(home, hang, "train.py", "--config", "tiny.py", "--workdir", workdir) as process:
+        assert process.stdout is not None
+        while "step 10: train" not in process.stdout.readline():
+            pass
+        other = train(home, workdir)
+        assert other.returncode == 2
+        assert f"process {process.pid} is training in {workdir} already" in other.stderr
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == -signal.SIGTERM
+    assert train(home, workdir).returncode == 0
+    check_same_run(workdir, straight)

@@ -13,8 +13,8 @@ from moe_jax.config import *
 
 def get_config():
     return Config(
-        model=ModelConfig(context_length=16, num_layers=1, embed_dim=16, num_heads=2,
-                          moe=MoEConfig(num_experts=4, expert_dim=16)),
+        model=ModelConfig(context_length=16, num_layers=1, embed_dim=16, num_heads=2, dropout_rate=0.1,
+                          moe=MoEConfig(num_experts=4, expert_dim=16, router="noisy_top_k")),
         data=DataConfig(path="verse.txt", tokenizer="char", batch_size=4),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
         train=TrainConfig(num_steps=20, eval_every=10, checkpoint_every=10, log_every=5),
@@ -31,7 +31,14 @@ def make_home(folder):
 
 def faulty(home, faults, *arguments, cache=None):
     """Runs ``arguments``, a script or -m and a module and its flags, in ``home`` with the ``faults`` of faulty.py."""
-    return subprocess.run(
+    with start(home, faults, *arguments, cache=cache) as process:
+        output, errors = process.communicate(timeout=240)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def start(home, faults, *arguments, cache=None):
+    """The process of ``faulty``, which goes on by itself."""
+    return subprocess.Popen(
         [sys.executable, ROOT / "tests" / "faults" / "faulty.py", json.dumps(faults), *map(str, arguments)],
         cwd=home,
         env={
@@ -40,8 +47,7 @@ def faulty(home, faults, *arguments, cache=None):
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time would go into compiling
             "XDG_CACHE_HOME": str(cache or home / "cache"),
         },
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
-        check=False,
     )
