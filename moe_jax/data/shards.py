@@ -113,14 +113,13 @@ class SplitWriter:
 
     def _close_shard(self) -> None:
         if self._shard is not None:
-            _make_durable(self._shard)
-            self._shard.close()
-            self._shard = None
+            shard, self._shard = self._shard, None
+            with naming(shard.name), shard:
+                _make_durable(shard)
 
     def close(self) -> None:
-        self._close_shard()
-        with naming(self._lengths.name):
-            self._lengths.close()
+        with naming(self._lengths.name), self._lengths:
+            self._close_shard()
 
 
 def _make_durable(file: IO[bytes]) -> None:

@@ -1,11 +1,11 @@
-"""A full disk while a run writes: it goes on, says so, and loses nothing once there is space.
+"""What writes in a run, on a full disk: it goes on, says so, and loses nothing once there is space.
 
-A limit on the size of files stands for the disk; one test fills a real one.
+A limit on the size of files stands for the disk. A disk that is really full, and whole commands, are in
+test_full_disk_commands.py.
 """
 
 import contextlib
 import errno
-import json
 import os
 import re
 import resource
@@ -14,16 +14,19 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from moe_jax.files import GrowingFile
+from moe_jax.data.encode import Encoded
+from moe_jax.data.shards import SplitCounts, SplitWriter
+from moe_jax.files import GrowingFile, atomic_write_text, locked_folder
 from moe_jax.report.plots import plot_loss_curve
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.log import log, start_log
-from moe_jax.runs.metrics import MetricsWriter, read_metrics
+from moe_jax.runs.metrics import MetricsWriter
 from moe_jax.runs.trackers import TensorBoard
 from tests.faults.faulty import ROOT
-from tests.faults.tiny import faulty, make_home
+from tests.faults.tiny import steps_of
 from tests.oracles.events import events
 
 
@@ -36,10 +39,6 @@ def no_file_over(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def steps_of(run):
-    return [line["step"] for line in read_metrics(run.metrics_file)]
 
 
 def warnings_of(caplog):
@@ -94,9 +93,11 @@ def test_what_never_fits_is_returned_at_the_end_and_the_next_fault_is_told_again
         growing.append(b"c")
     assert [line.startswith("warning") for line in said] == [True, False] * 2
     with no_file_over(6):
-        growing.append(b"d")
-        assert growing.close() == [b"d"]
-    assert (tmp_path / "file").read_bytes() == b"abcabc"
+        for record in (b"d", b"e", b"f"):
+            growing.append(record)
+    with no_file_over(7):
+        assert growing.close() == [b"e", b"f"]
+    assert (tmp_path / "file").read_bytes() == b"abcabcd"
 
 
 def test_a_file_that_somebody_cut_gets_no_hole(tmp_path):
@@ -106,6 +107,33 @@ def test_a_file_that_somebody_cut_gets_no_hole(tmp_path):
     growing.append(b"bbb\n")
     growing.close()
     assert (tmp_path / "file").read_bytes() == b"bbb\n"
+
+
+def encoded(length):
+    ids = np.zeros(length, np.uint16)
+    return Encoded("train", 0, ids, np.array([length]), np.array([True]), length, length, 0)
+
+
+@pytest.mark.parametrize("length", [100, 100_000])
+def test_an_error_names_the_file_that_is_full(tmp_path, length):
+    def write_tokens():
+        with contextlib.closing(SplitWriter(tmp_path, "train", np.dtype(np.uint16), 10**6, SplitCounts())) as writer:
+            writer.write(encoded(length))
+            writer.commit()
+
+    def lock():
+        with locked_folder(tmp_path, "--out", "preparing"):
+            raise AssertionError("the lock is full")
+
+    for write, name in (
+        (lambda: atomic_write_text(tmp_path / "text", "x" * length), "text"),
+        (lock, ".lock"),
+        (write_tokens, r"train-00000\.bin|train\.lengths"),
+    ):
+        with no_file_over(0), pytest.raises(OSError) as caught:
+            write()
+        assert caught.value.errno == errno.EFBIG
+        assert re.fullmatch(name, Path(caught.value.filename).name)
 
 
 # Metrics and TensorBoard
@@ -221,7 +249,8 @@ def test_a_console_that_goes_to_a_full_disk_ends_nothing(tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(program)],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            # With an empty PYTHONUNBUFFERED, as for most people, Python keeps what could not be printed.
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
             stdout=console,
             stderr=subprocess.PIPE,
             text=True,
@@ -236,172 +265,3 @@ def test_a_console_that_goes_to_a_full_disk_ends_nothing(tmp_path):
         "third",
         "fourth",
     ]
-
-
-# A disk that is really full
-
-IN_A_SMALL_DISK = """
-import json, logging, os, sys
-from pathlib import Path
-from moe_jax.runs.layout import RunDirectory
-from moe_jax.runs.log import log, start_log
-from moe_jax.runs.metrics import MetricsWriter
-from moe_jax.runs.trackers import TensorBoard
-
-disk = Path(sys.argv[1])
-run = RunDirectory(disk / "run")
-run.path.mkdir()
-with start_log(run.log_file), MetricsWriter(run, None, lambda: [TensorBoard(run, None)]) as writer:
-    for step in range(1, 100):
-        if step == 30:
-            with open(disk / "other", "wb", buffering=0) as other:
-                try:
-                    while True:
-                        other.write(bytes(512))
-                except OSError as error:
-                    log.info(f"full: {error.strerror}")
-        if step == 70:
-            assert run.metrics_file.read_bytes().endswith(b"}\\n")
-            (disk / "other").unlink()
-        writer.write(step, {"train/loss": 1.0 * step, "moe/load": [[0.125] * 100]})
-        log.debug(f"step {step} " + "." * 500)
-        writer.write_text(step, "sample", "." * 500)
-"""
-
-
-def test_a_disk_that_is_really_full(tmp_path):
-    (disk := tmp_path / "disk").mkdir()
-    (tmp_path / "program.py").write_text(IN_A_SMALL_DISK)
-    # In a name space of its own, where anybody may mount; what is to be looked at is copied out of it.
-    steps = f"""
-        mount -t tmpfs -o size=1m none {disk} || exit 77
-        {sys.executable} {tmp_path / "program.py"} {disk} && cp -r {disk}/run {tmp_path}/run
-    """
-    done = subprocess.run(
-        ["unshare", "--map-root-user", "--mount", "sh", "-c", steps],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode == 77 or done.stderr.startswith("unshare:"):
-        pytest.skip(f"nothing may be mounted here: {done.stderr.strip()}")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert sum("cannot be written (No space left on device)" in line for line in done.stdout.splitlines()) == 3
-    assert sum("can be written again" in line for line in done.stdout.splitlines()) == 3
-    run = RunDirectory(tmp_path / "run")
-    assert steps_of(run) == list(range(1, 100))
-    assert [step for step, _, _ in events(run)[0]] == list(range(1, 100))
-    found = re.findall(r" step (\d+) \.{500}\n", run.log_file.read_text())
-    assert found == [str(step) for step in range(1, 100)]
-
-
-# Whole commands
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return make_home(tmp_path_factory.mktemp("home"))
-
-
-LIMIT = 60_000  # more than any file of a checkpoint, less than metrics and events of 180 steps
-RUN = (
-    *("--train.num-steps", "200", "--train.eval-every", "180", "--train.checkpoint-every", "180"),
-    *("--train.log-every", "1", "--train.no-compile-cache"),
-)
-
-
-def start_on_a_full_disk(home, workdir, **limit):
-    """Trains with files that may have LIMIT bytes; the log has as many before the first message."""
-    workdir.mkdir(parents=True)
-    (workdir / "train.log").write_text("x" * (LIMIT - 11) + "\n")
-    fault = {"file_size_limit": {"bytes": LIMIT, **limit}}
-    return faulty(home, fault, "train.py", "--config", "tiny.py", "--workdir", workdir, *RUN)
-
-
-def test_a_training_goes_on_while_the_disk_is_full_and_loses_nothing(home):
-    workdir = home / "runs" / "lifted"
-    done = start_on_a_full_disk(home, workdir, until=str(workdir / "checkpoints" / "180"))
-    assert (done.returncode, done.stderr) == (0, "")
-    for name in ("train.log", "metrics.jsonl", "tensorboard"):
-        said = [line for line in done.stdout.splitlines() if re.search(rf"{name}.* can", line)]
-        assert len(said) == 2, said
-        assert "cannot be written (File too large); the run goes on" in said[0]
-        assert "can be written again, and nothing of it is lost" in said[1]
-    run = RunDirectory(workdir)
-    evaluated = [180, 200]
-    assert steps_of(run) == sorted([*range(1, 201), *evaluated])
-    assert [step for step, name, _ in events(run)[0] if name == "train/loss"] == list(range(1, 201))
-    logged = run.log_file.read_text().splitlines()[1:]
-    for message in ("parameters: ", "first step", "step 180: train", "step 200: train", "sample from it"):
-        assert [line[20:].startswith(message) for line in logged].count(True) == 1, message
-    assert run.loss_curve.exists()
-    assert done.stdout.splitlines()[-1].startswith("sample from it")
-
-
-@pytest.mark.slow
-def test_a_training_ends_well_on_a_disk_that_stays_full(home):
-    workdir = home / "runs" / "full"
-    done = start_on_a_full_disk(home, workdir)
-    assert (done.returncode, done.stderr) == (0, "")
-    for words in (
-        r"metrics.jsonl cannot be written",
-        r"tensorboard\S* cannot be written",
-        r"train.log cannot be written",
-        r"metrics.jsonl lacks its last \d+ lines, from step \d+ on",
-        r"TensorBoard lacks the last \d+ values",
-        r"train.log lacks its last \d+ messages",
-    ):
-        assert len(re.findall(words, done.stdout)) == 1, (words, done.stdout)
-    run = RunDirectory(workdir)
-    (lost, first) = re.findall(r"last (\d+) lines, from step (\d+) on", done.stdout)[0]
-    assert steps_of(run) == list(range(1, int(first)))
-    assert int(lost) == 202 - (int(first) - 1)
-    assert (run.checkpoints / "200").is_dir()
-    more = faulty(home, {}, "train.py", "--config", "tiny.py", "--workdir", workdir, *RUN, "--train.num-steps", 210)
-    assert (more.returncode, more.stderr) == (0, "")
-    assert steps_of(run) == [*range(1, int(first)), *range(201, 211), 210]
-
-
-def prepared(folder):
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-
-def prepare(home, out, faults, tokenizer="byte", processes=1):
-    flags = ("--input", "lines.jsonl", "--out", out, "--tokenizer", tokenizer, "--processes", processes)
-    return faulty(home, faults, "-m", "moe_jax.data.prepare", *flags)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_preparation_on_a_full_disk_ends_in_one_line_and_goes_on_later(home, tokenizer, processes):
-    lines = (json.dumps({"text": f"the quick brown fox {index} " * 40}) + "\n" for index in range(5000))
-    (home / "lines.jsonl").write_text("".join(lines))
-    name = f"{tokenizer.replace(':', '')}-{processes}"
-    assert prepare(home, f"{name}-whole", {}, tokenizer, processes).returncode == 0
-    out = home / f"{name}-full"
-    for size in (0, 100, 5_000, 300_000):
-        done = prepare(home, out, {"file_size_limit": {"bytes": size}}, tokenizer, processes)
-        assert done.returncode == 1
-        assert re.fullmatch(
-            rf"error: File too large: {out}/[^\n]+; allow larger files \(ulimit -f\) and run the same command again\n",
-            done.stderr,
-        ), done.stderr
-        assert not (out / "meta.json").exists()
-    again = prepare(home, out, {}, tokenizer, processes)
-    assert (again.returncode, again.stderr) == (0, "")
-    assert prepared(out) == prepared(home / f"{name}-whole")
-
-
-def test_the_data_of_a_training_on_a_full_disk_ends_in_one_line(home, tmp_path):
-    (home / "long.txt").write_text("the quick brown fox " * 1000)
-    flags = ("--config", "tiny.py", "--data.path", "long.txt", "--workdir", tmp_path / "run")
-    done = faulty(home, {"file_size_limit": {"bytes": 5_000}}, "train.py", *flags, cache=tmp_path / "cache")
-    assert done.returncode == 1
-    place = re.escape(str(tmp_path / "cache"))
-    assert re.fullmatch(rf"error: File too large: {place}/\S+/text/train-00000.bin; allow [^\n]+\n", done.stderr)
-    assert done.stdout == ""
-    assert not (tmp_path / "run").exists()
-    assert Path(home / "long.txt").exists()

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+from moe_jax.runs.metrics import read_metrics
 from tests.faults.faulty import ROOT
 from tests.oracles.texts import VERSE
 
@@ -21,6 +22,10 @@ def get_config():
         sample=SampleConfig(max_new_tokens=20),
     )
 """
+
+
+def steps_of(run):
+    return [line["step"] for line in read_metrics(run.metrics_file)]
 
 
 def make_home(folder):
