@@ -4,6 +4,7 @@ A step holds the items params, router_state (where the router has one) and optim
 and the record, a file of JSON: what else the run must remember. Sampling reads the first two items and the record.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ import orbax.checkpoint as ocp
 from moe_jax.axes import PyTree
 from moe_jax.command import EnvironmentFault, UserError
 from moe_jax.runs.layout import saved_steps
+from moe_jax.runs.save_faults import check_space, quiet_libraries, reason
 from moe_jax.runs.seal import find_damage, seal
 
 log = logging.getLogger("moe_jax")
@@ -109,12 +111,15 @@ class Checkpoints:
         """How long saves have kept the caller waiting."""
 
     def __enter__(self) -> Self:
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(quiet_libraries())
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.wait()
         self._thread.shutdown()
         self._checkpointer.close()
+        self._quiet.close()
         shutil.rmtree(self._unfinished, ignore_errors=True)
 
     def save(
@@ -143,6 +148,8 @@ class Checkpoints:
             }
             try:
                 shutil.rmtree(self._unfinished, ignore_errors=True)
+                self._folder.mkdir(parents=True, exist_ok=True)
+                check_space(self._folder, items)
                 self._checkpointer.save(
                     self._unfinished / str(step),
                     args=ocp.args.Composite(
@@ -205,12 +212,10 @@ class Checkpoints:
         return Restored(self._newest, _restore(folder, items), record)
 
     def _tell_failure(self, step: int, error: BaseException) -> None:
-        self._failure = " ".join(f"{error}".split())[:300] or type(error).__name__
+        self._failure = reason(error)
         self._retry_at = time.monotonic() + _RETRY_SECONDS
         shutil.rmtree(self._unfinished, ignore_errors=True)  # half a checkpoint takes room that the next one needs
-        newest = (
-            "there is none on disk yet" if self._newest is None else f"the newest on disk is of step {self._newest}"
-        )
+        newest = "none is on disk yet" if self._newest is None else f"the newest on disk is of step {self._newest}"
         log.warning(
             f"warning: the checkpoint of step {step} is not saved ({self._failure}); training goes on, and it is "
             f"tried again in {_RETRY_SECONDS:.0f} s; {newest}"

@@ -80,10 +80,6 @@ def start_log(file: Path) -> Iterator[None]:
     to_file = _FileHandler(file, console)
     to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     level, propagate = log.level, log.propagate
-    # Orbax warns of each checkpoint without a validation loss, as one made between two evaluations is.
-    orbax_log = logging.getLogger("absl")
-    orbax_level = orbax_log.level
-    orbax_log.setLevel(logging.ERROR)
     log.setLevel(logging.DEBUG)
     log.propagate = False
     for handler in (console, to_file):
@@ -96,7 +92,6 @@ def start_log(file: Path) -> Iterator[None]:
             handler.close()
         log.setLevel(level)
         log.propagate = propagate
-        orbax_log.setLevel(orbax_level)
 
 
 class TrainingBar:

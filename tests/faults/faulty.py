@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import moments
-
 ROOT = Path(__file__).parents[2]
 
 
@@ -68,18 +66,16 @@ FAULTS: dict[str, Callable[..., None]] = {
     "file_size_limit": file_size_limit,
     "no_privileges": no_privileges,
     "clock_backwards": clock_backwards,
-    "signal_at": moments.signal_at,
-    "hang_at": moments.hang_at,
-    "not_a_number": moments.not_a_number,
-    "space_after_failures": moments.space_after_failures,
 }
 
 
 def main() -> None:
     faults, script, *arguments = sys.argv[1:]
     sys.path.insert(0, str(ROOT))
+    from tests.faults.moments import FAULTS_OF_A_RUN
+
     for name, values in json.loads(faults).items():
-        FAULTS[name](**values)
+        (FAULTS | FAULTS_OF_A_RUN)[name](**values)
     # train.py would otherwise start itself again for huge pages, without the faults.
     os.environ.setdefault("GLIBC_TUNABLES", "")
     if script == "-m":

@@ -191,3 +191,11 @@ def space_after_failures(number: int, file: str) -> None:
             time.sleep(0.2)
 
     Checkpoints._tell_failure = counted  # type: ignore[method-assign]
+
+
+FAULTS_OF_A_RUN: dict[str, Callable[..., None]] = {
+    "signal_at": signal_at,
+    "hang_at": hang_at,
+    "not_a_number": not_a_number,
+    "space_after_failures": space_after_failures,
+}

@@ -191,6 +191,19 @@ def test_a_save_that_fails_harms_nothing_is_told_and_tried_again(tmp_path, monke
     assert saved_steps(tmp_path) == [10, 21]
 
 
+def test_a_save_that_would_not_fit_is_not_begun(tmp_path, monkeypatch, caplog):
+    fill(tmp_path, [1.0])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=287))
+    with Checkpoints(tmp_path, Retention(2, 1)) as checkpoints:
+        checkpoints.save(20, trees(2), {}, val_loss=None)
+        assert not checkpoints.wait()
+    assert "step 20 is not saved (0.0 MB are needed and 0.0 MB free)" in caplog.text
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=288))  # 72 numbers of 4 bytes
+    fill(tmp_path, [None, None])
+    assert saved_steps(tmp_path) == [10, 20]
+
+
 def raise_no_space(folder):
     raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 

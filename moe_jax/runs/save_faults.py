@@ -1,0 +1,53 @@
+"""Saves that fail: found out before where that can be, and told in a few words where Orbax has pages."""
+
+import contextlib
+import errno
+import gc
+import logging
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+
+from moe_jax.axes import PyTree
+
+
+def check_space(folder: Path, items: Mapping[str, PyTree]) -> None:
+    """OSError where ``items`` will not fit; Orbax would find out in the middle, and with many words."""
+    needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(items))), shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB free")
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong with a save, in the operating system's words where it was that."""
+    text = " ".join(str(error).split())
+    match = re.search(r"([^:]+) \[os_error_code", text)  # as tensorstore ends its messages
+    if match:
+        return match[1].strip()
+    return (error.strerror if isinstance(error, OSError) else text[:300]) or type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Within it what Orbax and asyncio have to say of a failed save, pages of it, is left out."""
+    levels = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
+    hook, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loops
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        gc.collect()  # asyncio complains of what nobody waited for when it is thrown away
+        sys.unraisablehook = hook
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+
+
+def _ignore_closed_loops(fault: "sys.UnraisableHookArgs") -> None:
+    """Once a save has failed, tensorstore reports each further write of it to an event loop that is closed by then."""
+    if not (isinstance(fault.exc_value, RuntimeError) and str(fault.exc_value) == "Event loop is closed"):
+        sys.__unraisablehook__(fault)
