@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import gc
 import logging
 import re
 import shutil
@@ -32,19 +31,22 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Within it what Orbax and asyncio have to say of a failed save, pages of it, is left out."""
-    levels = {name: logging.getLogger(name).level for name in ("absl", "asyncio")}
-    hook, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loops
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+def quiet_orbax() -> Iterator[None]:
+    """Within it what Orbax and tensorstore print of a failed save, pages of it, is left out."""
+    orbax_log = logging.getLogger("absl")
+    level, hook = orbax_log.level, sys.unraisablehook
+    orbax_log.setLevel(logging.CRITICAL)
+    sys.unraisablehook = _ignore_closed_loops
     try:
         yield
     finally:
-        gc.collect()  # asyncio complains of what nobody waited for when it is thrown away
         sys.unraisablehook = hook
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
+        orbax_log.setLevel(level)
+
+
+def quiet_asyncio() -> None:
+    """After a failed save asyncio complains of the parts of it that nobody waited for, as late as when Python ends."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def _ignore_closed_loops(fault: "sys.UnraisableHookArgs") -> None:
