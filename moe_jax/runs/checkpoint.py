@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from moe_jax.axes import PyTree
 from moe_jax.command import EnvironmentFault, UserError
 from moe_jax.runs.layout import saved_steps
-from moe_jax.runs.save_faults import check_space, quiet_asyncio, quiet_orbax, reason
+from moe_jax.runs.save_faults import check_space, quiet_libraries, reason
 from moe_jax.runs.seal import find_damage, seal
 
 log = logging.getLogger("moe_jax")
@@ -112,7 +112,7 @@ class Checkpoints:
 
     def __enter__(self) -> Self:
         self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(quiet_orbax())
+        self._quiet.enter_context(quiet_libraries())
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -212,7 +212,6 @@ class Checkpoints:
         return Restored(self._newest, _restore(folder, items), record)
 
     def _tell_failure(self, step: int, error: BaseException) -> None:
-        quiet_asyncio()
         self._failure = reason(error)
         self._retry_at = time.monotonic() + _RETRY_SECONDS
         shutil.rmtree(self._unfinished, ignore_errors=True)  # half a checkpoint takes room that the next one needs

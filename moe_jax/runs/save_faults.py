@@ -31,22 +31,16 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def quiet_orbax() -> Iterator[None]:
-    """Within it what Orbax and tensorstore print of a failed save, pages of it, is left out."""
-    orbax_log = logging.getLogger("absl")
-    level, hook = orbax_log.level, sys.unraisablehook
-    orbax_log.setLevel(logging.CRITICAL)
-    sys.unraisablehook = _ignore_closed_loops
+def quiet_libraries() -> Iterator[None]:
+    """Within it what Orbax, tensorstore and asyncio print of a failed save, pages of it, is left out."""
+    # For good: they complain of the parts that nobody waited for as late as when Python ends.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    hook, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loops
     try:
         yield
     finally:
         sys.unraisablehook = hook
-        orbax_log.setLevel(level)
-
-
-def quiet_asyncio() -> None:
-    """After a failed save asyncio complains of the parts of it that nobody waited for, as late as when Python ends."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def _ignore_closed_loops(fault: "sys.UnraisableHookArgs") -> None:
