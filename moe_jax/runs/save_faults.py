@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def quiet_libraries() -> Iterator[None]:
     # For good: they complain of the parts that nobody waited for as late as when Python ends.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     hook, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loops
     try:
         yield
