@@ -47,6 +47,6 @@ def get_config() -> Config:
             accumulation_steps=2,
         ),
         train=TrainConfig(
-            num_steps=198_720, eval_every=33_120, checkpoint_every=33_120, keep_checkpoints=6, log_every=100
+            num_steps=198_720, eval_every=33_120, checkpoint_every=5_520, keep_epochs=True, log_every=100
         ),
     )

@@ -185,6 +185,26 @@ def test_every_setting_is_read_outside_of_the_configuration():
     assert settings_read(example) == {("TrainConfig", "seed"), ("MoEConfig", "top_k"), ("DataConfig", "path")}
 
 
+def what_runs_data(source: str) -> list[str]:
+    """Modules and calls that execute what they read, or could be made to."""
+    unsafe = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle", "torch"}
+    found = [module for module in imports(source) if module.split(".")[0] in unsafe]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            found += [name] if name in ("eval", "exec", "compile", "yaml.load", "np.fromregex") else []
+            found += [keyword.arg for keyword in node.keywords if keyword.arg in ("allow_pickle", "trust_remote_code")]
+    return found
+
+
+def test_nothing_that_is_read_is_ever_executed():
+    """No pickle anywhere: what is in a run directory or a prepared folder is numbers and text."""
+    assert [(file, what_runs_data(file.read_text())) for file in SOURCES if what_runs_data(file.read_text())] == []
+    assert what_runs_data("import pickle\nnp.load(f, allow_pickle=True)\neval(x)") == [
+        *("pickle", "allow_pickle", "eval"),
+    ]
+
+
 def swallowed(source: str) -> list[int]:
     """Lines of handlers that catch everything, or do nothing about what they catch."""
     return [

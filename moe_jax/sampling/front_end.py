@@ -31,7 +31,7 @@ def sample_to_terminal(
     text = "\n\n---\n\n".join(item.prompt + item.text for item in samples) + "\n"
     sys.stdout.write(text)
     sys.stdout.flush()
-    atomic_write_text(run.generated_text, text)
+    _keep(run, text)
     if any(item.finish_reason == "context" for item in samples):
         _note_context(generator)
 
@@ -71,7 +71,15 @@ def _answer(run: RunDirectory, generator: Generator, variables: Variables, promp
     # On a terminal the next question stands apart.
     sys.stdout.write("\n\n" if sys.stdout.isatty() else "\n")
     sys.stdout.flush()
-    atomic_write_text(run.generated_text, prompt + text + "\n")
+    _keep(run, prompt + text + "\n")
+
+
+def _keep(run: RunDirectory, text: str) -> None:
+    """Writes generated_text.txt; where that cannot be, the text has been printed all the same."""
+    try:
+        atomic_write_text(run.generated_text, text)
+    except OSError as error:
+        print(f"warning: {run.generated_text} cannot be written ({error.strerror or error})", file=sys.stderr)
 
 
 @contextlib.contextmanager

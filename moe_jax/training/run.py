@@ -72,8 +72,7 @@ def train(config: Config, workdir: Path) -> None:
                 _describe_dispatch(config, choices)
                 loop = Loop(config, run, mesh, data, state, progress, checkpoints, writer)
                 loop.run(request)
-                pictures = [file for file in (plot_loss_curve(run), plot_expert_load(run)) if file is not None]
-                writer.finish(pictures, "finished" if request.exit_code is None else "interrupted")
+                writer.finish(_draw(run), "finished" if request.exit_code is None else "interrupted")
         _conclude(config, run, int(loop.state.step), progress, request.exit_code)
     if request.exit_code is not None:
         raise Interrupted(request.exit_code)
@@ -205,6 +204,15 @@ def _describe_dispatch(config: Config, choices: dict[str, DispatchChoice]) -> No
         )
     elif choices and moe.capacity_factor is not None:
         log.info(f"in training experts accept {moe.capacity_factor} of a balanced share and drop the rest")
+
+
+def _draw(run: RunDirectory) -> list[Path]:
+    """The pictures of the run that could be made; a run is not lost for one."""
+    try:
+        return [file for file in (plot_loss_curve(run), plot_expert_load(run)) if file is not None]
+    except (OSError, UserError) as error:  # no folder for matplotlib's own files, or metrics that somebody has changed
+        log.warning(f"warning: there are no pictures ({error}); the run is complete without them")
+        return []
 
 
 def _conclude(config: Config, run: RunDirectory, step: int, progress: Progress, exit_code: int | None) -> None:

@@ -32,6 +32,10 @@ class Trace:
         """Ends the recording if one is on, as when the run ends before STOP."""
         if self.is_recording:
             jax.block_until_ready(state)
-            jax.profiler.stop_trace()
             self.is_recording = False
+            try:
+                jax.profiler.stop_trace()
+            except jax.errors.JaxRuntimeError as error:  # a full disk; the run is worth more than its profile
+                log.warning(f"warning: the profile cannot be written to {self.folder} ({error}); the run goes on")
+                return
             log.info(f"wrote a profile to {self.folder}")
