@@ -90,9 +90,15 @@ def _save(number: int, send: Callable[[], None]) -> None:
 
     def watch(folder: Path) -> None:
         latest = time.monotonic() + 10
-        while sum(item.is_file() for item in folder.rglob("*")) < number and time.monotonic() < latest:
+        while count(folder) < number and time.monotonic() < latest:
             time.sleep(0.0002)
         send()
+
+    def count(folder: Path) -> int:
+        try:
+            return sum(item.is_file() for item in folder.rglob("*"))
+        except FileNotFoundError:  # what is looked at is moved and removed meanwhile
+            return 0
 
     def held_back(folder: Path) -> None:
         if len(saves) >= 2:

@@ -21,11 +21,12 @@ def home(tmp_path_factory):
     return make_home(tmp_path_factory.mktemp("home"))
 
 
-def train(home, workdir, faults=None, *flags, cache="cache"):
+TRAIN = ("train.py", "--config", "tiny.py", "--train.num-steps", 40, "--train.checkpoint-every", 5, "--workdir")
+
+
+def train(home, workdir, faults=None, cache="cache"):
     """A start of train.py as a process of its own: 40 steps, a checkpoint every fifth."""
-    steps = ("--train.num-steps", 40, "--train.checkpoint-every", 5)
-    arguments = ("train.py", "--config", "tiny.py", "--workdir", workdir, *steps, *flags)
-    return faulty(home, faults or {}, *arguments, cache=home / cache)
+    return faulty(home, faults or {}, *TRAIN, workdir, cache=home / cache)
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +151,10 @@ def test_sigterm_while_the_text_is_prepared_leaves_nothing(home):
 @pytest.mark.slow
 def test_a_second_signal_leaves_at_once_and_leaves_no_lock(home, straight):
     workdir = home / "twice"
-    hang = {"hang_at": {"moment": "evaluation", "number": 3, "seconds": 200}}
-    with start(home, hang, "train.py", "--config", "tiny.py", "--workdir", workdir) as process:
+    hang = {"hang_at": {"moment": "evaluation", "number": 7, "seconds": 60}}  # in the second one, of step 20
+    with start(home, hang, *TRAIN, workdir) as process:
         assert process.stdout is not None
-        while "step 10: train" not in process.stdout.readline():
-            pass
+        assert any("step 10: train" in line for line in process.stdout)
         other = train(home, workdir)
         assert other.returncode == 2
         assert f"process {process.pid} is training in {workdir} already" in other.stderr
