@@ -6,11 +6,7 @@ import pytest
 
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.metrics import read_metrics
-from tests.faults.tiny import faulty, make_home
-
-
-def train(home, workdir, faults, *flags):
-    return faulty(home, faults, "train.py", "--config", "tiny.py", "--workdir", workdir, *flags)
+from tests.faults.tiny import make_home, train
 
 
 @pytest.mark.parametrize(
@@ -48,7 +44,7 @@ def without_speed(run):
 def test_a_clock_that_goes_backwards_changes_nothing(tmp_path):
     home = make_home(tmp_path)
     straight, back = home / "runs" / "straight", home / "runs" / "back"
-    assert train(home, straight, {}).returncode == 0
+    assert train(home, straight, {}, "--train.num-steps", 20).returncode == 0
     for steps in (10, 20):
         done = train(home, back, {"clock_backwards": {}}, "--train.num-steps", steps, "--optimizer.decay-steps", 20)
         assert done.returncode == 0, done.stderr

@@ -10,14 +10,8 @@ import pytest
 
 from moe_jax.runs.layout import RunDirectory
 from tests.faults.faulty import ROOT
-from tests.faults.tiny import faulty, make_home, steps_of
+from tests.faults.tiny import faulty, steps_of
 from tests.oracles.events import events
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return make_home(tmp_path_factory.mktemp("home"))
-
 
 LIMIT = 60_000  # more than any file of a checkpoint, less than metrics and events of 180 steps
 RUN = (
@@ -34,6 +28,7 @@ def start_on_a_full_disk(home, workdir, **limit):
     return faulty(home, fault, "train.py", "--config", "tiny.py", "--workdir", workdir, *RUN)
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_while_the_disk_is_full_and_loses_nothing(home):
     workdir = home / "runs" / "lifted"
     done = start_on_a_full_disk(home, workdir, until=str(workdir / "checkpoints" / "180"))

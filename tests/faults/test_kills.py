@@ -13,28 +13,7 @@ import pytest
 
 from moe_jax.runs.checkpoint import read_record
 from moe_jax.runs.layout import RunDirectory, saved_steps
-from tests.faults.tiny import faulty, make_home, start
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return make_home(tmp_path_factory.mktemp("home"))
-
-
-TRAIN = ("train.py", "--config", "tiny.py", "--train.num-steps", 40, "--train.checkpoint-every", 5, "--workdir")
-
-
-def train(home, workdir, faults=None, cache="cache"):
-    """A start of train.py as a process of its own: 40 steps, a checkpoint every fifth."""
-    return faulty(home, faults or {}, *TRAIN, workdir, cache=home / cache)
-
-
-@pytest.fixture(scope="module")
-def straight(home):
-    """The run that nothing happened to."""
-    result = train(home, home / "straight")
-    assert result.returncode == 0, result.stderr
-    return home / "straight"
+from tests.faults.tiny import start, train
 
 
 def contents(workdir):
@@ -142,7 +121,7 @@ def test_a_signal_in_each_phase_saves_and_leaves(home, straight, moment, signal_
 
 def test_sigterm_while_the_text_is_prepared_leaves_nothing(home):
     faults = {"signal_at": {"moment": "preparation", "signal_name": "SIGTERM"}}
-    ended = train(home, home / "unprepared", faults, cache="empty")
+    ended = train(home, home / "unprepared", faults, cache=home / "empty")
     assert (ended.returncode, ended.stdout) == (143, "")
     assert ended.stderr == "error: terminated before there was anything to save\n"
     assert not (home / "unprepared").exists()
@@ -152,7 +131,7 @@ def test_sigterm_while_the_text_is_prepared_leaves_nothing(home):
 def test_a_second_signal_leaves_at_once_and_leaves_no_lock(home, straight):
     workdir = home / "twice"
     hang = {"hang_at": {"moment": "evaluation", "number": 7, "seconds": 60}}  # in the second one, of step 20
-    with start(home, hang, *TRAIN, workdir) as process:
+    with start(home, hang, "train.py", "--config", "tiny.py", "--workdir", workdir) as process:
         assert process.stdout is not None
         assert any("step 10: train" in line for line in process.stdout)
         other = train(home, workdir)

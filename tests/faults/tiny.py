@@ -18,7 +18,7 @@ def get_config():
                           moe=MoEConfig(num_experts=4, expert_dim=16, router="noisy_top_k")),
         data=DataConfig(path="verse.txt", tokenizer="char", batch_size=4),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
-        train=TrainConfig(num_steps=20, eval_every=10, checkpoint_every=10, log_every=5),
+        train=TrainConfig(num_steps=40, eval_every=10, checkpoint_every=5, log_every=5),
         sample=SampleConfig(max_new_tokens=20),
     )
 """
@@ -32,6 +32,12 @@ def make_home(folder):
     (folder / "verse.txt").write_text(VERSE * 50)
     (folder / "tiny.py").write_text(RECIPE)
     return folder
+
+
+def train(home, workdir, faults=None, *flags, cache=None):
+    """A start of train.py as a process of its own."""
+    arguments = ("train.py", "--config", "tiny.py", "--workdir", workdir, *flags)
+    return faulty(home, faults or {}, *arguments, cache=cache)
 
 
 def faulty(home, faults, *arguments, cache=None):
