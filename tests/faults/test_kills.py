@@ -88,8 +88,8 @@ def test_twenty_kills_at_moments_of_every_kind(home, straight):
         results = pool.map(
             lambda pair: kill_and_go_on(home, straight, f"killed_{pair[0]}", **pair[1]), enumerate(chosen)
         )
-        found = dict(zip(map(str, chosen), results, strict=True))
-    in_a_save = [moment for moment, (_, left) in found.items() if "'save'" in moment and left]
+        found = list(zip(chosen, results, strict=True))
+    in_a_save = [moment for moment, (_, left) in found if moment["moment"] == "save" and left]
     assert len(in_a_save) == 5, found
 
 
