@@ -13,7 +13,7 @@ def main() -> None:
     from moe_jax.runs.layout import RunDirectory, latest_run
 
     arguments = parse_sample(sys.argv[1:], SampleConfig())
-    if arguments.workdir:
+    if arguments.workdir is not None:
         run = RunDirectory(Path(arguments.workdir))
     else:
         run = latest_run()

@@ -1,6 +1,7 @@
 """From the command line to a validated configuration. Imports no jax."""
 
 import importlib.util
+import os
 import re
 import traceback
 from dataclasses import dataclass, field
@@ -11,8 +12,8 @@ import tyro
 
 from moe_jax.command import UserError
 from moe_jax.config import Config, PrepareConfig, SampleConfig
-from moe_jax.sections import settings, unknown_name
-from moe_jax.validation import validate, validate_prepare, validate_sample
+from moe_jax.sections import check_type, settings, unknown_name
+from moe_jax.validation import check_folder, check_input, validate, validate_prepare, validate_sample
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,16 @@ class TrainCommand:
 def parse_train(arguments: list[str]) -> tuple[Config, Path]:
     """The validated configuration and the run directory that ``train.py``'s arguments ask for. Raises UserError."""
     recipe = _config_argument(arguments)
-    if recipe is None and not {"-h", "--help"} & set(arguments):
+    if not recipe and not {"-h", "--help"} & set(arguments):
         raise UserError("--config is required: name a recipe, such as --config configs/moe.py")
     base = load_recipe(Path(recipe)) if recipe else Config()
     command = tyro.cli(
         TrainCommand, args=arguments, default=TrainCommand(config=recipe or tyro.MISSING, settings=base)
     )
-    workdir = Path(command.workdir) if command.workdir else Path("runs") / Path(command.config).stem
+    workdir = Path("runs") / Path(command.config).stem
+    if command.workdir is not None:
+        check_folder("--workdir", command.workdir, "mount the bucket, or copy the run directory there afterwards")
+        workdir = Path(command.workdir)
     return validate(command.settings), workdir
 
 
@@ -66,21 +70,28 @@ def load_recipe(path: Path) -> Config:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except Exception as error:  # a recipe is the user's own code: whatever it raises is told with its line
+    except (Exception, SystemExit) as error:  # it is the user's own code: whatever it raises is told with its line
         raise UserError(f"{path}{_line_in(path, error)}: {_explain(error)}") from error
     if not isinstance(config, Config):
         raise UserError(f"{path}: get_config() must return a moe_jax.config.Config, got {type(config).__name__}")
+    try:
+        for name, expected, value in settings(config):
+            check_type(name, expected, value)  # before the parser, which puts a default in place of what it cannot use
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return config
 
 
-def _line_in(path: Path, error: Exception) -> str:
+def _line_in(path: Path, error: BaseException) -> str:
+    places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, SyntaxError):
-        return f":{error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        places.append((error.filename or "", error.lineno))
+    # Python makes the path of a module absolute.
+    lines = [line for file, line in places if line and os.path.realpath(file) == os.path.realpath(path)]
     return f":{lines[-1]}" if lines else ""
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: BaseException) -> str:
     match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if match:
         sections = {"Config": Config(), **_sections(Config())}
@@ -90,6 +101,8 @@ def _explain(error: Exception) -> str:
             return unknown_name(f"{match.group(1)}.", match.group(2), names)
     if isinstance(error, AttributeError) and "get_config" in str(error):
         return "a recipe needs a function get_config() that returns a moe_jax.config.Config"
+    if isinstance(error, SystemExit):
+        return f"a recipe must return its settings, but ends the program (SystemExit: {error}); take that out"
     return f"{type(error).__name__}: {error}"
 
 
@@ -116,6 +129,7 @@ class SampleCommand:
 def parse_sample(arguments: list[str], defaults: SampleConfig) -> SampleCommand:
     """What ``sample.py``'s arguments ask for, where ``defaults`` stand for what they leave out. Raises UserError."""
     command = tyro.cli(SampleCommand, args=arguments, default=SampleCommand(sample=defaults))
+    _check_run(command.workdir)
     validate_sample(command.sample, lambda name: "--" + name.replace("_", "-"))
     if command.interactive and command.prompt is not None:
         raise UserError(
@@ -126,6 +140,12 @@ def parse_sample(arguments: list[str], defaults: SampleConfig) -> SampleCommand:
             f"--num-samples must be 1 with --interactive, got {command.sample.num_samples}; leave one of them out"
         )
     return command
+
+
+def _check_run(workdir: str | None) -> None:
+    """UserError where ``workdir`` cannot be the folder of a run that is read."""
+    if workdir is not None:
+        check_folder("--workdir", workdir, "mount the bucket, or copy the run directory here first")
 
 
 @dataclass(frozen=True)
@@ -141,11 +161,21 @@ class EvaluateCommand:
 
 
 def parse_evaluate(arguments: list[str], description: str) -> EvaluateCommand:
-    """What ``moe_jax.evaluate``'s arguments ask for."""
-    return tyro.cli(EvaluateCommand, args=arguments, description=description, prog="python -m moe_jax.evaluate")
+    """What ``moe_jax.evaluate``'s arguments ask for. Raises UserError."""
+    command = tyro.cli(EvaluateCommand, args=arguments, description=description, prog="python -m moe_jax.evaluate")
+    _check_run(command.workdir)
+    if command.data is not None:
+        check_input("--data", command.data)
+    return command
 
 
 def parse_prepare(arguments: list[str], description: str) -> PrepareConfig:
     """The validated settings that ``moe_jax.data.prepare``'s arguments ask for. Raises UserError."""
-    config = tyro.cli(PrepareConfig, args=arguments, default=PrepareConfig(input=()), description=description)
+    config = tyro.cli(
+        PrepareConfig,
+        args=arguments,
+        default=PrepareConfig(input=()),
+        description=description,
+        prog="python -m moe_jax.data.prepare",
+    )
     return validate_prepare(config)

@@ -19,7 +19,7 @@ def main() -> None:
 
     arguments = parse_evaluate(sys.argv[1:], __doc__ or "")
     command.use_huge_pages()
-    if arguments.workdir:
+    if arguments.workdir is not None:
         run = RunDirectory(Path(arguments.workdir))
     else:
         run = latest_run()

@@ -73,7 +73,8 @@ RANGES = {
     "train.keep_best": (0, MANY),
     "train.watchdog": (2.0, math.inf),
     "train.seed": (0, 2**32 - 1),
-    **dict.fromkeys(["sample.num_samples", "sample.top_k"], _COUNT),
+    "sample.num_samples": (1, 2**16),
+    "sample.top_k": _COUNT,
     "sample.max_new_tokens": (1, 2**20),
     "sample.temperature": _NOT_NEGATIVE,
     "sample.top_p": (1e-6, 1.0),
@@ -175,6 +176,8 @@ def _check_dispatch(moe: MoEConfig) -> None:
 
 def _check_training(config: Config) -> None:
     data, optimizer, train = config.data, config.optimizer, config.train
+    if data.path is not None:
+        check_input("data.path", data.path)
     if data.tokenizer is not None:
         check_tokenizer("data.tokenizer", data.tokenizer)
     if data.batch_size % optimizer.accumulation_steps:
@@ -219,12 +222,36 @@ def check_tokenizer(name: str, spec: str) -> None:
         )
 
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def check_folder(name: str, folder: str, remedy: str) -> None:
+    """UserError where ``folder``, the value of the flag ``name``, is empty or the address of something elsewhere."""
+    if not folder.strip():
+        raise UserError(f"{name} must name a folder, got {folder!r}, as of a variable that is not set; name one")
+    if _ADDRESS.match(folder):  # a path of that spelling would be a folder called "gs:" in the working folder
+        raise UserError(f"{name} must be a folder of this machine, got {folder}; {remedy}")
+
+
+def check_input(name: str, path: str) -> None:
+    """UserError where ``path``, PATH or CORPUS=PATH, is the address of a text elsewhere."""
+    if _ADDRESS.match(re.sub(r"^[A-Za-z][\w-]*=", "", path)):
+        raise UserError(
+            f"{name} must be a file or folder of this machine, got {path}; download it, or mount the bucket, "
+            "and name the copy"
+        )
+
+
 def validate_prepare(config: PrepareConfig) -> PrepareConfig:
     """Returns ``config``, or raises UserError; its settings are the flags of moe_jax.data.prepare."""
     if not config.input:
         raise UserError("--input is required: name files, folders, globs or hf:DATASET")
     if not config.out:
         raise UserError("--out is required: name the folder to write")
+    check_folder("--out", config.out, "mount the bucket, or copy the folder there afterwards")
+    for name, paths in (("--input", config.input), ("--val-input", config.val_input)):
+        for path in paths:
+            check_input(name, path)
     for name in ("max_documents", "val_documents", "shard_tokens", "processes", "tokenizer_sample"):
         value = getattr(config, name)
         if value is not None:

@@ -167,27 +167,6 @@ def test_sampling_flags_default_to_the_runs_own():
         parse_sample(["--temperature", "-1"], defaults)
 
 
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        (
-            "from moe_jax.config import *\ndef get_config():\n    return Config(model=ModelConfig(embd_dim=3))",
-            "recipe.py:3: there is no setting ModelConfig.embd_dim; did you mean ModelConfig.embed_dim?",
-        ),
-        ("def get_config(): return 3", "must return a moe_jax.config.Config, got int"),
-        ("config = 3", "a recipe needs a function get_config()"),
-        ("def get_config(:", "recipe.py:1: SyntaxError"),
-        ("import nothing_of_that_name", "ModuleNotFoundError: No module named 'nothing_of_that_name'"),
-    ],
-)
-def test_a_faulty_recipe_is_told_with_its_line(tmp_path, source, words):
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text(source)
-    with pytest.raises(UserError) as caught:
-        load_recipe(recipe)
-    assert words in str(caught.value)
-
-
 def test_help_explains_every_setting():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0

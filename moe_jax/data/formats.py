@@ -264,9 +264,11 @@ class _Lines:
 
 
 def _column(names: list[str], key: str, file: Path) -> int:
+    if not names:
+        raise UserError(f"{file} has no column {key}, it has none at all; give it a first line that names its columns")
     if key not in names:
         raise UserError(
-            f"{file} has no column {key}; choose one of {', '.join(map(str, names)) or 'none'} by --text-key"
+            f"{file} has no column {key}; prepare it with --text-key and one of {', '.join(map(str, names))}"
         )
     return names.index(key)
 
@@ -285,7 +287,7 @@ def _text_of_line(line: bytes, place: str, options: ReadOptions) -> str:
         raise UserError(f"{place} is not JSON ({error}); every line must be one object") from None
     if not isinstance(value, dict) or key not in value:
         keys = ", ".join(value) if isinstance(value, dict) else f"got {type(value).__name__}"
-        raise UserError(f"{place} has no key {key} ({keys}); mend the line, or choose a key by --text-key")
+        raise UserError(f"{place} has no key {key} ({keys}); mend the line, or prepare it with another --text-key")
     if not isinstance(value[key], str):
         raise UserError(f"{place}: {key} must be a string, got {type(value[key]).__name__}; mend the line")
     try:

@@ -114,7 +114,7 @@ def _resume(out: Path, origin: dict[str, Any]) -> _Progress | None:
         values = json.loads(file.read_text(encoding="utf-8"))
         progress = _Progress(out, values["made_from"], load_tokenizer(out / "tokenizer"), values["counts"])
         is_same_tokenizer = fingerprint(progress.tokenizer) == values["tokenizer_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file} is corrupt ({error}); remove the folder and prepare again") from None

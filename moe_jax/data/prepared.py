@@ -112,7 +112,7 @@ def open_prepared(folder: Path) -> PreparedData:
             raise UserError(f"the tokenizer in {folder} is not the one its tokens are from; prepare it again")
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file} is corrupt ({error}); prepare the folder again") from None
     if _fingerprint(tokenizer, corpora) != data.fingerprint:
         raise UserError(f"{file} was changed after it was made; prepare the folder again")

@@ -78,7 +78,7 @@ def changed(corpus: str) -> UserError:
 def find_corpora(config: PrepareConfig) -> list[CorpusSources]:
     """The corpora that ``config`` names, each with its files. UserError where one has none or a name is unknown."""
     inputs, val_inputs = _by_corpus(config.input), _by_corpus(config.val_input)
-    text_keys, weights = dict(map(_setting, config.text_key)), dict(map(_setting, config.weights))
+    text_keys, weights = _settings("--text-key", config.text_key), _settings("--weights", config.weights)
     for flag, names in (("--val-input", val_inputs), ("--text-key", text_keys), ("--weights", weights)):
         unknown = sorted(name for name in names if name and name not in inputs)
         if unknown:
@@ -122,6 +122,18 @@ def _setting(item: str) -> tuple[str, str]:
     """(name, value) of NAME=VALUE; the name is empty where there is none."""
     match = re.fullmatch(r"([A-Za-z][\w-]*)=(.*)", item, re.DOTALL)
     return (match[1], match[2]) if match else ("", item)
+
+
+def _settings(flag: str, items: Iterable[str]) -> dict[str, str]:
+    """The values of ``items`` by their names. UserError where two of them have the same name."""
+    found: dict[str, str] = {}
+    for name, value in map(_setting, items):
+        if name in found:
+            raise UserError(
+                f"{flag} must name a corpus once, got {found[name]} and {value} for {name or 'all'}; leave one out"
+            )
+        found[name] = value
+    return found
 
 
 def _weight(name: str, value: str) -> float:

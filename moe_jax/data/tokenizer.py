@@ -197,7 +197,14 @@ def file_of_spec(spec: str) -> Path | None:
 def spec_by_content(spec: str) -> str:
     """``spec``, or the SHA-256 of the file that it names."""
     file = file_of_spec(spec)
-    return spec if file is None else f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    try:
+        return spec if file is None else f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    except FileNotFoundError:
+        raise _no_tokenizer(file) from None
+
+
+def _no_tokenizer(file: Path | None) -> UserError:
+    return UserError(f"there is no tokenizer at {file}; name a tokenizer.json or a folder that has one")
 
 
 def needs_texts(spec: str) -> bool:
@@ -221,8 +228,8 @@ def _read_tokenizer(file: Path, delimiters: Delimiters) -> Tokenizer:
         content = file.read_text(encoding="utf-8")
         values = json.loads(content)
     except FileNotFoundError:
-        raise UserError(f"there is no tokenizer at {file}; name a tokenizer.json or a folder that has one") from None
-    except ValueError as error:
+        raise _no_tokenizer(file) from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not a tokenizer.json ({error}); name one") from None
     if isinstance(values, dict) and "model" in values and "kind" not in values:
         from moe_jax.data.hugging_face import HuggingFaceTokenizer
@@ -257,7 +264,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(f"no tokenizer at {file}; train the model again, or put a copy of the file back") from None
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is corrupt ({error}); put a copy of it back, or train the model again") from None
 
 
@@ -285,8 +292,9 @@ def from_json(values: Any, file: Path) -> Tokenizer:
             return HuggingFaceTokenizer(values["json"], delimiters, str(file))
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is corrupt ({error}); put a copy of it back, or train the model again") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{file} is corrupt ({reason}); put a copy of it back, or train the model again") from None
     raise UserError(f"{file} names the unknown kind {kind!r}; put a copy of the file back, or train the model again")
 
 

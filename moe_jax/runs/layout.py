@@ -1,5 +1,6 @@
 """The files of a run directory, written whole or not at all. Imports no jax."""
 
+import dataclasses
 import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -79,13 +80,18 @@ class RunDirectory:
                 f"{self.path} is not a run directory (it has no config.json); "
                 "train one with train.py, or name another by --workdir"
             ) from None
-        except ValueError as error:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             raise UserError(f"{file} is corrupt ({error}); put a copy of it back, or name another --workdir") from None
         config = Config.from_dict(values, str(file))
+        data = config.data
+        if isinstance(data.tokenizer, str):
+            # The run has a copy of its own: the file that it was trained with need not be here any more.
+            data = dataclasses.replace(data, tokenizer=None)
         try:
-            return validate(config)
+            validate(dataclasses.replace(config, data=data))
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
+        return config
 
     def check_unlocked(self) -> None:
         """UserError where another process trains in the folder; creates nothing."""

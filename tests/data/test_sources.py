@@ -80,7 +80,9 @@ def test_a_data_set_of_the_hub_by_the_name_of_a_local_one(tmp_path, tmp_path_fac
     assert read(_Named(name)) == STORIES
     assert read(_Named(name), text_key="story") == STORIES[::-1]
     assert read(_Named(name + ":validation")) == ["held out"]
-    with pytest.raises(UserError, match=r"hf:.* has no column tale; choose one of text, story by --text-key"):
+    with pytest.raises(
+        UserError, match=r"hf:.* has no column tale; prepare it with --text-key and one of text, story"
+    ):
         read(_Named(name), text_key="tale")
     with pytest.raises(UserError, match=r"the data set hf:.*none cannot be loaded .* check its name"):
         read(_Named(f"hf:{tmp_path}/none"))
@@ -113,7 +115,7 @@ BROKEN = {
         (b"ab\0cd", r"a NUL byte at 2"),
     ],
     "a.jsonl": [
-        (b'{"text": "a"}\n{"txt": "b"}\n', r"a.jsonl, line 2 has no key text \(txt\); mend the line, or choose a key"),
+        (b'{"text": "a"}\n{"txt": "b"}\n', r"a.jsonl, line 2 has no key text \(txt\); mend the line, or prepare it"),
         (b'{"text": "a"}\n{"text": \n', r"line 2 is not JSON"),
         (b'{"text": "\xff"}\n', r"line 1 is not UTF-8 text \(its byte 10\)"),
         (b'{"text": 5}\n', r"line 1: text must be a string, got int"),
@@ -134,7 +136,7 @@ BROKEN = {
         (parquet([1, 2]), r"the column text must hold text, got int64"),
     ],
     "a.csv": [
-        (b"id,story\n1,x\n", r"a.csv has no column text; choose one of id, story by --text-key"),
+        (b"id,story\n1,x\n", r"a.csv has no column text; prepare it with --text-key and one of id, story"),
         (b"id,text\n1,a\n1,b,c\n", r"a.csv, line 3: a row must have the header's 2 fields, got 3"),
         (b'id,text\n1,"a\n', r"a.csv, line 2: unexpected end of data"),
     ],

@@ -31,6 +31,8 @@ def test_a_configuration_comes_back_as_it_was_saved(tmp_path):
         (b"[]", "must be an object"),
         (b'{"model": 3}', "model must be an object"),
         (b'{"model": {"num_layer": 3}}', "did you mean model.num_layers?"),
+        (b'{"model": ' * 100_000, "is corrupt"),
+        (b'{"data": {"tokenizer": 3}}', "data.tokenizer must be of type str or None"),
         (b'{"model": {"num_layers": "3"}}', "model.num_layers must be of type int"),
         (b'{"model": {"moe": {"top_k": 99}}}', "top_k must be in"),
     ],
@@ -41,6 +43,12 @@ def test_a_damaged_configuration_is_told(tmp_path, content, words):
         RunDirectory(tmp_path).load_config()
     assert words in str(caught.value)
     assert str(tmp_path / "config.json") in str(caught.value)
+
+
+def test_a_run_outlives_the_tokenizer_file_that_it_was_trained_with(tmp_path):
+    config = Config(data=DataConfig(tokenizer=str(tmp_path / "gone" / "tokenizer.json")))
+    RunDirectory(tmp_path).save_config(config)
+    assert RunDirectory(tmp_path).load_config() == config
 
 
 def test_a_folder_that_is_no_run_is_told(tmp_path):
