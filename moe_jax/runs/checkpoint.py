@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import jax
 import orbax.checkpoint as ocp
 
 from moe_jax.axes import PyTree
@@ -85,7 +86,9 @@ def restore_items(folder: Path, which: Literal["best", "newest"], items: Mapping
                 else ", or train on: the same train.py command goes on from the newest sound one"
             )
         )
-    _record(step_folder)
+    record = _record(step_folder)
+    assert record is not None, "it was sound a moment ago"
+    _check_shapes(step_folder, record, items)
     return _restore(step_folder, items)
 
 
@@ -145,6 +148,7 @@ class Checkpoints:
                 "step": step,
                 "val_loss": val_loss if is_finite else None,
                 "for_good": for_good,
+                "shapes": _shapes(items),
             }
             try:
                 shutil.rmtree(self._unfinished, ignore_errors=True)
@@ -209,6 +213,7 @@ class Checkpoints:
         folder = self._folder / str(self._newest)
         record = _record(folder)
         assert record is not None, "it was sound a moment ago"
+        _check_shapes(folder, record, items)
         return Restored(self._newest, _restore(folder, items), record)
 
     def _tell_failure(self, step: int, error: BaseException) -> None:
@@ -260,6 +265,25 @@ def _move_damaged_aside(folder: Path) -> int | None:
         shutil.move(folder / str(damaged), aside)
         log.warning(f"the checkpoint of step {damaged} is damaged ({damage}) and was moved to {aside.parent}")
     return step
+
+
+def _shapes(items: Mapping[str, PyTree]) -> dict[str, str]:
+    """The type and the shape of every array, by its place in ``items``."""
+    leaves = jax.tree_util.tree_leaves_with_path(dict(items))
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _check_shapes(step_folder: Path, record: Mapping[str, Any], items: Mapping[str, PyTree]) -> None:
+    """UserError where ``items`` are not what was saved; Orbax would convert types without a word."""
+    saved, asked = record["shapes"], _shapes(items)
+    changes = [
+        f"{name} is {saved.get(name)} there, {value} here" for name, value in asked.items() if value != saved.get(name)
+    ]
+    if changes:
+        raise UserError(
+            f"{step_folder} is not of the model that its run's config.json and tokenizer/ describe ({changes[0]}); "
+            "put back the ones that it was trained with"
+        )
 
 
 def _restore(step_folder: Path, items: Mapping[str, PyTree]) -> dict[str, PyTree]:

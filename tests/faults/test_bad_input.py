@@ -18,8 +18,9 @@ import pytest
 from moe_jax.command_line import load_recipe
 from moe_jax.data.tokenizer import build_tokenizer, save_tokenizer
 from moe_jax.model.decoder import Decoder, Variables
-from moe_jax.runs.checkpoint import Checkpoints
+from moe_jax.runs.checkpoint import Checkpoints, Retention
 from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.seal import seal
 from tests.oracles.texts import VERSE
 
 ROOT = Path(__file__).parents[2]
@@ -126,8 +127,9 @@ def write_run(folder, recipe):
     workdir.save_config(config)
     save_tokenizer(tokenizer, workdir.tokenizer)
     (folder / ".lock").touch()
-    with Checkpoints(workdir.checkpoints, keep=1) as checkpoints:
-        checkpoints.save(2, Variables(params).to_items(), progress={"data_fingerprint": "0"}, val_loss=3.0)
+    record = {"progress": {"data_fingerprint": "0"}, "config": config.to_dict()}
+    with Checkpoints(workdir.checkpoints, Retention(newest=1, best=1)) as checkpoints:
+        checkpoints.save(2, Variables(params).to_items(), record, val_loss=3.0)
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,7 @@ def home(tmp_path_factory):
     write_run(folder / "runs/tiny", folder / "tiny.py")
     done = run(folder, "prepare --input good.jsonl --tokenizer byte --out prepared")
     assert done.returncode == 0, done.stderr
-    for name in ("unfinished", "wordless", "garbled", "damaged"):
+    for name in ("unfinished", "wordless", "garbled", "damaged", "format_1", "of_bytes"):
         shutil.copytree(folder / "runs/tiny", folder / name)
     shutil.rmtree(folder / "unfinished/checkpoints")
     shutil.rmtree(folder / "wordless/tokenizer")
@@ -148,6 +150,9 @@ def home(tmp_path_factory):
     files = [file for file in (folder / "damaged/checkpoints/2/params").rglob("*") if file.is_file()]
     largest = max(files, key=lambda file: file.stat().st_size)
     largest.write_bytes(b"?" * largest.stat().st_size)
+    (folder / "format_1/checkpoints/2/record").rename(folder / "format_1/checkpoints/2/progress")
+    seal(folder / "format_1/checkpoints/2")
+    save_tokenizer(build_tokenizer("byte", []), folder / "of_bytes/tokenizer")
     for name in ("shortened", "begun"):
         shutil.copytree(folder / "prepared", folder / name)
     (folder / "shortened/text/train-00000.bin").write_bytes(b"?")
@@ -204,6 +209,11 @@ BAD_INPUT = [
     mistake(f"{TRAIN} --train.num-steps 99999999999", "train.num_steps must be in [1, 2147483647], got 99999999999"),
     mistake(f"{TRAIN} --train.profile 9:3", "train.profile must be START:STOP with START < STOP"),
     mistake(f"{TRAIN} --train.mlflow-uri sqlite:///x.db", "train.mlflow_uri is for train.trackers mlflow, got sqlite"),
+    mistake(f"{TRAIN} --workdir format_1", "must have checkpoint format 2, got 1; use the older moe_jax"),
+    mistake(f"{TRAIN} --workdir new --train.init-from nowhere", "nowhere is not a run directory", slow=True),
+    mistake(f"{TRAIN} --train.keep-every 0", "train.keep_every must be at least 1, got 0"),
+    mistake(f"{TRAIN} --train.watchdog 1", "train.watchdog must be"),
+    mistake(f"{TRAIN} --train.max-skipped-steps 0", "train.max_skipped_steps must be at least 1, got 0"),
     mistake(f"{TRAIN} --data.tokenizer word", "data.tokenizer must be char, byte, bpe:VOCAB"),
     box(f"{TRAIN} --model.num-layer 3", "--model.num-layers"),
     box(f"{TRAIN} --model.num-layers three", "'three'"),
@@ -272,6 +282,12 @@ BAD_INPUT = [
     ),
     mistake("sample --workdir garbled", "garbled/tokenizer/tokenizer.json is corrupt"),
     mistake("sample --workdir damaged", "the best checkpoint damaged/checkpoints/2 is damaged", slow=True),
+    mistake(
+        "sample --workdir format_1",
+        "format_1/checkpoints/2 must have checkpoint format 2, got 1; use the older moe_jax that wrote it",
+        slow=True,
+    ),
+    mistake("sample --workdir of_bytes", "of_bytes/checkpoints/2 is not of the model that its run's config.json and"),
     mistake(
         "sample --workdir runs/tiny --prompt 'The quick brown fox'",
         "the prompt must fit the context of 16 tokens, got 19; shorten the prompt",

@@ -140,6 +140,19 @@ def test_sampling_reads_neither_the_optimizer_nor_its_checksums(tmp_path):
     assert best_value(tmp_path) == 1.0
 
 
+def test_another_shape_or_type_is_refused(tmp_path):
+    fill(tmp_path, [1.0])
+    for leaf, words in (
+        (
+            jax.ShapeDtypeStruct((8, 9), jnp.float32),
+            r"\['params'\]\['w'\] is float32\[8, 8\] there, float32\[8, 9\] here",
+        ),
+        (jax.ShapeDtypeStruct((8, 8), jnp.bfloat16), r"is float32\[8, 8\] there, bfloat16\[8, 8\] here"),
+    ):
+        with pytest.raises(UserError, match=words):
+            restore_items(tmp_path, "best", {"params": {"w": leaf}})
+
+
 def test_what_is_older_than_the_newest_sound_one_is_left_alone(tmp_path):
     fill(tmp_path, [1.0, 2.0])
     flip_a_bit(largest_file(tmp_path / "10"))
