@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
@@ -65,6 +66,11 @@ class GrowingFile:
         """Writes ``record`` after all that are kept. No fault of the file system is raised."""
         self._unwritten.append(record)
         self._write_what_is_kept()
+
+    def sync(self) -> None:
+        """Puts what is written on disk, for a loss of power; a fault of the disk is left to the next ``append``."""
+        with contextlib.suppress(OSError):
+            os.fsync(self._descriptor)
 
     def close(self) -> list[bytes]:
         """Tries for the last time, and returns the records that are not in the file."""
@@ -131,7 +137,10 @@ def locked_folder(folder: Path, flag: str, what: str, *, wait: bool = False) -> 
         with naming(folder / ".lock"):
             file.truncate(0)
             os.write(file.fileno(), str(os.getpid()).encode())
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)  # whoever is refused from now on is not told of this process
 
 
 def refuse_locked_folder(folder: Path, flag: str, what: str) -> None:
@@ -141,10 +150,21 @@ def refuse_locked_folder(folder: Path, flag: str, what: str) -> None:
 
 
 def _lock_or_refuse(file: TextIO, folder: Path, flag: str, what: str) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise UserError(
-            f"process {file.read().strip()} is {what} {folder} already; wait for it, stop it, or name another {flag}"
-        ) from None
+    for is_last in (False,) * 10 + (True,):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not is_last:  # it may be a process that only looks whether somebody works here
+                time.sleep(0.02)
+    file.seek(0)
+    raise UserError(
+        f"process {file.read().strip()} is {what} {folder} already; wait for it, stop it, or name another {flag}"
+    )
+
+
+def remove_leftovers(file: Path) -> None:
+    """Removes what an ``atomic_file`` of a process that was killed left beside ``file``."""
+    for beside in file.parent.glob(f".{file.name}.*"):
+        if beside.name.removeprefix(f".{file.name}.").isdecimal():
+            beside.unlink(missing_ok=True)

@@ -71,7 +71,7 @@ RANGES = {
     **dict.fromkeys(["train.patience", "train.keep_checkpoints", "train.num_epochs"], _COUNT),
     **dict.fromkeys(["train.keep_every", "train.max_skipped_steps"], _COUNT),
     "train.keep_best": (0, MANY),
-    "train.watchdog": (2.0, math.inf),
+    "train.watchdog": (2.0, 1e6),
     "train.seed": (0, 2**32 - 1),
     "sample.num_samples": (1, 2**16),
     "sample.top_k": _COUNT,

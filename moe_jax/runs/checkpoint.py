@@ -5,7 +5,7 @@ and the record, a file of JSON: what else the run must remember. Sampling reads 
 """
 
 import contextlib
-import json
+import gc
 import logging
 import math
 import shutil
@@ -14,21 +14,27 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-import jax
 import orbax.checkpoint as ocp
 
 from moe_jax.axes import PyTree
 from moe_jax.command import EnvironmentFault, UserError
 from moe_jax.runs.layout import saved_steps
+from moe_jax.runs.restore import (
+    FORMAT_VERSION,
+    check_shapes,
+    checked_record,
+    losses_of,
+    record_of,
+    restore_step,
+    shapes_of,
+)
 from moe_jax.runs.save_faults import check_space, quiet_libraries, reason
 from moe_jax.runs.seal import find_damage, seal
 
 log = logging.getLogger("moe_jax")
 
-FORMAT_VERSION = 2
-"""1 had no version, no settings and no state of the data in it."""
 _UNFINISHED = ".unfinished"
 """Where a step is written before it has its name, and where it goes to be removed."""
 _RETRY_SECONDS = 60.0
@@ -50,48 +56,6 @@ class Restored:
     record: dict[str, Any]
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """The record of the newest checkpoint in ``folder`` whose record is sound; None without one.
-
-    Raises UserError where it was written by another version of this package.
-    """
-    for step in reversed(saved_steps(folder)):
-        record = _record(folder / str(step))
-        if record is not None:
-            return record
-    return None
-
-
-def restore_items(folder: Path, which: Literal["best", "newest"], items: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    """The named items of the checkpoint of the lowest validation loss, or of the newest one; no other file is read.
-
-    Before the first evaluation the best is the newest. ``items`` gives shapes, types and shardings. UserError where
-    there is no checkpoint, it is damaged, or of another version of this package.
-    """
-    steps = saved_steps(folder)
-    if not steps:
-        raise UserError(f"there is no checkpoint in {folder}; train a model there first")
-    losses = _losses(folder)
-    chosen = {"newest": steps[-1], "best": min(losses, key=lambda each: losses[each], default=steps[-1])}
-    step_folder = folder / str(chosen[which])
-    needed = ("record", *items)
-    damage = find_damage(step_folder, needed)
-    if damage is not None:
-        others = [name for name, step in chosen.items() if find_damage(folder / str(step), needed) is None]
-        raise UserError(
-            f"the {which} checkpoint {step_folder} is damaged ({damage}); put a copy of it back"
-            + (
-                f", or use --checkpoint {others[0]}"
-                if others
-                else ", or train on: the same train.py command goes on from the newest sound one"
-            )
-        )
-    record = _record(step_folder)
-    assert record is not None, "it was sound a moment ago"
-    _check_shapes(step_folder, record, items)
-    return _restore(step_folder, items)
-
-
 class Checkpoints:
     """Saves into ``folder`` and restores from there.
 
@@ -105,6 +69,7 @@ class Checkpoints:
         self._unfinished = self._folder / _UNFINISHED
         self._newest = _move_damaged_aside(self._folder)
         shutil.rmtree(self._unfinished, ignore_errors=True)
+        self._unfinished.mkdir(parents=True)  # now, and not in hours, is the time to learn that it cannot be
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
@@ -148,11 +113,10 @@ class Checkpoints:
                 "step": step,
                 "val_loss": val_loss if is_finite else None,
                 "for_good": for_good,
-                "shapes": _shapes(items),
+                "shapes": shapes_of(items),
             }
             try:
                 shutil.rmtree(self._unfinished, ignore_errors=True)
-                self._folder.mkdir(parents=True, exist_ok=True)
                 check_space(self._folder, items)
                 self._checkpointer.save(
                     self._unfinished / str(step),
@@ -172,11 +136,13 @@ class Checkpoints:
         staged = self._unfinished / str(step)
         seal(staged)
         staged.rename(self._folder / str(step))
-        kept = _steps_to_keep(self._folder, self._retention)
-        for old in set(saved_steps(self._folder)) - kept:
-            # Renamed first: a kill in the middle leaves no half of a checkpoint.
-            (self._folder / str(old)).rename(self._unfinished / f"removed-{old}")
-            shutil.rmtree(self._unfinished / f"removed-{old}")
+        for old in sorted(set(saved_steps(self._folder)) - _steps_to_keep(self._folder, self._retention)):
+            try:
+                # Renamed first: a kill in the middle leaves no half of a checkpoint.
+                (self._folder / str(old)).rename(self._unfinished / f"removed-{old}")
+                shutil.rmtree(self._unfinished / f"removed-{old}")
+            except OSError as error:  # the new one is safe all the same
+                log.warning(f"warning: the old checkpoint of step {old} cannot be removed ({reason(error)})")
 
     def wait(self) -> bool:
         """Waits until the last save has ended, well or not; whether it is on disk."""
@@ -184,9 +150,9 @@ class Checkpoints:
             step, future = self._saving
             self._saving = None
             error = future.exception()
-            if (self._folder / str(step)).is_dir():
+            if error is None:
                 self._newest, self._failure, self._retry_at = step, None, math.inf
-            if error is not None:
+            else:
                 self._tell_failure(step, error)
         return self._failure is None
 
@@ -211,10 +177,10 @@ class Checkpoints:
         if self._newest is None:
             return None
         folder = self._folder / str(self._newest)
-        record = _record(folder)
+        record = checked_record(folder)
         assert record is not None, "it was sound a moment ago"
-        _check_shapes(folder, record, items)
-        return Restored(self._newest, _restore(folder, items), record)
+        check_shapes(folder, record, items)
+        return Restored(self._newest, restore_step(folder, items), record)
 
     def _tell_failure(self, step: int, error: BaseException) -> None:
         self._failure = reason(error)
@@ -225,21 +191,16 @@ class Checkpoints:
             f"warning: the checkpoint of step {step} is not saved ({self._failure}); training goes on, and it is "
             f"tried again in {_RETRY_SECONDS:.0f} s; {newest}"
         )
+        gc.collect()  # Orbax's futures refer to each other, and hold a copy of the whole state
 
 
 def _steps_to_keep(folder: Path, retention: Retention) -> set[int]:
-    steps, losses = saved_steps(folder), _losses(folder)
+    steps, losses = saved_steps(folder), losses_of(folder)
     newest = steps[len(steps) - min(retention.newest, len(steps)) :]
     best = sorted(losses, key=lambda step: losses[step])[: retention.best]
-    for_good = [step for step in steps if (_read_json(folder / str(step)) or {}).get("for_good")]
+    # One whose record cannot be read may have been saved for good.
+    for_good = [step for step in steps if (record_of(folder / str(step)) or {"for_good": True}).get("for_good")]
     return {*newest, *best, *for_good}
-
-
-def _losses(folder: Path) -> dict[int, float]:
-    """The validation losses of the steps that were evaluated and whose records can be read."""
-    records = {step: _read_json(folder / str(step)) or {} for step in saved_steps(folder)}
-    losses = {step: record.get("val_loss") for step, record in records.items()}
-    return {step: loss for step, loss in losses.items() if isinstance(loss, float)}
 
 
 def _move_damaged_aside(folder: Path) -> int | None:
@@ -265,53 +226,3 @@ def _move_damaged_aside(folder: Path) -> int | None:
         shutil.move(folder / str(damaged), aside)
         log.warning(f"the checkpoint of step {damaged} is damaged ({damage}) and was moved to {aside.parent}")
     return step
-
-
-def _shapes(items: Mapping[str, PyTree]) -> dict[str, str]:
-    """The type and the shape of every array, by its place in ``items``."""
-    leaves = jax.tree_util.tree_leaves_with_path(dict(items))
-    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
-
-
-def _check_shapes(step_folder: Path, record: Mapping[str, Any], items: Mapping[str, PyTree]) -> None:
-    """UserError where ``items`` are not what was saved; Orbax would convert types without a word."""
-    saved, asked = record["shapes"], _shapes(items)
-    changes = [
-        f"{name} is {saved.get(name)} there, {value} here" for name, value in asked.items() if value != saved.get(name)
-    ]
-    if changes:
-        raise UserError(
-            f"{step_folder} is not of the model that its run's config.json and tokenizer/ describe ({changes[0]}); "
-            "put back the ones that it was trained with"
-        )
-
-
-def _restore(step_folder: Path, items: Mapping[str, PyTree]) -> dict[str, PyTree]:
-    with ocp.StandardCheckpointer() as checkpointer:
-        return {name: checkpointer.restore((step_folder / name).absolute(), tree) for name, tree in items.items()}
-
-
-def _record(step_folder: Path) -> dict[str, Any] | None:
-    """The record of a step, None where it is damaged. UserError where it was written by another version."""
-    if (step_folder / "progress").is_dir() and not (step_folder / "record").exists():
-        version = 1
-    elif find_damage(step_folder, ["record"]) is not None:
-        return None
-    else:
-        record = _read_json(step_folder) or {}
-        version = record.get("format_version", 1)
-        if version == FORMAT_VERSION:
-            return record
-    remedy = (
-        "use the older moe_jax that wrote it, or start a new run in another --workdir"
-        if version < FORMAT_VERSION
-        else "install the newer moe_jax that wrote it"
-    )
-    raise UserError(f"{step_folder} must have checkpoint format {FORMAT_VERSION}, got {version}; {remedy}")
-
-
-def _read_json(step_folder: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((step_folder / "record" / "metadata").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,9 @@ class RunDirectory:
 
 def saved_steps(folder: Path) -> list[int]:
     """The steps whose checkpoints in ``folder`` are finished, oldest first."""
-    return sorted(int(item.name) for item in folder.glob("*") if item.name.isdigit() and item.is_dir())
+    return sorted(
+        int(item.name) for item in folder.glob("*") if re.fullmatch("0|[1-9][0-9]*", item.name) and item.is_dir()
+    )
 
 
 def latest_run(folder: Path = Path("runs")) -> RunDirectory:
@@ -128,7 +131,7 @@ def check_same_run(saved: Config, config: Config) -> None:
     """UserError unless ``config`` may go on with the run begun as ``saved``: it names every field that may not change.
 
     Free to change are mesh.*, sample.*, train.* but the seed, the number of microbatches, and data.path (whose content
-    is compared by its fingerprint). optimizer.decay_steps stays what it was unless another one is asked for.
+    is compared by its fingerprint). optimizer.decay_steps and train.init_from stay what they were where they are None.
     """
     before = {name: value for name, _, value in settings(saved)}
     changes = [
@@ -147,6 +150,6 @@ def check_same_run(saved: Config, config: Config) -> None:
 def _is_fixed(name: str, value: object) -> bool:
     if name in ("data.path", "optimizer.accumulation_steps"):
         return False
-    if name == "optimizer.decay_steps":
+    if name in ("optimizer.decay_steps", "train.init_from"):
         return value is not None
     return name == "train.seed" or name.startswith(("model.", "data.", "optimizer."))

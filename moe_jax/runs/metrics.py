@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -31,7 +32,7 @@ class MetricsWriter:
     ):
         kept = restored_step or 0
         if run.metrics_file.exists():
-            lines = [line for line in read_metrics(run.metrics_file) if line["step"] <= kept]
+            lines = [line for line in _sound_lines(run.metrics_file) if line["step"] <= kept]
             atomic_write_text(run.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
         # After what may be wrong with the file, so that no tracker is left with a run that never began.
         self._trackers = open_trackers()
@@ -63,6 +64,10 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.scalars(step, scalars)
 
+    def sync(self) -> None:
+        """Puts all lines on disk: those up to a checkpoint are there when it is."""
+        self._file.sync()
+
     def write_text(self, step: int, name: str, text: str) -> None:
         """A text for the trackers."""
         for tracker in self._trackers:
@@ -86,21 +91,35 @@ def finite(value: Any) -> Any:
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl as dictionaries, without one that a kill cut short at the end. Raises UserError."""
+    lines, damage = _read(file)
+    if damage is not None:
+        raise UserError(f"{damage}; remove what is wrong, or put a copy of the file back")
+    return lines
+
+
+def _sound_lines(file: Path) -> list[dict[str, Any]]:
+    """The lines up to the first damaged one, as a loss of power leaves them: a run is not lost for its log."""
+    lines, damage = _read(file)
+    if damage is not None:
+        aside = file.with_suffix(".damaged.jsonl")
+        shutil.copyfile(file, aside)
+        log.warning(f"warning: {damage}; the {len(lines)} lines before it are kept, and the whole file is {aside}")
+    return lines
+
+
+def _read(file: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """(the lines before the first damaged one, what is wrong with that)."""
     try:
-        text = file.read_text(encoding="utf-8")
+        content = file.read_bytes()
     except FileNotFoundError:
         raise UserError(f"there are no metrics at {file}; train a model in that run directory first") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is corrupt ({error}); put a copy of it back or remove it") from None
     lines = []
-    for number, line in enumerate(text.split("\n")[:-1], start=1):  # the last piece has no line end: empty, or cut
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):  # the last piece has no end: empty, or cut
         try:
-            values = json.loads(line)
+            values = json.loads(line.decode("utf-8"))
             if not isinstance(values["step"], int):
                 raise TypeError(f"step is {values['step']!r}")
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{file}:{number} is not a line of metrics ({type(error).__name__}: {error}); remove the line"
-            ) from None
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            return lines, f"{file}:{number} is not a line of metrics ({type(error).__name__}: {error})"
         lines.append(values)
-    return lines
+    return lines, None

@@ -3,6 +3,7 @@
 Orbax restores a flipped bit without a word. Imports no jax.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -27,13 +28,14 @@ def seal(folder: Path) -> None:
 
 def find_damage(folder: Path, items: Iterable[str] | None = None) -> str | None:
     """What is wrong with the files of ``folder``, or of these folders in it; None where all are as when sealed."""
-    file = folder / SUMS
-    if not file.is_file():
-        return f"{SUMS} is missing"
     try:
-        sums = {name: str(value) for name, value in json.loads(file.read_text(encoding="utf-8")).items()}
-    except (ValueError, AttributeError):
+        sums = {name: str(value) for name, value in json.loads((folder / SUMS).read_text(encoding="utf-8")).items()}
+    except FileNotFoundError:
+        return f"{SUMS} is missing"
+    except (ValueError, AttributeError, RecursionError):
         return f"{SUMS} cannot be read"
+    except OSError as error:
+        return _damage_of(SUMS, error)
     starts = ("",) if items is None else tuple(f"{item}/" for item in items)
     for start in starts:
         if not any(name.startswith(start) for name in sums):
@@ -41,9 +43,19 @@ def find_damage(folder: Path, items: Iterable[str] | None = None) -> str | None:
     for name, value in sums.items():
         if not name.startswith(starts):
             continue
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        with open(folder / name, "rb") as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != value:
-                return f"{name} has changed"
+        try:
+            with open(folder / name, "rb") as opened:
+                if hashlib.file_digest(opened, "sha256").hexdigest() != value:
+                    return f"{name} has changed"
+        except OSError as error:
+            return _damage_of(name, error)
     return None
+
+
+def _damage_of(name: str, error: OSError) -> str:
+    """What a file that cannot be opened or read says of the disk; raises what may pass, as a missing permission."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return f"{name} is missing"
+    if error.errno in (errno.EIO, errno.EUCLEAN):
+        return f"{name} cannot be read: {error.strerror}"
+    raise error

@@ -17,8 +17,8 @@ from moe_jax.config import Config, ModelConfig, SampleConfig
 from moe_jax.data.tokenizer import Tokenizer, document_end, document_start, load_tokenizer
 from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias, unstack
 from moe_jax.model.moe.choice import on_this_machine
-from moe_jax.runs.checkpoint import restore_items
 from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.restore import restore_items
 from moe_jax.sampling.decode import CHUNK, Settings, decode, prefill
 from moe_jax.sampling.text_stream import TextStream
 

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import Config
@@ -23,6 +24,8 @@ def find_not_finite(config: Config, decoder: Decoder, state: TrainState, batch: 
         where = "the outputs of all layers were finite" if layer is None else f"the output of {layer} was the first"
         return f"the loss was not finite: {where}"
     name = first_bad_gradient(config, gradients)
+    if name is None and jnp.isfinite(optax.tree.norm(gradients)):
+        return "everything was finite when it was made again, so suspect the machine"
     if name is None:
         return "each gradient was finite, but not their norm"
     return f"the gradient of {name} was the first in the backward pass"

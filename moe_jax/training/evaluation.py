@@ -23,8 +23,8 @@ from moe_jax.model.decoder import Decoder, Variables
 from moe_jax.model.moe.choice import on_this_machine
 from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.parallel.startup import enable_compile_cache
-from moe_jax.runs.checkpoint import read_record, restore_items
 from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.restore import read_record, restore_items
 from moe_jax.training.metrics import routing_by_layer, routing_summary
 from moe_jax.training.state import abstract_state
 from moe_jax.training.step import EvalOutput, RoutingTotals, make_eval_step

@@ -7,8 +7,8 @@ from moe_jax.command import UserError
 from moe_jax.config import Config
 from moe_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from moe_jax.model.decoder import Variables
-from moe_jax.runs.checkpoint import restore_items
-from moe_jax.runs.layout import RunDirectory, saved_steps
+from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.restore import find_checkpoint, restore_items
 from moe_jax.sections import settings
 from moe_jax.training.state import TrainState
 
@@ -30,9 +30,12 @@ def check_source(config: Config, tokenizer: Tokenizer, run: RunDirectory) -> Non
         raise UserError(
             f"train.init_from must be another run than --workdir, got {source.path} for both; name another --workdir"
         )
-    saved = source.load_config()
-    if not saved_steps(source.checkpoints):
-        raise UserError(f"train.init_from {source.path} has no checkpoint; train a model there first")
+    try:
+        saved = source.load_config()
+        items = ("params", "router_state") if saved.model.moe.router == "sigmoid_bias" else ("params",)
+        find_checkpoint(source.checkpoints, "best", items)
+    except UserError as error:
+        raise UserError(f"train.init_from {source.path}: {error}") from None
     before = {name: value for name, _, value in settings(saved.model, "model.")}
     free = _FREE if config.model.positions == "learned" else _FREE | {"model.context_length"}
     changes = [

@@ -27,13 +27,11 @@ from moe_jax.training.flops import flops_per_token, utilisation
 from moe_jax.training.health import CollapseWatch, SpikeWatch
 from moe_jax.training.interrupt import StopRequest
 from moe_jax.training.metrics import (
-    Metrics,
+    Interval,
     expert_load,
-    merge,
     named_metrics,
     routing_by_layer,
     routing_summary,
-    step_metrics,
 )
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import TrainState, random_record
@@ -54,6 +52,8 @@ class Progress:
     skipped_steps: int = 0
     """Steps without a finite loss and gradient, which changed nothing."""
     skipped_in_a_row: int = 0
+    interval: list | None = None
+    """``Interval.to_json`` of the steps since the last line of metrics.jsonl."""
     best_val_loss: float | None = None
     evaluations_without_gain: int = 0
     train_seconds: float = 0.0
@@ -93,9 +93,7 @@ class Loop:
         self.collapses = CollapseWatch(config.model.moe.num_experts, config.model.moe.top_k)
         self.first = int(state.step)
         self.steps_per_epoch = batches_per_epoch(data, config.data, config.model.context_length)
-        # Of the steps since the last line of metrics.jsonl: their metrics, number and time.
-        self.interval: Metrics | None = None
-        self.interval_tokens, self.interval_steps, self.interval_seconds = 0, 0, 0.0
+        self.interval = Interval(progress.interval)
 
     def run(self, request: StopRequest) -> None:
         """Runs to the last step, to an early stop or to ``request``; whichever it is, the state is then on disk.
@@ -122,17 +120,23 @@ class Loop:
                 # Read once a turn: a signal may come at any moment of it, and what ends the run must also save it.
                 is_interrupted = request.exit_code is not None
                 is_evaluation = done % train.eval_every == 0 or done == train.num_steps
-                is_save = is_evaluation or is_interrupted or self._is_save_due(done)
-                if is_save or done % train.log_every == 0:
+                is_planned = is_evaluation or self._is_save_planned(done)
+                is_save = is_planned or is_interrupted or self.checkpoints.is_retry_due()
+                # Once a step is left out, and where one is too many, no other is begun before it is known.
+                is_doubtful = self.progress.skipped_in_a_row > 0 or train.max_skipped_steps == 1
+                if is_save or is_doubtful or done % train.log_every == 0:
                     self._read(unread, bar, done)
                     unread = None
                 if step > first:
                     watchdog.step_ends(done)
-                if unread is not None:
+                if not is_save and done % train.log_every:
                     continue
-                self.interval_seconds += time.perf_counter() - clock
-                self._write_interval(done)
+                self.interval.seconds += time.perf_counter() - clock
+                # A line is written where a run without faults has one.
+                if is_planned or done % train.log_every == 0:
+                    self._write_interval(done)
                 val_loss = self._evaluate(done, bar) if is_evaluation else None
+                is_interrupted = request.exit_code is not None and is_save  # maybe during the evaluation
                 if is_save:
                     self._save(done, val_loss)
                 if is_interrupted or self.is_out_of_patience() or done == train.num_steps:
@@ -144,9 +148,8 @@ class Loop:
     def _batches(self, start: int) -> TrainBatches:
         return train_batches(self.data, self.config.data, self.config.model.context_length, start=start)
 
-    def _is_save_due(self, done: int) -> bool:
-        every = self.config.train.checkpoint_every
-        return done % every == 0 or self._is_for_good(done) or self.checkpoints.is_retry_due()
+    def _is_save_planned(self, done: int) -> bool:
+        return done % self.config.train.checkpoint_every == 0 or self._is_for_good(done)
 
     def _is_for_good(self, done: int) -> bool:
         train = self.config.train
@@ -165,15 +168,13 @@ class Loop:
         output = jax.device_get(output)
         num_tokens = int(output.num_targets)
         if done > self.first + 1:  # the first step of a start compiles, and is not timed
-            self.interval_tokens += num_tokens
-            self.interval_steps += 1
+            self.interval.time(num_tokens)
         bar.update(done, float(output.loss), num_tokens)
         if not output.is_finite:
             self._count_skipped(done)
             return
         self.progress.skipped_in_a_row = 0
-        metrics = step_metrics(output)
-        self.interval = metrics if self.interval is None else merge(self.interval, metrics)
+        self.interval.add(output)
         self._warn(self.spikes.warning(done, float(output.loss)))
 
     def _warn(self, message: str | None) -> None:
@@ -192,41 +193,41 @@ class Loop:
         if in_a_row < most:
             return
         began = done - in_a_row + 1
-        # No step since has changed the parameters, so the first one can be looked at now.
+        # No step since has changed anything, so the first one can be made again.
         with self._batches(began - 1) as batches:
             batch = put_batch(next(batches), self.mesh)
         state = self.state.replace(step=jnp.asarray(began - 1, self.state.step.dtype))
         found = find_not_finite(self.config, self.decoder, state, batch)
         raise EnvironmentFault(
             f"{in_a_row} steps in a row, from step {began}, had no finite loss and gradient; in step {began} {found}; "
-            f"start a new run from an earlier checkpoint (--train.init-from {self.run_directory.path}) with a lower "
-            "optimizer.learning_rate or a clip_norm, or raise train.max_skipped_steps"
+            "start a new run with a lower optimizer.learning_rate or clip_norm, from this one's best checkpoint by "
+            f"--train.init-from {self.run_directory.path} where there is one, or raise train.max_skipped_steps"
         )
 
     def _write_interval(self, done: int) -> None:
         """Writes one line of metrics and starts a new interval."""
         values: dict[str, float | list] = {}
-        if self.interval is not None:  # otherwise each of its steps was left out
-            values |= named_metrics(self.interval)
-            load_NE = expert_load(self.interval)
+        interval, self.interval = self.interval, Interval(None)
+        if interval.metrics is not None:
+            values |= named_metrics(interval.metrics)
+            load_NE = expert_load(interval.metrics)
             if load_NE is not None:
                 for message in self.collapses.warnings(done, load_NE):
                     self._warn(message)
         values["train/learning_rate"] = float(jax.device_get(self.schedule(done - 1 - self.progress.skipped_steps)))
         if self.progress.skipped_steps:
             values["train/skipped_steps"] = self.progress.skipped_steps
-        if self.interval_tokens:
-            values |= self._speed()
-        self.progress.train_seconds += self.interval_seconds
-        self.interval, self.interval_tokens, self.interval_steps, self.interval_seconds = None, 0, 0, 0.0
+        if interval.tokens:
+            values |= self._speed(interval)
+        self.progress.train_seconds += interval.seconds
         self.writer.write(done, values)
 
-    def _speed(self) -> dict[str, float]:
+    def _speed(self, interval: Interval) -> dict[str, float]:
         """Of the interval: targets a second, positions a second where rows may hold padding, MFU where it is known."""
-        speed = {"train/tokens_per_second": self.interval_tokens / self.interval_seconds}
+        speed = {"train/tokens_per_second": interval.tokens / interval.seconds}
         if self.config.data.mode != "windows":
-            positions = self.interval_steps * self.config.data.batch_size * self.config.model.context_length
-            speed["train/positions_per_second"] = positions / self.interval_seconds
+            positions = interval.steps * self.config.data.batch_size * self.config.model.context_length
+            speed["train/positions_per_second"] = positions / interval.seconds
         devices = self.mesh.devices
         flops_per_second = self.flops_per_token * speed["train/tokens_per_second"]
         mfu = utilisation(flops_per_second, devices.flat[0].device_kind, devices.size)
@@ -289,6 +290,8 @@ class Loop:
 
     def _save(self, done: int, val_loss: float | None) -> None:
         self.progress.next_batch = done
+        self.progress.interval = self.interval.to_json()
+        self.writer.sync()
         record = {
             "progress": dataclasses.asdict(self.progress),
             "random": random_record(self.config.train.seed),

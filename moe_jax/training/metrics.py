@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from clu import metrics
@@ -69,6 +70,44 @@ def step_metrics(output: StepOutput) -> Metrics:
 def merge(metrics: Metrics, more: Metrics) -> Metrics:
     """The metrics of the steps of both."""
     return cast(Metrics, metrics.merge(cast(Any, more)))
+
+
+class Interval:
+    """The steps since the last line of metrics.jsonl: their metrics, and how many took how long.
+
+    What ``to_json`` gives goes into a checkpoint, so that an interval that a stop has divided is averaged as a whole.
+    """
+
+    def __init__(self, saved: list | None):
+        self._saved = saved
+        self._metrics: Metrics | None = None
+        self.tokens, self.steps, self.seconds = 0, 0, 0.0
+
+    def add(self, output: StepOutput) -> None:
+        metrics = step_metrics(output)
+        if self._saved is not None:
+            # In the order of an interval that was not divided: sums of other orders have other last bits.
+            leaves, structure = jax.tree.flatten(metrics)
+            saved = [
+                np.asarray(value, np.asarray(leaf).dtype) for value, leaf in zip(self._saved, leaves, strict=True)
+            ]
+            self._metrics, self._saved = jax.tree.unflatten(structure, saved), None
+        self._metrics = metrics if self._metrics is None else merge(self._metrics, metrics)
+
+    def time(self, num_tokens: int) -> None:
+        """Counts a step of so many scored tokens among those that ``seconds`` are of."""
+        self.tokens += num_tokens
+        self.steps += 1
+
+    @property
+    def metrics(self) -> Metrics | None:
+        """None where no step has counted, as where each was left out."""
+        return self._metrics
+
+    def to_json(self) -> list | None:
+        if self._metrics is None:
+            return self._saved
+        return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(jax.device_get(self._metrics))]
 
 
 def named_metrics(merged: Metrics) -> dict[str, float]:

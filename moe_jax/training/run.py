@@ -15,15 +15,17 @@ from moe_jax.data.cache import find_or_prepare
 from moe_jax.data.pipeline import batches_per_epoch, check_data
 from moe_jax.data.prepared import PreparedData
 from moe_jax.data.tokenizer import save_tokenizer
+from moe_jax.files import remove_leftovers
 from moe_jax.model.decoder import Decoder
 from moe_jax.model.moe.choice import DispatchChoice, choose_dispatch
 from moe_jax.parallel.mesh import make_mesh, use_mesh
 from moe_jax.parallel.startup import enable_compile_cache
 from moe_jax.report.plots import plot_expert_load, plot_loss_curve
-from moe_jax.runs.checkpoint import Checkpoints, Retention, read_record
+from moe_jax.runs.checkpoint import Checkpoints, Retention
 from moe_jax.runs.layout import RunDirectory, check_same_run, saved_steps
 from moe_jax.runs.log import start_log
 from moe_jax.runs.metrics import MetricsWriter
+from moe_jax.runs.restore import read_record
 from moe_jax.runs.trackers import check_trackers, open_trackers
 from moe_jax.sampling.generator import is_causal
 from moe_jax.training.evaluation import check_same_text
@@ -63,7 +65,11 @@ def train(config: Config, workdir: Path) -> None:
         with Checkpoints(run.checkpoints, retention) as checkpoints:
             state, progress, restored_step = _state(config, mesh, data, checkpoints)
             if _is_finished(config, int(state.step), progress, run):
+                if not run.loss_curve.exists():  # the start that made the last step was killed before it drew it
+                    _draw(run)
                 return
+            for file in (run.metrics_file, run.config_file, run.mlflow_file, run.loss_curve, run.expert_load):
+                remove_leftovers(file)
             opening = functools.partial(open_trackers, config, run, restored_step)
             with MetricsWriter(run, restored_step, opening) as writer:
                 run.save_config(config)

@@ -3,6 +3,7 @@
 import collections
 import faulthandler
 import logging
+import os
 import statistics
 import time
 from pathlib import Path
@@ -34,9 +35,10 @@ class Watchdog:
 
     def __exit__(self, *exception: object) -> None:
         faulthandler.cancel_dump_traceback_later()
+        is_empty = not os.fstat(self._file.fileno()).st_size
         self._file.close()
-        if not self._path.stat().st_size:
-            self._path.unlink()
+        if is_empty:
+            self._path.unlink(missing_ok=True)
 
     def step_begins(self) -> None:
         self._began = time.monotonic()

@@ -13,9 +13,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax.command import EnvironmentFault, UserError
 from moe_jax.runs import checkpoint
-from moe_jax.runs.checkpoint import Checkpoints, Retention, read_record, restore_items
+from moe_jax.runs import seal as seal_module
+from moe_jax.runs.checkpoint import Checkpoints, Retention
 from moe_jax.runs.layout import saved_steps
-from moe_jax.runs.seal import seal
+from moe_jax.runs.restore import read_record, restore_items
+from moe_jax.runs.seal import find_damage, seal
 
 
 def mesh_of(count):
@@ -180,8 +182,9 @@ def test_the_first_format_had_no_record(tmp_path):
     fill(tmp_path, [1.0])
     (tmp_path / "10" / "record").rename(tmp_path / "10" / "progress")
     seal(tmp_path / "10")
-    with pytest.raises(UserError, match="must have checkpoint format 2, got 1"):
-        read_record(tmp_path)
+    for read in (read_record, best_value, restored):
+        with pytest.raises(UserError, match="must have checkpoint format 2, got 1"):
+            read(tmp_path)
 
 
 def test_a_save_that_fails_harms_nothing_is_told_and_tried_again(tmp_path, monkeypatch, caplog):
@@ -215,6 +218,59 @@ def test_a_save_that_would_not_fit_is_not_begun(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=288))  # 72 numbers of 4 bytes
     fill(tmp_path, [None, None])
     assert saved_steps(tmp_path) == [10, 20]
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_others_are(tmp_path, monkeypatch, caplog):
+    fill(tmp_path, [None, None, None], keep=3)
+    remove = shutil.rmtree
+
+    def stubborn(path, **named):
+        if "removed-10" in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        remove(path, **named)
+
+    monkeypatch.setattr(shutil, "rmtree", stubborn)
+    with Checkpoints(tmp_path, Retention(1, 0)) as checkpoints:
+        checkpoints.save(40, trees(4), {}, val_loss=None)
+        checkpoints.check_saved(40)
+        assert not checkpoints.is_retry_due()
+    assert saved_steps(tmp_path) == [40]
+    assert "the old checkpoint of step 10 cannot be removed (Permission denied)" in caplog.text
+    assert "is not saved" not in caplog.text
+
+
+def test_what_the_disk_cannot_read_is_damage(tmp_path, monkeypatch):
+    fill(tmp_path, [1.0, 2.0])
+    bad, original = str(largest_file(tmp_path / "20" / "params")), open
+
+    def failing(file, *arguments, **named):
+        if str(file) == bad:
+            raise OSError(errno.EIO, "Input/output error", bad)
+        return original(file, *arguments, **named)
+
+    monkeypatch.setattr(seal_module, "open", failing, raising=False)
+    assert "cannot be read: Input/output error" in find_damage(tmp_path / "20")
+    assert restored(tmp_path).step == 10
+
+
+def test_a_checkpoint_whose_record_cannot_be_read_may_be_for_good_and_stays(tmp_path):
+    fill(tmp_path, [None, None], keep=2)
+    (tmp_path / "10" / "record" / "metadata").write_text("{")
+    fill(tmp_path, [None, None, None, None], keep=1)
+    assert saved_steps(tmp_path) == [10, 40]
+
+
+def test_a_folder_where_nothing_can_be_written_is_told_at_once(tmp_path, monkeypatch):
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(OSError, match="checkpoints"):
+        Checkpoints(tmp_path / "checkpoints", Retention(1, 1))
+
+
+@pytest.mark.parametrize("name", ["²", "020", "-1", "1e3", "x"])
+def test_other_names_are_no_steps(tmp_path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / "0").mkdir()
+    assert saved_steps(tmp_path) == [0]
 
 
 def raise_no_space(folder):

@@ -58,5 +58,20 @@ def test_missing_and_unreadable_metrics_are_told(tmp_path):
     with pytest.raises(UserError, match="there are no metrics at"):
         read_metrics(tmp_path / "metrics.jsonl")
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n")
-    with pytest.raises(UserError, match="is corrupt"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1 is not a line of metrics"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("damage", [b"\0\0\0\0\n", b"\xff\n", b'{"step": "10"}\n', b"[" * 100_000 + b"\n"])
+def test_a_run_goes_on_with_the_lines_before_a_damaged_one(tmp_path, caplog, damage):
+    run = RunDirectory(tmp_path)
+    with MetricsWriter(run, None) as writer:
+        for step in (1, 2):
+            writer.write(step, {"train/loss": 1.0})
+    whole = run.metrics_file.read_bytes() + damage + b'{"step": 3}\n'
+    run.metrics_file.write_bytes(whole)
+    with MetricsWriter(run, 3) as writer:
+        writer.write(4, {"train/loss": 1.0})
+    assert [line["step"] for line in read_metrics(run.metrics_file)] == [1, 2, 4]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == whole
+    assert "metrics.jsonl:3 is not a line of metrics" in caplog.text

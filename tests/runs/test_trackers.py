@@ -190,10 +190,10 @@ def test_a_run_begun_on_one_server_begins_anew_on_another(folder, monkeypatch):
     assert json.loads(run.mlflow_file.read_text())["uri"] == f"sqlite:///{folder / 'mlflow.db'}"
 
 
-def test_damaged_metrics_leave_no_run_behind_in_mlflow(folder):
+def test_metrics_that_cannot_be_read_leave_no_run_behind_in_mlflow(folder):
     run = run_in(folder, "junk")
-    run.metrics_file.write_text("junk\n")
-    with pytest.raises(UserError, match="is not a line of metrics"):
+    run.metrics_file.mkdir()
+    with pytest.raises(IsADirectoryError):
         MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None))
     assert not run.mlflow_file.exists()
 

@@ -44,6 +44,8 @@ def test_a_new_run_begins_with_the_best_parameters_of_another_and_goes_on_withou
     shutil.rmtree(source.path)
     train(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=5)), tuned.path)
     assert "going on from step 4" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"train.init_from was .*source, now elsewhere"):
+        train(dataclasses.replace(config, train=dataclasses.replace(config.train, init_from="elsewhere")), tuned.path)
 
 
 @pytest.mark.parametrize(

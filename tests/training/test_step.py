@@ -138,6 +138,11 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_says_which_layer_was_f
     assert find(state) == "the loss was not finite: the output of layer 1 was the first"
 
 
+def test_a_fault_that_does_not_happen_again_is_said_to_be_one_of_the_machine(one_step):
+    state, _, find = one_step
+    assert find(state) == "everything was finite when it was made again, so suspect the machine"
+
+
 def test_an_ordinary_step_is_finite_and_moves_everything(one_step):
     state, make, _ = one_step
     after, output = make(state)

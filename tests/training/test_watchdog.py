@@ -48,6 +48,12 @@ def test_ordinary_steps_and_what_is_done_between_them_leave_nothing(tmp_path, ca
     assert caplog.messages == []
 
 
+def test_a_file_that_somebody_removed_ends_nothing(tmp_path):
+    with Watchdog(20.0, tmp_path / "stacks.log") as dog:
+        (tmp_path / "stacks.log").unlink()
+        steps(dog, 8)
+
+
 def test_before_there_are_peers_and_without_a_factor_nothing_is_watched(tmp_path):
     for factor in (20.0, None):
         with Watchdog(factor, tmp_path / "stacks.log") as dog:
