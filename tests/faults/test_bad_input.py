@@ -10,17 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import pytest
 
 from moe_jax.command_line import load_recipe
 from moe_jax.data.tokenizer import build_tokenizer, save_tokenizer
-from moe_jax.model.decoder import Decoder, Variables
-from moe_jax.runs.checkpoint import Checkpoints, Retention
-from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.seal import seal
+from tests.oracles.runs import write_run
 from tests.oracles.texts import VERSE
 
 ROOT = Path(__file__).parents[2]
@@ -118,20 +113,6 @@ def content_of(folder):
     }
 
 
-def write_run(folder, recipe):
-    """The run directory ``folder`` as two steps of ``recipe`` on some text would leave it, but untrained."""
-    workdir, config, tokenizer = RunDirectory(folder), load_recipe(recipe), build_tokenizer("char", [VERSE])
-    decoder = Decoder(config.model, tokenizer.vocab_size)
-    params = nn.unbox(jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["params"]
-    folder.mkdir(parents=True)
-    workdir.save_config(config)
-    save_tokenizer(tokenizer, workdir.tokenizer)
-    (folder / ".lock").touch()
-    record = {"progress": {"data_fingerprint": "0"}, "config": config.to_dict()}
-    with Checkpoints(workdir.checkpoints, Retention(newest=1, best=1)) as checkpoints:
-        checkpoints.save(2, Variables(params).to_items(), record, val_loss=3.0)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder of good and bad things, among them a run, a prepared folder and damaged copies of both."""
@@ -139,7 +120,7 @@ def home(tmp_path_factory):
     for name, content in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
-    write_run(folder / "runs/tiny", folder / "tiny.py")
+    write_run(folder / "runs/tiny", load_recipe(folder / "tiny.py"))
     done = run(folder, "prepare --input good.jsonl --tokenizer byte --out prepared")
     assert done.returncode == 0, done.stderr
     for name in ("unfinished", "wordless", "garbled", "damaged", "format_1", "of_bytes"):

@@ -106,13 +106,13 @@ def test_on_other_devices_a_run_goes_on_from_the_same_values(tmp_path, monkeypat
 
 def test_checkpoints_for_good_and_random_numbers_of_another_kind(tmp_path):
     keep = {"keep_every": 3, "keep_epochs": True, "keep_checkpoints": 1}
-    config = config_of(tmp_path, "padded", num_steps=13, eval_every=13, **keep)
+    config = config_of(tmp_path, "padded", 1, num_steps=13, eval_every=13, **keep)
     train(config, tmp_path / "run")
     # 32 documents in rows of 8 make an epoch of more than 4 steps, for the longer ones are cut into parts.
     log = (tmp_path / "run" / "train.log").read_text()
     (epoch,) = {int(line.split("padded; ")[1].split()[0]) for line in log.splitlines() if "rows: padded" in line}
     assert saved_steps(tmp_path / "run" / "checkpoints") == sorted({3, 6, 9, 12, 13, *range(epoch, 14, epoch)})
-    longer = config_of(tmp_path, "padded", num_steps=15, eval_every=15)
+    longer = config_of(tmp_path, "padded", 1, num_steps=15, eval_every=15)
     with jax.default_prng_impl("rbg"), pytest.raises(UserError, match="a run cannot go on with other random numbers"):
         train(longer, tmp_path / "run")
     assert saved_steps(tmp_path / "run" / "checkpoints")[-1] == 13

@@ -123,7 +123,12 @@ def shrunk(config, path):
     # A vocabulary of fifty thousand, of which the text has twenty, takes longer to rule the others out.
     steps = 120 if tokenizer == "gpt2" else 50
     train = dataclasses.replace(
-        config.train, num_steps=steps, eval_every=steps, checkpoint_every=steps, log_every=steps // 5
+        config.train,
+        num_steps=steps,
+        eval_every=steps,
+        checkpoint_every=steps,
+        log_every=steps // 5,
+        keep_epochs=False,  # there would be dozens
     )
     sample = dataclasses.replace(config.sample, max_new_tokens=8)
     return Config(model, data, optimizer, MeshConfig(data=1), train, sample)

@@ -9,15 +9,21 @@ import pytest
 
 from moe_jax.command import UserError
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.runs.metrics import read_metrics
 from moe_jax.sampling.generator import load_generator
 from moe_jax.training.loop import Loop
 from moe_jax.training.run import train
+from tests.oracles.runs import write_run
 from tests.oracles.texts import VERSE
 
 
+@pytest.fixture(scope="module")
+def source(tiny, tmp_path_factory):
+    """A run whose best checkpoint is not its newest one."""
+    return write_run(tmp_path_factory.mktemp("runs") / "source", tiny, losses=(3.0, 5.0))
+
+
 def test_a_new_run_begins_with_the_best_parameters_of_another_and_goes_on_without_it(
-    finished, change, tmp_path, monkeypatch, capsys
+    source, change, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "verse.txt").write_text(VERSE.replace("quick", "kciuq") * 80)
     begun, original = [], Loop.run
@@ -27,24 +33,25 @@ def test_a_new_run_begins_with_the_best_parameters_of_another_and_goes_on_withou
         original(self, request)
 
     monkeypatch.setattr(Loop, "run", run)
-    source, tuned = RunDirectory(tmp_path / "source"), RunDirectory(tmp_path / "tuned")
-    shutil.copytree(finished.path, source.path)
+    copy, tuned = RunDirectory(tmp_path / "copy"), RunDirectory(tmp_path / "tuned")
+    shutil.copytree(source.path, copy.path)
     config = change(
-        # Other text of the same characters, another rate.
+        # Other text of the same characters, another rate; a GPU's option, which XLA knows on a processor too.
         data={"path": str(tmp_path / "verse.txt")},
         optimizer={"learning_rate": 1e-3, "warmup_steps": 1},
-        train={"num_steps": 4, "init_from": str(source.path), "eval_every": 2},
+        mesh={"data": 1},
+        train={"num_steps": 4, "init_from": str(copy.path), "deterministic": True},
     )
     train(config, tuned.path)
     assert "parameters are those of the best checkpoint of" in capsys.readouterr().out
     want = load_generator(source, "best")[1]
     for got, expected in zip(jax.tree.leaves(begun[0]), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(got, expected)
-    assert read_metrics(tuned.metrics_file)[0]["train/loss"] < 3
-    shutil.rmtree(source.path)
+    assert np.any(jax.tree.leaves(load_generator(source, "newest")[1])[0] != jax.tree.leaves(want)[0])
+    shutil.rmtree(copy.path)
     train(dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=5)), tuned.path)
     assert "going on from step 4" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"train.init_from was .*source, now elsewhere"):
+    with pytest.raises(UserError, match=r"train.init_from was .*copy, now elsewhere"):
         train(dataclasses.replace(config, train=dataclasses.replace(config.train, init_from="elsewhere")), tuned.path)
 
 
@@ -57,8 +64,8 @@ def test_a_new_run_begins_with_the_best_parameters_of_another_and_goes_on_withou
         ({"train": {"init_from": "nowhere"}}, "nowhere is not a run directory"),
     ],
 )
-def test_another_model_or_other_tokens_are_refused_and_nothing_is_made(finished, change, tmp_path, sections, words):
-    sections = {**sections, "train": {"init_from": str(finished.path), **sections.get("train", {})}}
+def test_another_model_or_other_tokens_are_refused_and_nothing_is_made(source, change, tmp_path, sections, words):
+    sections = {**sections, "train": {"init_from": str(source.path), **sections.get("train", {})}}
     with pytest.raises(UserError) as caught:
         train(change(**sections), tmp_path / "new")
     assert words in str(caught.value)
@@ -70,12 +77,12 @@ def test_a_run_cannot_begin_with_itself(change, tmp_path):
         train(change(train={"init_from": str(tmp_path / "run")}), tmp_path / "run")
 
 
-def test_dropout_noise_and_the_context_may_be_others(finished, change, tmp_path):
+@pytest.mark.slow
+def test_dropout_and_the_context_may_be_others(source, change, tmp_path):
     config = change(
         model={"context_length": 8, "dropout_rate": 0.3, "remat": "full"},
-        # A GPU's option, which XLA knows on a processor too.
-        train={"init_from": str(finished.path), "num_steps": 2, "log_every": 1, "deterministic": True},
+        train={"init_from": str(source.path), "num_steps": 2, "log_every": 1},
         optimizer={"warmup_steps": 1},
     )
     train(config, tmp_path / "new")
-    assert read_metrics(RunDirectory(tmp_path / "new").metrics_file)[0]["train/loss"] < 3
+    assert "parameters are those of the best checkpoint" in RunDirectory(tmp_path / "new").log_file.read_text()
