@@ -113,15 +113,15 @@ def with_cache(case: Case, decoder: Any, variables: Any) -> Draw:
     first = jax.jit(functools.partial(prefill, decoder))
     # No token is the end, so that every run draws all.
     more = jax.jit(functools.partial(decode, decoder, end_token=-1), donate_argnames="state")
-    prompt_BL, length, settings = arguments_of(case, decoder)
+    prompt_BL, rows, settings = arguments_of(case, decoder)
 
     def draw(num_tokens: int) -> None:
-        state = first(variables, prompt_BL, length)
+        state = first(variables, prompt_BL, rows)
         index = 0
         while index < num_tokens:
             index = min(num_tokens, index + CHUNK) if index else 1
-            drawn_BS, state = more(variables, state, length, settings, jnp.asarray(index, jnp.int32))
-            np.asarray(drawn_BS)
+            drawn, state = more(variables, state, rows, settings, jnp.asarray(index, jnp.int32))
+            np.asarray(drawn.tokens_BS)
 
     return draw
 
@@ -135,12 +135,14 @@ def without_cache(case: Case, decoder: Any, variables: Any) -> Draw:
     from moe_jax.sampling.decode import draw as draw_token
 
     M = decoder.config.context_length
-    prompt_BL, length, settings = arguments_of(case, decoder)
+    prompt_BL, rows, settings = arguments_of(case, decoder)
+    length = rows.prompt_length_B[0]
 
     @jax.jit
     def step(variables: Any, window_BM: Any, count: Any) -> Any:
         logits_BMV = forward(decoder, variables, window_BM).logits_BLV
-        token_B = draw_token(jnp.take(logits_BMV, jnp.minimum(count, M) - 1, axis=1), settings, count)
+        logits_BV = jnp.take(logits_BMV, jnp.minimum(count, M) - 1, axis=1)
+        token_B = draw_token(logits_BV, settings, rows.sample_B, jnp.full(case.batch, count))
         # In a full window the oldest token gives way.
         moved_BM = jnp.where(count < M, window_BM, jnp.roll(window_BM, -1, axis=1))
         return jax.lax.dynamic_update_index_in_dim(moved_BM, token_B, jnp.minimum(count, M - 1), axis=1)
@@ -155,11 +157,11 @@ def without_cache(case: Case, decoder: Any, variables: Any) -> Draw:
 
 
 def arguments_of(case: Case, decoder: Any) -> tuple[Any, Any, Any]:
-    """(prompt [B, L], its length, settings of the draw)."""
+    """(prompts [B, L], rows, settings of the draw)."""
     import jax
     import jax.numpy as jnp
 
-    from moe_jax.sampling.decode import Settings
+    from moe_jax.sampling.decode import Rows, Settings
 
     shape = (case.batch, case.prompt_tokens)
     prompt_BL = jax.random.randint(jax.random.key(1), shape, 0, decoder.vocab_size, jnp.int32)
@@ -168,9 +170,17 @@ def arguments_of(case: Case, decoder: Any) -> tuple[Any, Any, Any]:
         temperature=jnp.asarray(0.8, jnp.float32),
         top_k=jnp.asarray(decoder.vocab_size, jnp.int32),
         top_p=jnp.asarray(0.95, jnp.float32),
+        min_p=jnp.asarray(0.0, jnp.float32),
+        repetition_penalty=jnp.asarray(1.0, jnp.float32),
         is_greedy=False,
+        has_penalty=False,
     )
-    return prompt_BL, jnp.asarray(case.prompt_tokens, jnp.int32), settings
+    rows = Rows(
+        prompt_length_B=jnp.full(case.batch, case.prompt_tokens, jnp.int32),
+        sample_B=jnp.arange(case.batch, dtype=jnp.int32),
+        num_tokens_B=jnp.full(case.batch, 2**30, jnp.int32),
+    )
+    return prompt_BL, rows, settings
 
 
 WAYS = {"with": with_cache, "without": without_cache}

@@ -214,6 +214,10 @@ class SampleConfig:
     """Sample only among this many of the most likely tokens; None: all."""
     top_p: float = 0.95
     """Sample only among the most likely tokens that together reach this probability; 1: all."""
+    min_p: float = 0.0
+    """Sample only among tokens at least this many times as likely as the most likely one; 0: all."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that are in the text already: above 1 repeats less; 1: no penalty."""
     seed: int = 0
     """Seed of the draw: the same seed gives the same text."""
 

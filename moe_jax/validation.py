@@ -78,6 +78,8 @@ RANGES = {
     "sample.max_new_tokens": (1, 2**20),
     "sample.temperature": _NOT_NEGATIVE,
     "sample.top_p": (1e-6, 1.0),
+    "sample.min_p": _FRACTION,
+    "sample.repetition_penalty": (0.01, 100.0),
     "sample.seed": (0, 2**32 - 1),
 }
 

@@ -1,10 +1,9 @@
 """The front end of sampling: text in, text out."""
 
-import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,7 +18,7 @@ from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias, unsta
 from moe_jax.model.moe.choice import on_this_machine
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.restore import restore_items
-from moe_jax.sampling.decode import CHUNK, Settings, decode, prefill
+from moe_jax.sampling.decode import CHUNK, Rows, Settings, decode, prefill
 from moe_jax.sampling.text_stream import TextStream
 
 
@@ -30,8 +29,18 @@ class Sample:
     """What was generated after the prompt."""
     tokens: list[int]
     """The generated tokens, without the one that ended them."""
+    logprobs: list[float]
+    """Of each token, the natural logarithm of its probability under the model, before temperature and what follows."""
     finish_reason: str
     """"stop": what ends a document was drawn; "length": max_new_tokens reached; "context": no position was left."""
+
+
+class Plan(NamedTuple):
+    """What is to be done for one text."""
+
+    prompt_ids: list[int]
+    num_tokens: int
+    """To draw after them."""
 
 
 class Generator:
@@ -52,7 +61,7 @@ class Generator:
         self._prefix = [] if config.data.mode == "windows" else [self._start]
         decoder = Decoder(model, tokenizer.vocab_size, unstacked=True)
         self._unstack = jax.jit(lambda variables: unstack(variables, model))
-        self._prefill = jax.jit(functools.partial(prefill, decoder))
+        self._prefill = jax.jit(functools.partial(prefill, decoder), static_argnames="keep_seen")
         # The state is given up to the call, so that its caches are changed in place.
         self._decode = jax.jit(functools.partial(decode, decoder, end_token=self._end), donate_argnames="state")
 
@@ -61,24 +70,40 @@ class Generator:
 
         ``variables`` are those of the training decoder. Raises UserError for a prompt longer than the context.
         """
-        prompt_ids, num_tokens = self._plan(prompt, sample)
-        chunks = list(self._chunks(variables, prompt_ids, sample, num_tokens))
-        unfinished = "length" if num_tokens == sample.max_new_tokens else "context"
-        return [self._sample(prompt, row, unfinished) for row in np.concatenate(chunks, axis=1).tolist()]
+        return self.generate_all(variables, [prompt], sample)
+
+    def generate_all(self, variables: Variables, prompts: Sequence[str], sample: SampleConfig) -> list[Sample]:
+        """``sample.num_samples`` continuations of the first prompt, then of the next, of any lengths, in one batch.
+
+        What is drawn for a prompt depends on the others by nothing but rounding. Raises UserError before any work.
+        """
+        plans = [self._plan(prompt, sample) for prompt in prompts for _ in range(sample.num_samples)]
+        if not plans:
+            return []
+        numbers = [number for _ in prompts for number in range(sample.num_samples)]
+        chunks = list(self._chunks(variables, plans, numbers, sample))
+        tokens_BS, logprobs_BS = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
+        of_rows = [prompt for prompt in prompts for _ in range(sample.num_samples)]
+        return [
+            self._sample(prompt, tokens, logprobs, num_tokens, sample)
+            for prompt, (_, num_tokens), tokens, logprobs in zip(
+                of_rows, plans, tokens_BS.tolist(), logprobs_BS.tolist(), strict=True
+            )
+        ]
 
     def stream(self, variables: Variables, prompt: str, sample: SampleConfig) -> Iterator[str]:
         """The text of the first of ``generate``'s samples in pieces of whole characters, as they are drawn.
 
         Raises UserError as ``generate`` does, before the first piece.
         """
-        prompt_ids, num_tokens = self._plan(prompt, sample)
+        plan = self._plan(prompt, sample)
         text = TextStream(self.tokenizer)
-        for chunk_BS in self._chunks(variables, prompt_ids, dataclasses.replace(sample, num_samples=1), num_tokens):
-            yield text.add(self._before_end(chunk_BS[0].tolist()))
+        for tokens_BS, _ in self._chunks(variables, [plan], [0], sample):
+            yield text.add(self._before_end(tokens_BS[0].tolist()))
         yield text.finish()
 
-    def _plan(self, prompt: str, sample: SampleConfig) -> tuple[list[int], int]:
-        """(the prompt's ids, tokens to draw after them). Raises UserError."""
+    def _plan(self, prompt: str, sample: SampleConfig) -> Plan:
+        """The prompt's ids, and how many tokens to draw after them. Raises UserError."""
         # A foreign tokenizer may have no token for a prompt of spaces.
         prompt_ids = [*self._prefix, *self.tokenizer.encode(prompt).tolist()] or [self._start]
         context = self.config.context_length
@@ -88,31 +113,42 @@ class Generator:
             )
         # Learned positions end with the context; the last token drawn needs no position of its own.
         room = context - len(prompt_ids) + 1 if self.config.positions == "learned" else sample.max_new_tokens
-        return prompt_ids, min(sample.max_new_tokens, room)
+        return Plan(prompt_ids, min(sample.max_new_tokens, room))
 
     def _chunks(
-        self, variables: Variables, prompt_ids: list[int], sample: SampleConfig, num_tokens: int
-    ) -> Iterator[np.ndarray]:
-        """The drawn tokens [B, S] one chunk after another; a row is filled with the end token from where it ended."""
-        L = min(self.config.context_length, _power_of_two(len(prompt_ids)))
-        padded_BL = np.zeros((sample.num_samples, L), np.int32)
-        padded_BL[:, : len(prompt_ids)] = prompt_ids
-        length = jnp.asarray(len(prompt_ids), jnp.int32)
+        self, variables: Variables, plans: Sequence[Plan], samples: Sequence[int], sample: SampleConfig
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(tokens, log-probabilities) [B, S] of one chunk after another, as ``decode`` gives them."""
+        longest = max(len(plan.prompt_ids) for plan in plans)
+        padded_BL = np.zeros((len(plans), min(self.config.context_length, _power_of_two(longest))), np.int32)
+        for row, plan in enumerate(plans):
+            padded_BL[row, : len(plan.prompt_ids)] = plan.prompt_ids
+        rows = Rows(
+            prompt_length_B=jnp.asarray([len(plan.prompt_ids) for plan in plans], jnp.int32),
+            sample_B=jnp.asarray(samples, jnp.int32),
+            num_tokens_B=jnp.asarray([plan.num_tokens for plan in plans], jnp.int32),
+        )
         settings = _settings(sample, self.tokenizer.vocab_size)
         unstacked = self._unstack(variables)
-        state = self._prefill(unstacked, padded_BL, length)
-        index, all_ended = 0, False
-        while index < num_tokens and not all_ended:
+        state = self._prefill(unstacked, padded_BL, rows, keep_seen=settings.has_penalty)
+        index, last, all_ended = 0, max(plan.num_tokens for plan in plans), False
+        while index < last and not all_ended:
             # The first token is a chunk of its own, for a reader who waits for it.
-            stop = min(num_tokens, index + CHUNK) if index else 1
-            drawn_BS, state = self._decode(unstacked, state, length, settings, jnp.asarray(stop, jnp.int32))
-            chunk_BS, all_ended = np.asarray(drawn_BS)[:, : stop - index], bool(np.all(state.ended_B))
+            stop = min(last, index + CHUNK) if index else 1
+            drawn, state = self._decode(unstacked, state, rows, settings, jnp.asarray(stop, jnp.int32))
+            all_ended = bool(np.all(state.ended_B))
+            yield np.asarray(drawn.tokens_BS)[:, : stop - index], np.asarray(drawn.logprobs_BS)[:, : stop - index]
             index = stop
-            yield chunk_BS
 
-    def _sample(self, prompt: str, row: list[int], unfinished: str) -> Sample:
+    def _sample(
+        self, prompt: str, row: list[int], logprobs: list[float], num_tokens: int, sample: SampleConfig
+    ) -> Sample:
+        # A row is filled up once it has its own number of tokens.
+        row = row[:num_tokens]
         tokens = self._before_end(row)
-        return Sample(prompt, self.tokenizer.decode(tokens), tokens, "stop" if self._end in row else unfinished)
+        unfinished = "length" if num_tokens == sample.max_new_tokens else "context"
+        reason = "stop" if self._end in row else unfinished
+        return Sample(prompt, self.tokenizer.decode(tokens), tokens, logprobs[: len(tokens)], reason)
 
     def _before_end(self, row: list[int]) -> list[int]:
         return row[: row.index(self._end)] if self._end in row else row
@@ -154,7 +190,10 @@ def _settings(sample: SampleConfig, vocab_size: int) -> Settings:
         temperature=jnp.asarray(sample.temperature or 1.0, jnp.float32),
         top_k=jnp.asarray(sample.top_k or vocab_size, jnp.int32),
         top_p=jnp.asarray(sample.top_p, jnp.float32),
+        min_p=jnp.asarray(sample.min_p, jnp.float32),
+        repetition_penalty=jnp.asarray(sample.repetition_penalty, jnp.float32),
         is_greedy=sample.temperature == 0,
+        has_penalty=sample.repetition_penalty != 1,
     )
 
 

@@ -12,6 +12,9 @@ from moe_jax.runs.layout import RunDirectory
 from moe_jax.sampling.generator import Generator, Sample, check_text, load_generator
 from moe_jax.validation import validate_sample
 
+_BATCH = 32
+"""Texts that are generated together, at most."""
+
 
 class Model:
     """The generator of a run, its parameters and how the run samples."""
@@ -28,13 +31,15 @@ class Model:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
         seed: int | None = None,
     ) -> list[Sample]:
         """Continuations of each prompt, in order: ``num_samples`` of the first, then of the next; "" is from nothing.
 
         The settings are those of ``sample.py``, and None is as the run was configured; a ``top_k`` of the vocabulary's
-        size or more keeps all tokens. A text depends on its own prompt only. Raises UserError for a setting out of
-        range, and for prompts that are no list of texts or too long.
+        size or more keeps all tokens. Prompts of any lengths are computed together. Raises UserError for a setting out
+        of range, and for prompts that are no list of texts or too long.
         """
         given: dict[str, Any] = {
             "num_samples": num_samples,
@@ -42,6 +47,8 @@ class Model:
             "temperature": temperature,
             "top_k": top_k,
             "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
             "seed": seed,
         }
         changed = {name: value for name, value in given.items() if value is not None}
@@ -50,7 +57,12 @@ class Model:
             raise UserError(f"prompts must be a list of texts, got {prompts!r}; write generate([text])")
         for index, prompt in enumerate(prompts):
             check_text(prompt, f"prompts[{index}]")
-        return [text for prompt in prompts for text in self._generator.generate(self._variables, prompt, sample)]
+        size = max(1, _BATCH // sample.num_samples)
+        return [
+            text
+            for start in range(0, len(prompts), size)
+            for text in self._generator.generate_all(self._variables, prompts[start : start + size], sample)
+        ]
 
 
 def load_model(workdir: str | Path, checkpoint: Literal["best", "newest"]) -> Model:

@@ -1,12 +1,25 @@
-"""Logits processors, pure functions of one row of logits, applied in this order: temperature, top-k, top-p.
+"""Logits processors: pure functions of one row of logits, applied in the order in which they stand here.
 
-A token that is ruled out gets -inf. Among equal logits the lower token id is kept first.
+A token that is ruled out gets -inf. Among equal logits the lower token id is kept first. Nothing is sorted: a sort of
+a vocabulary takes a processor longer than a small model's whole step, so thresholds are found bit by bit instead.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from moe_jax.axes import Array
+
+
+def penalise_repetition(logits_V: Array, seen_V: Array, penalty: Array) -> Array:
+    """Divides the logits of tokens that are in the text, prompt included, by ``penalty`` (arXiv 1909.05858, sec. 4.1).
+
+    Negative logits are multiplied instead, as is usual since: dividing them would make repetition more likely.
+    """
+    penalised_V = jnp.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
+    return jnp.where(seen_V, penalised_V, logits_V)
 
 
 def scale_by_temperature(logits_V: Array, temperature: Array) -> Array:
@@ -16,7 +29,11 @@ def scale_by_temperature(logits_V: Array, temperature: Array) -> Array:
 
 def keep_top_k(logits_V: Array, top_k: Array) -> Array:
     """Keeps the ``top_k`` most likely tokens; ``top_k`` is at least 1, and V or more keeps all."""
-    return jnp.where(_rank(logits_V) < top_k, logits_V, -jnp.inf)
+    key_V = _ordered(logits_V)
+    limit = _largest(lambda limit: jnp.sum(key_V >= limit) >= top_k)
+    above_V = key_V > limit
+    kept_V = above_V | _first(key_V == limit, top_k - jnp.sum(above_V))
+    return jnp.where(kept_V | (top_k >= logits_V.shape[0]), logits_V, -jnp.inf)
 
 
 def keep_top_p(logits_V: Array, top_p: Array) -> Array:
@@ -24,15 +41,43 @@ def keep_top_p(logits_V: Array, top_p: Array) -> Array:
 
     The most likely token is always kept; 1 keeps all.
     """
-    order_V = jnp.argsort(-logits_V, stable=True)
-    probs_V = jax.nn.softmax(logits_V)[order_V]
-    # The mass before a token: rounding of a cumulative sum must not rule anything out where top_p is 1.
-    before_V = jnp.cumsum(probs_V) - probs_V
-    kept_V = jnp.zeros(logits_V.shape, bool).at[order_V].set((before_V < top_p) | (top_p >= 1.0))
-    return jnp.where(kept_V.at[order_V[0]].set(True), logits_V, -jnp.inf)
+    key_V, probs_V = _ordered(logits_V), jax.nn.softmax(logits_V)
+    limit = _largest(lambda limit: jnp.sum(jnp.where(key_V >= limit, probs_V, 0.0)) >= top_p)
+    above_V, tied_V = key_V > limit, key_V == limit
+    missing = top_p - jnp.sum(jnp.where(above_V, probs_V, 0.0))
+    prob = jnp.max(jnp.where(tied_V, probs_V, 0.0))
+    num_tied = jnp.ceil(missing / jnp.maximum(prob, 1e-38)).clip(1, logits_V.shape[0]).astype(jnp.int32)
+    kept_V = above_V | _first(tied_V, num_tied)
+    # Rounding of a sum must not rule anything out where top_p is 1.
+    return jnp.where(kept_V | (top_p >= 1.0), logits_V, -jnp.inf)
 
 
-def _rank(logits_V: Array) -> Array:
-    """Each token's place in the order of falling logits."""
-    order_V = jnp.argsort(-logits_V, stable=True)
-    return jnp.zeros(logits_V.shape, jnp.int32).at[order_V].set(jnp.arange(logits_V.shape[0]))
+def keep_min_p(logits_V: Array, min_p: Array) -> Array:
+    """Keeps the tokens at least ``min_p`` times as likely as the most likely one (arXiv 2407.01082); 0 keeps all."""
+    # A logarithm of 0 is -inf, below which there is nothing.
+    return jnp.where(logits_V >= jnp.max(logits_V) + jnp.log(min_p), logits_V, -jnp.inf)
+
+
+def _ordered(x_V: Array) -> Array:
+    """uint32 numbers in the order of the floats ``x_V``; -0 and 0 are one."""
+    bits_V = lax.bitcast_convert_type(jnp.where(x_V == 0, 0.0, x_V).astype(jnp.float32), jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    return jnp.where(bits_V & sign, ~bits_V, bits_V | sign)
+
+
+def _largest(holds: Callable[[Array], Array]) -> Array:
+    """The largest uint32 for which ``holds``, which is true up to some number and false from there on."""
+
+    def set_bit(index: Array, found: Array) -> Array:
+        candidate = found | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
+        return jnp.where(holds(candidate), candidate, found)
+
+    return lax.fori_loop(0, 32, set_bit, jnp.uint32(0))
+
+
+def _first(mask_V: Array, count: Array) -> Array:
+    """``mask_V`` with only its first ``count`` places left."""
+    place_V = jnp.arange(mask_V.shape[0], dtype=jnp.uint32)
+    # The largest number of places that hold at most so many.
+    end = _largest(lambda end: jnp.sum(mask_V & (place_V < end)) <= count)
+    return mask_V & (place_V < end)

@@ -59,6 +59,38 @@ def test_the_same_seed_gives_the_same_text_and_samples_differ(rotary):
     assert alone[0].text == first[0].text
 
 
+def test_log_probabilities_are_those_of_the_model_itself(rotary):
+    generator, variables, decoder = rotary
+    settings = SampleConfig(max_new_tokens=12, temperature=2.0, top_k=5, num_samples=3, repetition_penalty=1.3, seed=1)
+    prompt = TOKENIZER.encode("bad").tolist()
+    for sample in generator.generate(variables, "bad", settings):
+        text = [*prompt, *sample.tokens]
+        logits_LV = forward(decoder, variables, np.array([text], np.int32)).logits_BLV[0]
+        logprobs_LV = jax.nn.log_softmax(logits_LV)[len(prompt) - 1 : -1]
+        expected = [float(row[token]) for row, token in zip(logprobs_LV, sample.tokens, strict=True)]
+        np.testing.assert_allclose(sample.logprobs, expected, atol=1e-5)
+
+
+def test_prompts_of_many_lengths_in_one_batch_are_as_alone(rotary):
+    generator, variables, _ = rotary
+    prompts = ["", *("hgfedcbahgfedcba"[:length] for length in range(1, 16))]
+    settings = SampleConfig(max_new_tokens=24, temperature=1.0, seed=5)
+    together = generator.generate_all(variables, prompts, settings)
+    assert [sample.prompt for sample in together] == prompts
+    for sample, prompt in zip(together, prompts, strict=True):
+        (alone,) = generator.generate(variables, prompt, settings)
+        assert (sample.tokens, sample.finish_reason) == (alone.tokens, alone.finish_reason)
+        np.testing.assert_allclose(sample.logprobs, alone.logprobs, atol=1e-4)
+
+
+def test_with_learned_positions_each_prompt_has_the_room_that_it_leaves():
+    generator, variables, _ = make(dataclasses.replace(CONFIG, positions="learned"))
+    settings = SampleConfig(max_new_tokens=40, temperature=1.0, top_p=1.0, seed=9)
+    for sample in generator.generate_all(variables, ["a" * 16, "a" * 9, "a"] * 3, settings):
+        assert len(sample.tokens) <= 17 - len(sample.prompt)
+        assert sample.finish_reason in ("stop", "context")
+
+
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 9, 10, 40])
 def test_a_text_is_the_same_streamed_or_not(rotary, max_new_tokens):
     generator, variables, _ = rotary

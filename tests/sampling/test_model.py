@@ -23,8 +23,13 @@ def test_each_prompts_samples_come_in_order_and_as_if_it_were_alone(model, rotar
     settings = dataclasses.replace(DEFAULTS, num_samples=2)
     samples = model.generate(["ab", "", "hgf"], num_samples=2)
     assert [sample.prompt for sample in samples] == ["ab", "ab", "", "", "hgf", "hgf"]
-    assert samples[2:4] == generator.generate(variables, "", settings)
-    assert samples[4:] == generator.generate(variables, "hgf", settings)
+    for together, alone in (
+        (samples[2:4], generator.generate(variables, "", settings)),
+        (samples[4:], generator.generate(variables, "hgf", settings)),
+    ):
+        assert [(each.text, each.finish_reason) for each in together] == [
+            (each.text, each.finish_reason) for each in alone
+        ]
     assert model.generate([]) == []
 
 
@@ -32,6 +37,7 @@ def test_what_is_left_out_is_as_the_run_samples(model, rotary):
     generator, variables, _ = rotary
     assert model.generate(["ab"]) == generator.generate(variables, "ab", DEFAULTS)
     every = {"num_samples": 2, "max_new_tokens": 12, "temperature": 0.5, "top_k": 2, "top_p": 0.5, "seed": 0}
+    every |= {"min_p": 0.3, "repetition_penalty": 1.5}
     for name, value in every.items():
         changed = dataclasses.replace(DEFAULTS, **{name: value})
         assert model.generate(["ab"], **{name: value}) == generator.generate(variables, "ab", changed), name

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 
 from moe_jax.sampling.decode import Settings, draw
-from moe_jax.sampling.processors import keep_top_k, keep_top_p, scale_by_temperature
+from moe_jax.sampling.processors import (
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    penalise_repetition,
+    scale_by_temperature,
+)
 
 # Probabilities .1, .4, .2, .3 in this order of token ids.
 LOGITS = jnp.log(jnp.asarray([0.1, 0.4, 0.2, 0.3]))
@@ -55,36 +61,113 @@ def test_temperature_divides():
     np.testing.assert_allclose(scale_by_temperature(LOGITS, jnp.asarray(0.5)), 2 * LOGITS, rtol=1e-6)
 
 
-def make(temperature=1.0, top_k=4, top_p=1.0, is_greedy=False, seed=0):
+@pytest.mark.parametrize(
+    ("min_p", "tokens"), [(0.0, [0, 1, 2, 3]), (0.24, [0, 1, 2, 3]), (0.26, [1, 2, 3]), (0.76, [1]), (1.0, [1])]
+)
+def test_min_p(min_p, tokens):
+    assert kept(keep_min_p(LOGITS, jnp.asarray(min_p))) == tokens
+
+
+def test_a_penalty_makes_what_is_in_the_text_less_likely_whatever_its_sign():
+    logits, seen = jnp.array([2.0, -2.0, 1.0, -1.0]), jnp.array([True, True, False, False])
+    np.testing.assert_allclose(penalise_repetition(logits, seen, jnp.asarray(2.0)), [1.0, -4.0, 1.0, -1.0])
+
+
+def sorted_top_k(logits, top_k):
+    """The oracle: by a stable sort."""
+    order = np.argsort(-logits, kind="stable")[:top_k]
+    return sorted(int(token) for token in order if np.isfinite(logits[token]))
+
+
+def sorted_top_p(logits, top_p):
+    shifted = np.exp((logits - logits.max()).astype(np.float64))
+    probs, order, total, found = shifted / shifted.sum(), np.argsort(-logits, kind="stable"), 0.0, []
+    for token in order:
+        if found and total >= top_p:
+            break
+        found.append(int(token))
+        total += probs[token]
+    return sorted(token for token in found if np.isfinite(logits[token]))
+
+
+def rows_of_all_kinds():
+    random = np.random.default_rng(0)
+    for size in (1, 2, 7, 50, 333):
+        for scale in (0.1, 1.0, 5.0, 30.0):
+            row = random.normal(0, scale, size).astype(np.float32)
+            yield row
+            yield np.round(row)  # ties
+            yield np.where(random.random(size) < 0.5, -np.inf, row).astype(np.float32) if size > 5 else row - 100
+    yield np.zeros(64, np.float32)
+    yield np.array([-0.0, 0.0, -0.0, 1e-30], np.float32)
+
+
+def test_thresholds_keep_what_a_sort_keeps():
+    by_k, by_p = jax.jit(keep_top_k), jax.jit(keep_top_p)
+    for row in rows_of_all_kinds():
+        if not np.isfinite(row).any():
+            continue
+        for top_k in (1, 2, 5, 40):
+            got = kept(by_k(jnp.asarray(row), jnp.asarray(top_k)))
+            assert got == sorted_top_k(row + np.float32(0.0), top_k), (row, top_k)
+        for top_p in (0.05, 0.303, 0.9001, 0.999):
+            assert kept(by_p(jnp.asarray(row), jnp.asarray(top_p))) == sorted_top_p(row, top_p), (row, top_p)
+
+
+def make(temperature=1.0, top_k=4, top_p=1.0, min_p=0.0, penalty=1.0, is_greedy=False, seed=0):
     return Settings(
         seed=jnp.asarray(seed, jnp.uint32),
         temperature=jnp.asarray(temperature),
         top_k=jnp.asarray(top_k),
         top_p=jnp.asarray(top_p),
+        min_p=jnp.asarray(min_p),
+        repetition_penalty=jnp.asarray(penalty),
         is_greedy=is_greedy,
+        has_penalty=penalty != 1,
     )
 
 
-def test_greedy_takes_the_most_likely():
-    np.testing.assert_array_equal(
-        draw(jnp.stack([LOGITS, LOGITS[::-1]]), make(is_greedy=True), jnp.asarray(0)), [1, 2]
-    )
+def drawn(rows, settings, position=0, samples=None, seen=None):
+    B = rows.shape[0]
+    samples = jnp.arange(B) if samples is None else samples
+    return np.asarray(draw(rows, settings, samples, jnp.full(B, position), seen))
 
 
-def test_drawn_frequencies_are_the_processed_probabilities():
-    # Temperature 1/2 squares the probabilities: .01 .16 .04 .09; top-3 drops the first; 16, 4 and 9 of 29 are left.
-    settings = make(temperature=0.5, top_k=3)
-    rows = jnp.broadcast_to(LOGITS, (20_000, 4))
-    tokens = jax.jit(lambda: draw(rows, settings, jnp.asarray(3)))()
-    counts = np.bincount(tokens, minlength=4)
-    assert counts[0] == 0
-    expected = 20_000 * np.array([16, 4, 9]) / 29
-    assert np.sum((counts[1:] - expected) ** 2 / expected) < 13.8, "chi-square, 2 degrees of freedom, p = 0.001"
+def test_greedy_takes_the_most_likely_after_the_penalty():
+    rows = jnp.stack([LOGITS, LOGITS[::-1]])
+    np.testing.assert_array_equal(drawn(rows, make(is_greedy=True)), [1, 2])
+    seen = jnp.array([[False, True, False, False]] * 2)
+    np.testing.assert_array_equal(drawn(rows, make(is_greedy=True, penalty=5.0), seen=seen), [3, 2])
 
 
-def test_a_draw_depends_on_seed_row_and_position_only():
+@pytest.mark.parametrize(
+    ("settings", "weights"),
+    [
+        # Temperature 1/2 squares the probabilities.
+        (make(temperature=0.5), [1, 16, 4, 9]),
+        (make(top_k=3), [0, 4, 2, 3]),
+        (make(top_p=0.65), [0, 4, 0, 3]),
+        (make(min_p=0.4), [0, 4, 2, 3]),
+        # In this order: of 1, 16, 4 and 9 the first three are left; 25 of 29 are two of them; 9/16 is above 0.5.
+        (make(temperature=0.5, top_k=3, top_p=0.8, min_p=0.5), [0, 16, 0, 9]),
+        (make(), [1, 4, 2, 3]),
+    ],
+)
+def test_drawn_frequencies_are_the_processed_probabilities(settings, weights):
+    count = 50_000
+    rows = jnp.broadcast_to(LOGITS, (count, 4))
+    counts = np.bincount(jax.jit(lambda: draw(rows, settings, jnp.arange(count), jnp.full(count, 3)))(), minlength=4)
+    expected = count * np.array(weights) / sum(weights)
+    assert np.all(counts[expected == 0] == 0)
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    limit = {1: 10.8, 2: 13.8, 3: 16.3}[len(counts) - 1]
+    assert np.sum((counts - expected) ** 2 / expected) < limit, "chi-square, p = 0.001"
+
+
+def test_a_draw_depends_on_seed_sample_and_position_only():
     rows = jnp.broadcast_to(LOGITS, (64, 4))
-    tokens = np.asarray(draw(rows, make(), jnp.asarray(5)))
-    np.testing.assert_array_equal(tokens[:8], draw(rows[:8], make(), jnp.asarray(5)))
-    assert not np.array_equal(tokens, draw(rows, make(), jnp.asarray(6)))
-    assert not np.array_equal(tokens, draw(rows, make(seed=1), jnp.asarray(5)))
+    tokens = drawn(rows, make(), 5)
+    np.testing.assert_array_equal(tokens[:8], drawn(rows[:8], make(), 5))
+    np.testing.assert_array_equal(tokens[8:16], drawn(rows[:8], make(), 5, samples=jnp.arange(8, 16)))
+    assert not np.array_equal(tokens, drawn(rows, make(), 6))
+    assert not np.array_equal(tokens, drawn(rows, make(seed=1), 5))
