@@ -24,12 +24,16 @@ def main() -> None:
         defaults = dataclasses.replace(defaults, num_samples=1)
     sample = parse_sample(sys.argv[1:], defaults).sample
 
+    from moe_jax.sampling.prompts import read_prompts
+
+    prompts = [] if arguments.interactive else read_prompts(arguments.prompt, arguments.prompt_file)
+
     from moe_jax.sampling.front_end import converse, sample_to_terminal
 
     if arguments.interactive:
         converse(run, arguments.checkpoint, sample)
     else:
-        sample_to_terminal(run, arguments.checkpoint, arguments.prompt, sample)
+        sample_to_terminal(run, arguments.checkpoint, prompts, sample, jsonl=arguments.jsonl)
 
 
 if __name__ == "__main__":

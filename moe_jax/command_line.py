@@ -119,6 +119,10 @@ class SampleCommand:
     """Run directory of the model; None: the run under runs/ that changed last."""
     prompt: str | None = None
     """Text to continue; - reads it from standard input; None: start from nothing."""
+    prompt_file: str | None = None
+    """File with the text to continue, or, where its name ends in .jsonl, with an object with a "prompt" a line."""
+    jsonl: bool = False
+    """Print an object a line for other programs: prompt, text, tokens, logprobs, finish_reason, seconds."""
     interactive: bool = False
     """A conversation: continue each line of standard input, until its end or the line exit; Ctrl-C stops a text."""
     checkpoint: Literal["best", "newest"] = "best"
@@ -131,10 +135,16 @@ def parse_sample(arguments: list[str], defaults: SampleConfig) -> SampleCommand:
     command = tyro.cli(SampleCommand, args=arguments, default=SampleCommand(sample=defaults))
     _check_run(command.workdir)
     validate_sample(command.sample, lambda name: "--" + name.replace("_", "-"))
-    if command.interactive and command.prompt is not None:
-        raise UserError(
-            "--interactive reads its prompts from standard input and takes no --prompt; leave one of them out"
-        )
+    others = {"--prompt": command.prompt is not None, "--prompt-file": command.prompt_file is not None}
+    for name in ("--prompt", "--prompt-file"):
+        if command.interactive and others[name]:
+            raise UserError(
+                f"--interactive reads its prompts from standard input and takes no {name}; leave one of them out"
+            )
+    if all(others.values()):
+        raise UserError("--prompt and --prompt-file both say what to continue; leave one of them out")
+    if command.interactive and command.jsonl:
+        raise UserError("--interactive prints texts as they are made and takes no --jsonl; leave one of them out")
     if command.interactive and command.sample.num_samples > 1:
         raise UserError(
             f"--num-samples must be 1 with --interactive, got {command.sample.num_samples}; leave one of them out"

@@ -45,6 +45,7 @@ WITHOUT_JAX = (
     "data/packing",
     "data/prepare",
     "runs/layout",
+    "sampling/prompts",
 )
 
 

@@ -43,6 +43,7 @@ def environment(home):
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time would go into compiling
         "XDG_CACHE_HOME": str(home / "cache"),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
@@ -152,6 +153,22 @@ def test_from_python_and_in_a_conversation_the_text_is_that_of_the_command(home,
     assert (run[0] / "generated_text.txt").read_text() == printed
 
 
+def test_json_lines_in_and_out(home, run):
+    prompts = ["The quick", "", "fox"]
+    (home / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    flags = ("--workdir", run[0], "--num-samples", 2, "--prompt-file", "prompts.jsonl", "--jsonl", "--seed", 3)
+    result = command(home, "sample.py", *flags)
+    assert (result.returncode, result.stderr) == (0, "")
+    texts = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [text["prompt"] for text in texts] == [prompt for prompt in prompts for _ in range(2)]
+    for text in texts:
+        assert set(text) == {"prompt", "text", "tokens", "logprobs", "finish_reason", "seconds"}
+        assert len(text["tokens"]) == len(text["logprobs"]) <= 20
+        assert all(logprob <= 0 for logprob in text["logprobs"])
+    (plain,) = {(run[0] / "generated_text.txt").read_text()}
+    assert plain.count("---") == 5
+
+
 def read_until(terminal, end):
     """What a program prints on ``terminal`` until ``end`` stands at the end of it."""
     shown = ""
@@ -210,6 +227,7 @@ def test_a_conversation_on_a_terminal(home, run):
     os.close(ours)
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_does_not_end_the_training(home, run):
     workdir = home / "piped"
     flags = ("--workdir", workdir, "--train.num-steps", "30", "--train.log-every", "1")

@@ -1,13 +1,16 @@
 """What sample.py does on a terminal."""
 
 import contextlib
+import dataclasses
 import importlib
 import importlib.util
+import json
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 from moe_jax.command import UserError, tell_error
 from moe_jax.config import SampleConfig
@@ -15,21 +18,32 @@ from moe_jax.files import atomic_write_text
 from moe_jax.model.decoder import Variables
 from moe_jax.parallel.startup import enable_compile_cache
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.sampling.generator import Generator, check_text, load_generator
+from moe_jax.sampling.generator import Generator, load_generator
+from moe_jax.sampling.prompts import as_text, check_text
+from moe_jax.sections import unknown_name
+from moe_jax.validation import validate_sample
 
 
 def sample_to_terminal(
-    run: RunDirectory, which: Literal["best", "newest"], prompt: str | None, sample: SampleConfig
+    run: RunDirectory,
+    which: Literal["best", "newest"],
+    prompts: Sequence[str],
+    sample: SampleConfig,
+    *,
+    jsonl: bool,
 ) -> None:
-    """Prints continuations of ``prompt`` ("-": standard input; None: from nothing) and writes generated_text.txt."""
-    if prompt == "-":
-        prompt = _as_text(sys.stdin.buffer.read(), "--prompt -")
-    elif prompt is not None:
-        check_text(prompt, "--prompt")
+    """Prints continuations of ``prompts`` and writes them to generated_text.txt.
+
+    With ``jsonl`` a line is printed for each text: an object of prompt, text, tokens, logprobs, finish_reason and
+    seconds, in which all of them were generated, start and compilation included.
+    """
+    started = time.perf_counter()
     generator, variables = _load(run, which)
-    samples = generator.generate(variables, prompt or "", sample)
+    samples = generator.generate_all(variables, prompts, sample)
     text = "\n\n---\n\n".join(item.prompt + item.text for item in samples) + "\n"
-    sys.stdout.write(text)
+    seconds = round(time.perf_counter() - started, 3)
+    lines = (json.dumps(dataclasses.asdict(item) | {"seconds": seconds}) + "\n" for item in samples)
+    sys.stdout.write("".join(lines) if jsonl else text)
     sys.stdout.flush()
     _keep(run, text)
     if any(item.finish_reason == "context" for item in samples):
@@ -40,7 +54,8 @@ def converse(run: RunDirectory, which: Literal["best", "newest"], sample: Sample
     """Continues one line of standard input after another, until its end or the line ``exit``.
 
     A text is printed as it is made, without its prompt, and ends its line; Ctrl-C ends it early. The last one is
-    written to generated_text.txt. A prompt that cannot be used is told in one line on standard error.
+    written to generated_text.txt. A prompt that cannot be used is told in one line on standard error. A line such as
+    ``/temperature 0.7`` changes a setting, ``/temperature`` shows it; of a prompt that begins with / write it twice.
     """
     generator, variables = _load(run, which)
     if generator.config.positions == "learned":
@@ -53,9 +68,34 @@ def converse(run: RunDirectory, which: Literal["best", "newest"], sample: Sample
             prompt = _ask() if is_terminal else _next_line()
             if prompt is None or prompt.strip() == "exit":
                 return
-            _answer(run, generator, variables, prompt, sample)
+            if prompt.startswith("/") and not prompt.startswith("//"):
+                sample = _with_setting(prompt, sample)
+                continue
+            _answer(run, generator, variables, prompt.removeprefix("/"), sample)
         except UserError as error:
             tell_error(str(error))
+
+
+def _with_setting(line: str, sample: SampleConfig) -> SampleConfig:
+    """``sample`` as a line such as "/top-k 5" changes it; the setting is shown on standard error. Raises UserError."""
+    name, _, text = line.removeprefix("/").strip().partition(" ")
+    known = [item.name for item in dataclasses.fields(sample) if item.name != "num_samples"]
+    field = name.replace("-", "_")
+    if field not in known:
+        raise UserError(unknown_name("/", name, [each.replace("_", "-") for each in known]))
+    if text.strip():
+        changed: dict[str, Any] = {field: _value(text.strip())}
+        sample = validate_sample(dataclasses.replace(sample, **changed), lambda each: "/" + each.replace("_", "-"))
+    print(f"/{name} is {getattr(sample, field)}", file=sys.stderr)
+    return sample
+
+
+def _value(text: str) -> int | float | str | None:
+    """A number or None, or the text itself, which the check of types then refuses."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return None if text.lower() == "none" else text
 
 
 def _answer(run: RunDirectory, generator: Generator, variables: Variables, prompt: str, sample: SampleConfig) -> None:
@@ -125,14 +165,7 @@ def _typed() -> str:
 def _next_line() -> str | None:
     """A line from a pipe or a file; None at its end. UserError unless it is text."""
     line = sys.stdin.buffer.readline()
-    return _as_text(line, "the prompt").rstrip("\r\n") if line else None
-
-
-def _as_text(content: bytes, name: str) -> str:
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} must be UTF-8 text, got another byte at {error.start}; give text") from error
+    return as_text(line, "the prompt").rstrip("\r\n") if line else None
 
 
 def _load(run: RunDirectory, which: Literal["best", "newest"]) -> tuple[Generator, Variables]:

@@ -21,6 +21,9 @@ from moe_jax.runs.restore import restore_items
 from moe_jax.sampling.decode import CHUNK, Rows, Settings, decode, prefill
 from moe_jax.sampling.text_stream import TextStream
 
+_BATCH = 32
+"""Texts that are generated together, at most."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -73,23 +76,23 @@ class Generator:
         return self.generate_all(variables, [prompt], sample)
 
     def generate_all(self, variables: Variables, prompts: Sequence[str], sample: SampleConfig) -> list[Sample]:
-        """``sample.num_samples`` continuations of the first prompt, then of the next, of any lengths, in one batch.
+        """``sample.num_samples`` continuations of the first prompt, then of the next, of any lengths, many at a time.
 
         What is drawn for a prompt depends on the others by nothing but rounding. Raises UserError before any work.
         """
-        plans = [self._plan(prompt, sample) for prompt in prompts for _ in range(sample.num_samples)]
-        if not plans:
-            return []
-        numbers = [number for _ in prompts for number in range(sample.num_samples)]
-        chunks = list(self._chunks(variables, plans, numbers, sample))
-        tokens_BS, logprobs_BS = (np.concatenate(parts, axis=1) for parts in zip(*chunks, strict=True))
-        of_rows = [prompt for prompt in prompts for _ in range(sample.num_samples)]
-        return [
-            self._sample(prompt, tokens, logprobs, num_tokens, sample)
-            for prompt, (_, num_tokens), tokens, logprobs in zip(
-                of_rows, plans, tokens_BS.tolist(), logprobs_BS.tolist(), strict=True
-            )
+        jobs = [
+            (prompt, number, plan)
+            for prompt in prompts
+            for plan in [self._plan(prompt, sample)]
+            for number in range(sample.num_samples)
         ]
+        found = []
+        for start in range(0, len(jobs), _BATCH):
+            of_rows, numbers, plans = zip(*jobs[start : start + _BATCH], strict=True)
+            chunks = list(self._chunks(variables, plans, numbers, sample))
+            tokens_BS, logprobs_BS = (np.concatenate(parts, axis=1).tolist() for parts in zip(*chunks, strict=True))
+            found += map(self._sample, of_rows, tokens_BS, logprobs_BS, plans, [sample] * len(plans))
+        return found
 
     def stream(self, variables: Variables, prompt: str, sample: SampleConfig) -> Iterator[str]:
         """The text of the first of ``generate``'s samples in pieces of whole characters, as they are drawn.
@@ -140,13 +143,11 @@ class Generator:
             yield np.asarray(drawn.tokens_BS)[:, : stop - index], np.asarray(drawn.logprobs_BS)[:, : stop - index]
             index = stop
 
-    def _sample(
-        self, prompt: str, row: list[int], logprobs: list[float], num_tokens: int, sample: SampleConfig
-    ) -> Sample:
+    def _sample(self, prompt: str, row: list[int], logprobs: list[float], plan: Plan, sample: SampleConfig) -> Sample:
         # A row is filled up once it has its own number of tokens.
-        row = row[:num_tokens]
+        row = row[: plan.num_tokens]
         tokens = self._before_end(row)
-        unfinished = "length" if num_tokens == sample.max_new_tokens else "context"
+        unfinished = "length" if plan.num_tokens == sample.max_new_tokens else "context"
         reason = "stop" if self._end in row else unfinished
         return Sample(prompt, self.tokenizer.decode(tokens), tokens, logprobs[: len(tokens)], reason)
 
@@ -157,14 +158,6 @@ class Generator:
 def is_causal(config: ModelConfig) -> bool:
     """Whether the logits after a token depend on it and earlier ones only, as sampling needs."""
     return not config.moe.num_experts or config.moe.router != "expert_choice"
-
-
-def check_text(text: str, name: str) -> None:
-    """UserError unless ``text``, called ``name``, can be written as UTF-8."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:  # bytes of a command line that are no text arrive as lone surrogates
-        raise UserError(f"{name} must be UTF-8 text, got another byte at {error.start}; give text") from error
 
 
 def load_generator(run: RunDirectory, which: Literal["best", "newest"]) -> tuple[Generator, Variables]:

@@ -9,11 +9,9 @@ from moe_jax.command import UserError
 from moe_jax.config import SampleConfig
 from moe_jax.model.decoder import Variables
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.sampling.generator import Generator, Sample, check_text, load_generator
+from moe_jax.sampling.generator import Generator, Sample, load_generator
+from moe_jax.sampling.prompts import check_text
 from moe_jax.validation import validate_sample
-
-_BATCH = 32
-"""Texts that are generated together, at most."""
 
 
 class Model:
@@ -57,12 +55,7 @@ class Model:
             raise UserError(f"prompts must be a list of texts, got {prompts!r}; write generate([text])")
         for index, prompt in enumerate(prompts):
             check_text(prompt, f"prompts[{index}]")
-        size = max(1, _BATCH // sample.num_samples)
-        return [
-            text
-            for start in range(0, len(prompts), size)
-            for text in self._generator.generate_all(self._variables, prompts[start : start + size], sample)
-        ]
+        return self._generator.generate_all(self._variables, prompts, sample)
 
 
 def load_model(workdir: str | Path, checkpoint: Literal["best", "newest"]) -> Model:

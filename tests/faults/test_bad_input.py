@@ -279,6 +279,11 @@ BAD_INPUT = [
     mistake("sample --temperature 0.0001", "--temperature must be 0 (the most likely token) or at least 0.001"),
     mistake("sample --num-samples 2000000000", "--num-samples must be in [1, 65536], got 2000000000"),
     mistake("sample --interactive --prompt -", "--interactive reads its prompts from standard input"),
+    mistake("sample --interactive --prompt-file one.txt", "and takes no --prompt-file; leave one of them out"),
+    mistake("sample --interactive --jsonl", "--interactive prints texts as they are made and takes no --jsonl"),
+    mistake("sample --prompt a --prompt-file one.txt", "--prompt and --prompt-file both say what to continue"),
+    mistake("sample --workdir runs/tiny --prompt-file none.txt", "--prompt-file must be a file, got none.txt"),
+    mistake("sample --workdir runs/tiny --prompt-file broken.jsonl", "broken.jsonl:", slow=True),
     mistake("sample --interactive --num-samples 2", "--num-samples must be 1 with --interactive, got 2"),
     box("sample --checkpoint oldest", "('best', 'newest')"),
     # Scoring.

@@ -44,6 +44,30 @@ def test_each_line_is_continued_and_nothing_else_printed(rotary, converse):
     assert written == "hgf" + text_of(rotary, "hgf") + "\n"
 
 
+def test_settings_are_changed_between_lines(rotary, converse):
+    lines = b"/temperature 0\nab\n/top-k 3\n/seed\n/temperature 2\n//a\n"
+    out, err, written = converse(rotary, lines)
+    generator, variables, _ = rotary
+    greedy = dataclasses.replace(SETTINGS, temperature=0)
+    hot = dataclasses.replace(SETTINGS, temperature=2, top_k=3)
+    first = generator.generate(variables, "ab", greedy)[0].text
+    assert out == first + "\n" + generator.generate(variables, "/a", hot)[0].text + "\n"
+    assert err == "/temperature is 0\n/top-k is 3\n/seed is 1\n/temperature is 2\n"
+    assert written.startswith("/a")
+
+
+def test_a_setting_that_cannot_be_is_told_and_changes_nothing(rotary, converse):
+    lines = b"/temprature 2\n/temperature hot\n/top-p 7\n/top-k none\n/max-new-tokens 1.5\nab\n"
+    out, err, _ = converse(rotary, lines)
+    assert out == text_of(rotary, "ab") + "\n"
+    told = err.splitlines()
+    assert told[0] == "error: there is no setting /temprature; did you mean /temperature?"
+    assert told[1].startswith("error: /temperature must be of type float, got 'hot'")
+    assert told[2] == "error: /top-p must be in [1e-06, 1.0], got 7"
+    assert told[3] == "/top-k is None"
+    assert told[4].startswith("error: /max-new-tokens must be of type int, got 1.5")
+
+
 def test_exit_leaves(rotary, converse):
     assert converse(rotary, b"ab\nexit\nhgf\n")[0] == text_of(rotary, "ab") + "\n"
 

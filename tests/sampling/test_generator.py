@@ -63,11 +63,13 @@ def test_log_probabilities_are_those_of_the_model_itself(rotary):
     generator, variables, decoder = rotary
     settings = SampleConfig(max_new_tokens=12, temperature=2.0, top_k=5, num_samples=3, repetition_penalty=1.3, seed=1)
     prompt = TOKENIZER.encode("bad").tolist()
-    for sample in generator.generate(variables, "bad", settings):
-        text = [*prompt, *sample.tokens]
-        logits_LV = forward(decoder, variables, np.array([text], np.int32)).logits_BLV[0]
-        logprobs_LV = jax.nn.log_softmax(logits_LV)[len(prompt) - 1 : -1]
-        expected = [float(row[token]) for row, token in zip(logprobs_LV, sample.tokens, strict=True)]
+    samples = generator.generate(variables, "bad", settings)
+    texts = [[*prompt, *sample.tokens] for sample in samples]
+    padded_BL = np.array([text + [0] * (16 - len(text)) for text in texts], np.int32)
+    logprobs_BLV = jax.jit(lambda: jax.nn.log_softmax(forward(decoder, variables, padded_BL).logits_BLV))()
+    for sample, logprobs_LV in zip(samples, np.asarray(logprobs_BLV)[:, len(prompt) - 1 :], strict=True):
+        expected = [row[token] for row, token in zip(logprobs_LV, sample.tokens, strict=False)]
+        assert len(expected) == len(sample.tokens) == len(sample.logprobs)
         np.testing.assert_allclose(sample.logprobs, expected, atol=1e-5)
 
 

@@ -214,6 +214,7 @@ def test_the_same_text_elsewhere_is_the_same_text(finished, change, tmp_path, ca
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_router_state_is_saved_restored_and_sampled_with(change, tiny, tmp_path):
     moe = MoEConfig(num_experts=4, expert_dim=32, router="sigmoid_bias", bias_update_rate=0.01)
     short = {"num_steps": 4, "eval_every": 2, "checkpoint_every": 2, "log_every": 2}
