@@ -128,9 +128,11 @@ def home(tmp_path_factory):
     shutil.rmtree(folder / "unfinished/checkpoints")
     shutil.rmtree(folder / "wordless/tokenizer")
     (folder / "garbled/tokenizer/tokenizer.json").write_text("{")
-    files = [file for file in (folder / "damaged/checkpoints/2/params").rglob("*") if file.is_file()]
-    largest = max(files, key=lambda file: file.stat().st_size)
-    largest.write_bytes(b"?" * largest.stat().st_size)
+    # The record too, for it says which text the run was trained on, and here that is none.
+    for item in ("params", "record"):
+        files = [file for file in (folder / "damaged/checkpoints/2" / item).rglob("*") if file.is_file()]
+        largest = max(files, key=lambda file: file.stat().st_size)
+        largest.write_bytes(b"?" * largest.stat().st_size)
     (folder / "format_1/checkpoints/2/record").rename(folder / "format_1/checkpoints/2/progress")
     seal(folder / "format_1/checkpoints/2")
     save_tokenizer(build_tokenizer("byte", []), folder / "of_bytes/tokenizer")
