@@ -218,6 +218,8 @@ class SampleConfig:
     """Sample only among tokens at least this many times as likely as the most likely one; 0: all."""
     repetition_penalty: float = 1.0
     """Divides the logits of tokens that are in the text already: above 1 repeats less; 1: no penalty."""
+    stop: tuple[str, ...] = ()
+    """Texts before the first of which a sample ends."""
     seed: int = 0
     """Seed of the draw: the same seed gives the same text."""
 

@@ -197,6 +197,8 @@ def _check_training(config: Config) -> None:
         raise UserError(
             f"sample.temperature must be 0 (the most likely token) or at least 0.001, got {config.sample.temperature}"
         )
+    if "" in config.sample.stop:
+        raise UserError("each of sample.stop must have at least one character, got an empty text; leave it out")
     if config.mesh.data != -1 and config.mesh.data < 1:
         raise UserError(f"mesh.data must be -1 (all devices) or at least 1, got {config.mesh.data}")
     if "mlflow" in train.trackers and not train.mlflow_experiment.strip():

@@ -79,7 +79,7 @@ def converse(run: RunDirectory, which: Literal["best", "newest"], sample: Sample
 def _with_setting(line: str, sample: SampleConfig) -> SampleConfig:
     """``sample`` as a line such as "/top-k 5" changes it; the setting is shown on standard error. Raises UserError."""
     name, _, text = line.removeprefix("/").strip().partition(" ")
-    known = [item.name for item in dataclasses.fields(sample) if item.name != "num_samples"]
+    known = [item.name for item in dataclasses.fields(sample) if item.name not in ("num_samples", "stop")]
     field = name.replace("-", "_")
     if field not in known:
         raise UserError(unknown_name("/", name, [each.replace("_", "-") for each in known]))

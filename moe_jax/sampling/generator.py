@@ -19,7 +19,7 @@ from moe_jax.model.moe.choice import on_this_machine
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.restore import restore_items
 from moe_jax.sampling.decode import CHUNK, Rows, Settings, decode, prefill
-from moe_jax.sampling.text_stream import TextStream
+from moe_jax.sampling.text_stream import StopStream, TextStream, stop_in
 
 _BATCH = 32
 """Texts that are generated together, at most."""
@@ -35,7 +35,7 @@ class Sample:
     logprobs: list[float]
     """Of each token, the natural logarithm of its probability under the model, before temperature and what follows."""
     finish_reason: str
-    """"stop": what ends a document was drawn; "length": max_new_tokens reached; "context": no position was left."""
+    """"stop": the end of a document, or a stop; "length": max_new_tokens; "context": no position was left."""
 
 
 class Plan(NamedTuple):
@@ -89,7 +89,12 @@ class Generator:
         found = []
         for start in range(0, len(jobs), _BATCH):
             of_rows, numbers, plans = zip(*jobs[start : start + _BATCH], strict=True)
-            chunks = list(self._chunks(variables, plans, numbers, sample))
+            chunks = []
+            for chunk in self._chunks(variables, plans, numbers, sample):
+                chunks.append(chunk)
+                rows = np.concatenate([tokens_BS for tokens_BS, _ in chunks], axis=1).tolist() if sample.stop else []
+                if rows and all(self._has_ended(row, sample.stop) for row in rows):
+                    break
             tokens_BS, logprobs_BS = (np.concatenate(parts, axis=1).tolist() for parts in zip(*chunks, strict=True))
             found += map(self._sample, of_rows, tokens_BS, logprobs_BS, plans, [sample] * len(plans))
         return found
@@ -100,10 +105,12 @@ class Generator:
         Raises UserError as ``generate`` does, before the first piece.
         """
         plan = self._plan(prompt, sample)
-        text = TextStream(self.tokenizer)
+        text, shown = TextStream(self.tokenizer), StopStream(sample.stop)
         for tokens_BS, _ in self._chunks(variables, [plan], [0], sample):
-            yield text.add(self._before_end(tokens_BS[0].tolist()))
-        yield text.finish()
+            yield shown.add(text.add(self._before_end(tokens_BS[0].tolist())))
+            if shown.is_stopped:
+                return
+        yield shown.add(text.finish()) + shown.finish()
 
     def _plan(self, prompt: str, sample: SampleConfig) -> Plan:
         """The prompt's ids, and how many tokens to draw after them. Raises UserError."""
@@ -149,7 +156,18 @@ class Generator:
         tokens = self._before_end(row)
         unfinished = "length" if plan.num_tokens == sample.max_new_tokens else "context"
         reason = "stop" if self._end in row else unfinished
-        return Sample(prompt, self.tokenizer.decode(tokens), tokens, logprobs[: len(tokens)], reason)
+        if sample.stop and self._stops_in(tokens, sample.stop):
+            # The tokens up to the one that completes the first stop.
+            size = next(n for n in range(1, len(tokens) + 1) if self._stops_in(tokens[:n], sample.stop))
+            tokens, reason = tokens[:size], "stop"
+        text = self.tokenizer.decode(tokens)
+        return Sample(prompt, text[: stop_in(text, sample.stop)], tokens, logprobs[: len(tokens)], reason)
+
+    def _stops_in(self, tokens: list[int], stops: Sequence[str]) -> bool:
+        return stop_in(self.tokenizer.decode(tokens), stops) is not None
+
+    def _has_ended(self, row: list[int], stops: Sequence[str]) -> bool:
+        return self._end in row or self._stops_in(row, stops)
 
     def _before_end(self, row: list[int]) -> list[int]:
         return row[: row.index(self._end)] if self._end in row else row

@@ -31,6 +31,7 @@ class Model:
         top_p: float | None = None,
         min_p: float | None = None,
         repetition_penalty: float | None = None,
+        stop: Sequence[str] | None = None,
         seed: int | None = None,
     ) -> list[Sample]:
         """Continuations of each prompt, in order: ``num_samples`` of the first, then of the next; "" is from nothing.
@@ -47,6 +48,7 @@ class Model:
             "top_p": top_p,
             "min_p": min_p,
             "repetition_penalty": repetition_penalty,
+            "stop": None if stop is None else tuple(stop),
             "seed": seed,
         }
         changed = {name: value for name, value in given.items() if value is not None}

@@ -40,3 +40,44 @@ class TextStream:
         piece, self._given = self._tokenizer.decode(self._window)[self._given :], 0
         self._window = []
         return piece
+
+
+def stop_in(text: str, stops: Sequence[str]) -> int | None:
+    """Where the stop begins that is whole first, and of those the longest; None where there is none in ``text``."""
+    found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    return min(found)[1] if found else None
+
+
+class StopStream:
+    """A growing text up to the first of some texts, which may be spread over its pieces.
+
+    What could be the beginning of one is held back until it is certain that it is none.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._held = ""
+        self.is_stopped = False
+
+    def add(self, piece: str) -> str:
+        """What has become certain with ``piece``; nothing once the text has stopped."""
+        if self.is_stopped:
+            return ""
+        text = self._held + piece
+        end = stop_in(text, self._stops)
+        if end is not None:
+            self.is_stopped, self._held = True, ""
+            return text[:end]
+        half = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - half :]
+        return text[: len(text) - half]
+
+    def finish(self) -> str:
+        """What was held back, once nothing more comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of ``text`` that ``stop`` may begin with."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

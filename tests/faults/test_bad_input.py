@@ -286,6 +286,7 @@ BAD_INPUT = [
     mistake("sample --prompt a --prompt-file one.txt", "--prompt and --prompt-file both say what to continue"),
     mistake("sample --workdir runs/tiny --prompt-file none.txt", "--prompt-file must be a file, got none.txt"),
     mistake("sample --workdir runs/tiny --prompt-file broken.jsonl", "broken.jsonl:", slow=True),
+    mistake("sample --stop ''", "each of --stop must have at least one character, got an empty text"),
     mistake("sample --interactive --num-samples 2", "--num-samples must be 1 with --interactive, got 2"),
     box("sample --checkpoint oldest", "('best', 'newest')"),
     # Scoring.

@@ -73,6 +73,26 @@ def test_log_probabilities_are_those_of_the_model_itself(rotary):
         np.testing.assert_allclose(sample.logprobs, expected, atol=1e-5)
 
 
+def test_a_sample_ends_before_a_stop(rotary):
+    generator, variables, _ = rotary
+    settings = SampleConfig(max_new_tokens=40, temperature=1.0, num_samples=6, seed=1)
+    plain = generator.generate(variables, "ab", settings)
+    letter = max(plain, key=lambda sample: len(sample.text)).text[9]
+    stopped = generator.generate(variables, "ab", dataclasses.replace(settings, stop=("zz", letter)))
+    assert any(letter in sample.text for sample in plain)
+    for sample, whole in zip(stopped, plain, strict=True):
+        assert sample.text == whole.text.split(letter)[0]
+        if letter in whole.text:
+            # The token that completes the stop is the last one.
+            assert (sample.finish_reason, sample.tokens) == ("stop", whole.tokens[: len(sample.tokens)])
+            assert TOKENIZER.decode(sample.tokens) == sample.text + letter
+            assert len(sample.logprobs) == len(sample.tokens)
+        else:
+            assert sample == whole
+    one = dataclasses.replace(settings, stop=(letter,))
+    assert "".join(generator.stream(variables, "ab", one)) == stopped[0].text
+
+
 def test_prompts_of_many_lengths_in_one_batch_are_as_alone(rotary):
     generator, variables, _ = rotary
     prompts = ["", *("hgfedcbahgfedcba"[:length] for length in range(1, 16))]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moe_jax.data.tokenizer import REPLACEMENT, build_tokenizer
-from moe_jax.sampling.text_stream import TextStream
+from moe_jax.sampling.text_stream import StopStream, TextStream, stop_in
 
 BYTES = build_tokenizer("byte", [])
 # One to four bytes a character.
@@ -64,3 +64,27 @@ class FirstWordBare:
 
 def test_a_tokenizer_that_decodes_a_first_token_differently():
     assert pieces(FirstWordBare(), [[0], [1], [2, 0]]) == ["a", " b", " c a", ""]
+
+
+def ends_at(text, stops):
+    """The oracle: character by character, the first moment at which the text ends in a stop."""
+    for end in range(1, len(text) + 1):
+        whole = [stop for stop in stops if text[:end].endswith(stop)]
+        if whole:
+            return end - max(map(len, whole))
+    return len(text)
+
+
+@pytest.mark.parametrize(
+    "stops", [["END"], ["E", "ENDE"], ["xyz", "NDE"], ["aEND", "ab"], ["EE", "EEN"], ["aENDb", "ND"], []]
+)
+@pytest.mark.parametrize("text", ["aaENDbb", "aaEEND", "EN", "ENENEND", "", "aEaNDE", "aaENDEb"])
+def test_a_text_ends_before_its_first_stop_however_it_is_divided(stops, text):
+    expected = text[: ends_at(text, stops)]
+    assert text[: stop_in(text, stops)] == expected
+    for size in range(1, len(text) + 2):
+        stream = StopStream(stops)
+        shown = [stream.add(text[start : start + size]) for start in range(0, len(text), size)]
+        assert stream.is_stopped == (expected != text or any(stop in text for stop in stops))
+        assert "".join(shown) + stream.finish() == expected
+        assert stream.add("more") == "" or not stream.is_stopped
