@@ -105,6 +105,7 @@ def test_on_other_devices_a_run_goes_on_from_the_same_values(tmp_path, monkeypat
         np.testing.assert_allclose(got, want, rtol=0.1, atol=2e-3)  # sums of other orders, through Adam
 
 
+@pytest.mark.slow
 def test_checkpoints_for_good_and_random_numbers_of_another_kind(tmp_path):
     keep = {"keep_every": 3, "keep_epochs": True, "keep_checkpoints": 1}
     config = config_of(tmp_path, "padded", 1, num_steps=13, eval_every=13, **keep)

