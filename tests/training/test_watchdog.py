@@ -52,6 +52,7 @@ def test_a_file_that_somebody_removed_ends_nothing(tmp_path):
     with Watchdog(20.0, tmp_path / "stacks.log") as dog:
         (tmp_path / "stacks.log").unlink()
         steps(dog, 8)
+    assert not (tmp_path / "stacks.log").exists()
 
 
 def test_before_there_are_peers_and_without_a_factor_nothing_is_watched(tmp_path):
