@@ -20,8 +20,8 @@ CONFIG = ModelConfig(
 )
 
 
-def make(config):
+def make(config, tokenizer=TOKENIZER):
     """(generator, variables, training decoder) of a model of ``config``."""
-    decoder = Decoder(config, TOKENIZER.vocab_size)
+    decoder = Decoder(config, tokenizer.vocab_size)
     params = nn.unbox(jax.jit(decoder.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32)))["params"]
-    return Generator(Config(model=config), TOKENIZER), Variables(params), decoder
+    return Generator(Config(model=config), tokenizer), Variables(params), decoder

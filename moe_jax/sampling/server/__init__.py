@@ -1,0 +1,1 @@
+"""A server for programs that speak OpenAI's completions API: requests in, a continuous batch, text out."""

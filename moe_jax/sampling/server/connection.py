@@ -1,0 +1,59 @@
+"""uvicorn's connection with two patiences: for a request that does not get whole, and for an answer not read."""
+
+import asyncio
+from collections.abc import Callable
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+PATIENCE = 30.0
+"""Seconds."""
+
+
+class Connection(H11Protocol):
+    """Is cut ``patience`` seconds after a request began that is not whole, or an answer filled the kernel's buffer.
+
+    uvicorn waits for either as long as the client likes, at a shutdown too. A client that opens a connection and
+    sends nothing is cut as well. While nothing more can be sent, what is made waits in the ticket of its text.
+    """
+
+    patience = PATIENCE
+
+    def __init__(self, *arguments, **named):
+        super().__init__(*arguments, **named)
+        self._request_timer: asyncio.TimerHandle | None = None
+        self._answer_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # so that pause_writing tells of every answer that is not read
+        self._request_timer = self._after_patience(self.transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._request_timer = _stop(self._request_timer)
+        self._answer_timer = _stop(self._answer_timer)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+            self._request_timer = _stop(self._request_timer)
+        elif self._request_timer is None and not self.transport.is_closing():
+            self._request_timer = self._after_patience(self.transport.abort)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._answer_timer is None:
+            self._answer_timer = self._after_patience(self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._answer_timer = _stop(self._answer_timer)
+
+    def _after_patience(self, function: Callable[[], None]) -> asyncio.TimerHandle:
+        return self.loop.call_later(self.patience, function)
+
+
+def _stop(timer: asyncio.TimerHandle | None) -> None:
+    if timer is not None:
+        timer.cancel()

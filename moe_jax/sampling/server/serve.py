@@ -1,0 +1,146 @@
+"""From the command's arguments to a server that runs until a signal ends it."""
+
+import contextlib
+import errno
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from moe_jax.command import EnvironmentFault, UserError
+from moe_jax.command_line import ServerCommand
+from moe_jax.parallel.startup import enable_compile_cache
+from moe_jax.runs.layout import RunDirectory
+from moe_jax.sampling.generator import load_generator
+from moe_jax.sampling.server.app import LOOPBACK, Service, build_app
+from moe_jax.sampling.server.connection import Connection
+from moe_jax.sampling.server.requests import Limits
+from moe_jax.sampling.server.worker import Worker, WorkerDied
+
+KEY_VARIABLE = "MOE_JAX_API_KEY"
+MAX_CONNECTIONS = 1000
+"""More are answered with 503: each may hold a body in memory."""
+_IDLE_SECONDS = 75
+"""A program that sends requests now and then keeps its connection."""
+
+
+def serve(run: RunDirectory, arguments: ServerCommand) -> None:
+    """Answers requests until SIGTERM or SIGINT. Raises UserError or EnvironmentFault before the first."""
+    api_key = read_key(arguments.api_key_file)
+    listener = listen(arguments.host or "127.0.0.1", arguments.port)
+    host, port = listener.getsockname()[:2]
+    if api_key is None and not ipaddress.ip_address(host.split("%")[0]).is_loopback:
+        what = f"anyone who reaches {host} may use this server"
+        print(f"warning: {what}; give --api-key-file, or {KEY_VARIABLE} in the environment", file=sys.stderr)
+    if run.load_config().train.compile_cache:
+        enable_compile_cache()
+    generator, variables = load_generator(run, arguments.checkpoint)
+    limits = Limits(
+        model=arguments.name or run.path.resolve().name,
+        vocab_size=generator.tokenizer.vocab_size,
+        max_prompt_tokens=arguments.max_prompt_tokens or generator.config.context_length,
+        max_output_tokens=arguments.max_output_tokens,
+        max_texts=arguments.max_queue,
+    )
+    worker = Worker(generator, variables, batch_sizes(arguments.max_batch), arguments.max_queue)
+    try:
+        worker.start()
+    except WorkerDied:
+        raise EnvironmentFault("the model could not be made ready; see above") from None
+    service = Service(generator, worker, limits, arguments.max_body_bytes, api_key)
+    server = Server(service, allowed_hosts=None if arguments.host else LOOPBACK)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving {run.path} as {limits.model} at http://{shown}:{port}", flush=True)
+    server.run(sockets=[listener])
+    worker.stop()
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which at the first signal accepts nothing more and finishes what it has begun; a second one kills."""
+
+    def __init__(self, service: Service, allowed_hosts: tuple[str, ...] | None):
+        config = uvicorn.Config(
+            build_app(service, allowed_hosts),
+            http=Connection,
+            loop="asyncio",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=_IDLE_SECONDS,
+        )
+        super().__init__(config)
+        self._service = service
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Instead of uvicorn's, which sends the signal to itself again once all is done."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # as uvicorn: only the main thread may set handlers
+            return
+        before = {number: signal.signal(number, self._finish) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _finish(self, number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        self._service.is_stopping = self.should_exit = True
+        print("finishing what has begun; a second signal leaves at once", file=sys.stderr, flush=True)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket bound to ``host`` and ``port``, which takes no connections yet. UserError or EnvironmentFault."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (socket.gaierror, UnicodeError) as error:
+        raise UserError(f"--host must be a name or an address of this machine, got {host} ({error})") from None
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(f"--host must be a name or an address of this machine, got {host}") from None
+        remedy = "give another --port, or 0 for any that is free"
+        raise EnvironmentFault(f"cannot listen at {host} port {port}: {error.strerror}; {remedy}") from None
+    return listener
+
+
+def read_key(file: str | None) -> bytes | None:
+    """The key of ``file``, or else of the environment; None where neither is given. Raises UserError."""
+    source, text = f"the environment variable {KEY_VARIABLE}", os.environ.get(KEY_VARIABLE)
+    if file is not None:
+        source = f"--api-key-file {file}"
+        try:
+            text = Path(file).read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            raise UserError(f"{source} does not exist; name the file that has the key") from None
+        except (UnicodeDecodeError, IsADirectoryError):
+            raise UserError(f"{source} must be a file with one line of text; name one") from None
+    if text is None:
+        return None
+    if not text or not text.isascii() or not text.isprintable() or " " in text:
+        # What the key is stays untold.
+        raise UserError(f"{source} must hold a key of printable ASCII characters without spaces; put one there")
+    return text.encode()
+
+
+def batch_sizes(largest: int) -> tuple[int, ...]:
+    """Powers of two up to ``largest``, and that."""
+    return (*(1 << power for power in range((largest - 1).bit_length())), largest)

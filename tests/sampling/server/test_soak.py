@@ -1,0 +1,111 @@
+"""Many requests from clients that come and go: none is lost, nothing is left behind."""
+
+import asyncio
+import gc
+import json
+import os
+import random
+
+import pytest
+
+from tests.sampling.server.harness import serving, wait_until
+
+CLIENTS = 24
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Tally:
+    def __init__(self):
+        self.tokens = self.answered = self.left = self.refused = 0
+
+
+async def ask(port, chance, tally):
+    """One request on a connection of its own, read to the end, or left early in one of several ways."""
+    size, stream = chance.randrange(1, 120), chance.random() < 0.7
+    body = json.dumps(
+        {
+            "model": "tiny",
+            "prompt": "x" * chance.randrange(0, 60),
+            "max_tokens": size,
+            "temperature": chance.choice([0, 1]),
+            "stream": stream,
+            "n": chance.choice([1, 1, 2]),
+            "logprobs": chance.choice([None, None, 5]),
+            "stop": chance.choice([None, ["ab", "é"]]),
+        }
+    ).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    )
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        leaves = chance.random() < 0.2
+        if leaves and chance.random() < 0.2:
+            writer.write(head.encode() + body[: chance.randrange(len(body))])
+            await writer.drain()
+            tally.left += 1
+            return
+        writer.write(head.encode() + body)
+        await writer.drain()
+        if leaves:
+            with_some = chance.random() < 0.5
+            if with_some:
+                await reader.read(100)
+            else:
+                await asyncio.sleep(chance.random() * 0.02)
+            tally.left += 1
+            return
+        answer = await reader.read()
+        if answer.startswith(b"HTTP/1.1 429"):
+            tally.refused += 1
+            return
+        assert answer.startswith(b"HTTP/1.1 200"), answer
+        assert (b"data: [DONE]" in answer) == stream
+        assert b'"finish_reason": "' in answer
+        tally.answered += 1
+    finally:
+        writer.close()
+        if not leaves:
+            await writer.wait_closed()
+
+
+async def soak(server, num_tokens, seed):
+    """Asks until ``num_tokens`` more have been generated."""
+    tally, metrics = Tally(), server.service.metrics
+    end = metrics.generated_tokens + num_tokens
+
+    async def client(number):
+        chance = random.Random(seed * 1000 + number)
+        while metrics.generated_tokens < end:
+            await ask(server.port, chance, tally)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(CLIENTS):
+            group.create_task(client(number))
+    return tally
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "growth"), [(100_000, 24e6), pytest.param(1_000_000, 48e6, marks=pytest.mark.slow)]
+)
+def test_a_soak_loses_no_request_and_no_memory(made, num_tokens, growth):
+    with serving(made, sizes=(1, 2, 4, 8, 16), max_queue=40) as server:
+        asyncio.run(soak(server, num_tokens // 5, 0))
+        gc.collect()
+        before = resident_bytes()
+        tally = asyncio.run(soak(server, num_tokens, 1))
+        wait_until(lambda: server.is_idle)
+        state = server.server.server_state
+        wait_until(lambda: not state.tasks and not state.connections)
+        gc.collect()
+        assert resident_bytes() - before < growth
+        assert tally.answered > 100
+        assert tally.left > 20
+        assert server.service.metrics.generated_tokens >= num_tokens
+        # Everyone who asked is counted once.
+        assert server.request("GET", "/healthz")[0] == 200
