@@ -31,9 +31,9 @@ def main() -> None:
     from moe_jax.sampling.front_end import converse, sample_to_terminal
 
     if arguments.interactive:
-        converse(run, arguments.checkpoint, sample)
+        converse(run, arguments.checkpoint, arguments.dtype, sample)
     else:
-        sample_to_terminal(run, arguments.checkpoint, prompts, sample, jsonl=arguments.jsonl)
+        sample_to_terminal(run, arguments.checkpoint, arguments.dtype, prompts, sample, jsonl=arguments.jsonl)
 
 
 if __name__ == "__main__":

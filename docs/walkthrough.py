@@ -581,7 +581,8 @@ import numpy as np
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, PrepareConfig, TrainConfig
 from moe_jax.data.plays import find_plays, render_play
 from moe_jax.data.prepare import prepare_folder
-from moe_jax.model.decoder import Decoder, forward, init_caches, unstack
+from moe_jax.model.decoder import Decoder, forward
+from moe_jax.model.unstacked import init_caches
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.sampling.generator import load_generator
 from moe_jax.sampling.processors import keep_top_k, keep_top_p, scale_by_temperature
@@ -640,20 +641,17 @@ assert len(sample.tokens) == config.sample.max_new_tokens or sample.finish_reaso
 # token only. Token by token through the cache gives the logits of one full pass.
 
 # %%
-decoder = Decoder(generator.config, generator.tokenizer.vocab_size)
+decoder = Decoder(generator.config, generator.tokenizer.vocab_size, unstacked=True)
 prompt = "ANTIPHOLUS OF SYRACUSE:\nThe"
 settings = dataclasses.replace(config.sample, max_new_tokens=30, temperature=0.0)
 (greedy,) = generator.generate(variables, prompt, settings)
 tokens_L = np.array([*generator.tokenizer.encode(prompt), *greedy.tokens], np.int32)
 full_LV = forward(decoder, variables, tokens_L[None]).logits_BLV[0]
 
-one_by_one = dataclasses.replace(decoder, unstacked=True)
-unstacked = unstack(variables, generator.config)
-
 
 @jax.jit
 def turn(token_BL, position_BL, caches):
-    return forward(one_by_one, unstacked, token_BL, position_BL=position_BL, caches=caches)
+    return forward(decoder, variables, token_BL, position_BL=position_BL, caches=caches)
 
 
 caches = init_caches(generator.config, batch_size=1, cache_length=64)

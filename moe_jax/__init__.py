@@ -7,12 +7,17 @@ if TYPE_CHECKING:
     from moe_jax.sampling.model import Model
 
 
-def load(workdir: str | Path, checkpoint: Literal["best", "newest"] = "best") -> "Model":
+def load(
+    workdir: str | Path,
+    checkpoint: Literal["best", "newest"] = "best",
+    dtype: Literal["float32", "bfloat16"] | None = None,
+) -> "Model":
     """The trained model of the run directory ``workdir``, to generate text with. Raises UserError.
 
-    ``checkpoint`` is that of the lowest validation loss, or the newest.
+    ``checkpoint`` is that of the lowest validation loss, or the newest; ``dtype`` that of activations and matrices,
+    None: as the run was trained.
     """
     # Only here: importing the package stays quick and starts no jax.
     from moe_jax.sampling.model import load_model
 
-    return load_model(workdir, checkpoint)
+    return load_model(workdir, checkpoint, dtype)

@@ -122,11 +122,13 @@ class SampleCommand:
     prompt_file: str | None = None
     """File with the text to continue, or, where its name ends in .jsonl, with an object with a "prompt" a line."""
     jsonl: bool = False
-    """Print an object a line for other programs: prompt, text, tokens, logprobs, finish_reason, seconds."""
+    """Print an object a line for other programs: prompt, text, tokens, logprobs, finish_reason, timing."""
     interactive: bool = False
     """A conversation: continue each line of standard input, until its end or the line exit; Ctrl-C stops a text."""
     checkpoint: Literal["best", "newest"] = "best"
     """Which checkpoint: best (lowest validation loss; the newest where none was evaluated) or newest."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of activations and matrices; None: as the run was trained."""
     sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
 
 

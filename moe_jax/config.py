@@ -220,6 +220,8 @@ class SampleConfig:
     """Divides the logits of tokens that are in the text already: above 1 repeats less; 1: no penalty."""
     stop: tuple[str, ...] = ()
     """Texts before the first of which a sample ends."""
+    stop_tokens: tuple[int, ...] = ()
+    """Token ids before the first of which a sample ends, as it does before the end of a document."""
     seed: int = 0
     """Seed of the draw: the same seed gives the same text."""
 

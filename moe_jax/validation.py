@@ -15,7 +15,8 @@ def validate(config: Config) -> Config:
     for name, expected, value in settings(config):
         check_type(name, expected, value)
         if value is not None and name in RANGES:
-            check_range(name, value, *RANGES[name])
+            for number in value if isinstance(value, tuple) else (value,):
+                check_range(name, number, *RANGES[name])
     _check_model(config.model)
     if config.model.moe.num_experts:
         _check_moe(config.model)
@@ -80,6 +81,7 @@ RANGES = {
     "sample.top_p": (1e-6, 1.0),
     "sample.min_p": _FRACTION,
     "sample.repetition_penalty": (0.01, 100.0),
+    "sample.stop_tokens": (0, MANY),
     "sample.seed": (0, 2**32 - 1),
 }
 

@@ -115,10 +115,13 @@ def test_a_finished_run_says_so(home, run):
     assert f"is finished: {steps} steps are done" in again.stdout
 
 
+PAST_CONTEXT = "note: past the context of 16 tokens the oldest tokens left the cache one by one (rotary positions)\n"
+
+
 def test_sampling_from_nothing_finds_the_last_run(home, run):
     result = command(home, "sample.py", "--num-samples", 4)
     assert result.returncode == 0
-    assert result.stderr == "note: sampling from runs/tiny, the run that changed last\n"
+    assert result.stderr == "note: sampling from runs/tiny, the run that changed last\n" + PAST_CONTEXT
     assert result.stdout.count("---") == 3
     assert len(result.stdout) > 40
     assert (run[0] / "generated_text.txt").read_text() == result.stdout
@@ -127,7 +130,7 @@ def test_sampling_from_nothing_finds_the_last_run(home, run):
 def test_sampling_from_a_prompt_and_from_standard_input(home, run):
     flags = ("--workdir", run[0], "--num-samples", 2, "--temperature", 0.5, "--seed", 3)
     given = command(home, "sample.py", *flags, "--prompt", "The quick")
-    assert (given.returncode, given.stderr) == (0, "")
+    assert (given.returncode, given.stderr) == (0, PAST_CONTEXT)
     assert given.stdout.count("The quick") >= 2
     assert command(home, "sample.py", *flags, "--prompt", "-", stdin="The quick").stdout == given.stdout
 
@@ -148,7 +151,8 @@ def test_from_python_and_in_a_conversation_the_text_is_that_of_the_command(home,
     assert (python.stdout, python.stderr) == (printed, "")
     conversation = command(home, "sample.py", *flags, "--interactive", stdin="The quick brown fox\nROMEO:\nexit\nno\n")
     assert "ROMEO:" + conversation.stdout == printed
-    assert conversation.stderr == ("error: the prompt must fit the context of 16 tokens, got 19; shorten the prompt\n")
+    refused = "error: the prompt must fit the context of 16 tokens, got 19; shorten the prompt\n"
+    assert conversation.stderr == refused + PAST_CONTEXT
     assert conversation.returncode == 0
     assert (run[0] / "generated_text.txt").read_text() == printed
 
@@ -158,11 +162,11 @@ def test_json_lines_in_and_out(home, run):
     (home / "prompts.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     flags = ("--workdir", run[0], "--num-samples", 2, "--prompt-file", "prompts.jsonl", "--jsonl", "--seed", 3)
     result = command(home, "sample.py", *flags)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, result.stderr) == (0, PAST_CONTEXT)
     texts = [json.loads(line) for line in result.stdout.splitlines()]
     assert [text["prompt"] for text in texts] == [prompt for prompt in prompts for _ in range(2)]
     for text in texts:
-        assert set(text) == {"prompt", "text", "tokens", "logprobs", "finish_reason", "seconds"}
+        assert set(text) == {"prompt", "text", "tokens", "logprobs", "finish_reason", "timing"}
         assert len(text["tokens"]) == len(text["logprobs"]) <= 20
         assert all(logprob <= 0 for logprob in text["logprobs"])
     (plain,) = {(run[0] / "generated_text.txt").read_text()}

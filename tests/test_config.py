@@ -46,6 +46,7 @@ def test_every_number_has_its_range():
         ("model.num_heads", 3, "model.num_heads must divide model.embed_dim=128, got 3"),
         ("model.num_kv_heads", 3, "model.num_kv_heads must divide model.num_heads=4, got 3"),
         ("model.num_heads", 128, "needs an even head width"),
+        ("sample.stop_tokens", (3, -1), "sample.stop_tokens must be at least 0, got -1"),
         ("model.moe.every", 3, "model.moe.every must divide num_layers - first_dense = 4, got 3"),
         ("model.moe.first_dense", 4, "model.moe.first_dense must be below model.num_layers=4, got 4"),
         ("model.moe.capacity_factor", 0.0, "model.moe.capacity_factor must be at least"),

@@ -142,6 +142,7 @@ class Decoder(nn.Module):
         position_BL: Array | None = None,
         segment_BL: Array | None = None,
         caches: tuple[LayerCache, ...] | None = None,
+        logits_at_B: Array | None = None,
     ) -> DecoderOutput:
         """Logits [B, L, V] for the token after each position.
 
@@ -155,6 +156,7 @@ class Decoder(nn.Module):
           segment_BL: the number of the document that a token is of, within which attention stays; positions restart in
             each. None: a row is one document. Not with ``caches``.
           caches: one a layer, only with ``unstacked``; queries then see the last M positions in the cache.
+          logits_at_B: the place in each row whose logits alone are computed, [B, 1, V]; None: all.
         """
         config = self.config
         B, L = tokens_BL.shape
@@ -183,6 +185,8 @@ class Decoder(nn.Module):
             x_BLD, statistics, caches = self._walk(x_BLD, context, expert_bias_NE, caches)
         else:
             x_BLD, statistics = self._scan(x_BLD, context, expert_bias_NE)
+        if logits_at_B is not None:
+            x_BLD = jnp.take_along_axis(x_BLD, logits_at_B[:, None, None], axis=1)
         x_BLD = Norm(config, name="final_norm")(x_BLD)
         if config.tie_embeddings:
             output_DV = embedding_VD.T
@@ -246,6 +250,7 @@ def forward(
     position_BL: Array | None = None,
     segment_BL: Array | None = None,
     caches: tuple[LayerCache, ...] | None = None,
+    logits_at_B: Array | None = None,
 ) -> DecoderOutput:
     """``decoder`` as a pure function of its variables; arguments as in ``Decoder.__call__``."""
     return cast(
@@ -260,6 +265,7 @@ def forward(
             position_BL=position_BL,
             segment_BL=segment_BL,
             caches=caches,
+            logits_at_B=logits_at_B,
         ),
     )
 
@@ -280,27 +286,6 @@ def initial_expert_bias(config: ModelConfig) -> Array | None:
     if not moe.num_experts or moe.router != "sigmoid_bias":
         return None
     return jnp.zeros(((config.num_layers - moe.first_dense) // moe.every, moe.num_experts), jnp.float32)
-
-
-def unstack(variables: Variables, config: ModelConfig) -> Variables:
-    """The variables of a scanned ``Decoder`` for an ``unstacked`` one: parameters ``layer_0`` to ``layer_{N-1}``."""
-    params = variables.params
-    names = {name for name, _, _, _ in layout(config)}
-    unstacked = {name: value for name, value in params.items() if name not in names}
-    for name, kinds, first, repeats in layout(config):
-        for turn in range(repeats):
-            for index in range(len(kinds)):
-                block = jax.tree.map(lambda leaf, turn=turn: leaf[turn], params[name][f"block_{index}"])
-                unstacked[f"layer_{first + turn * len(kinds) + index}"] = block
-    return variables.replace(params=unstacked)
-
-
-def init_caches(config: ModelConfig, batch_size: int, cache_length: int) -> tuple[LayerCache, ...]:
-    """Empty caches for every layer: [B, M, J, A] in the activations' type."""
-    J = config.num_kv_heads or config.num_heads
-    shape = (batch_size, cache_length, J, config.embed_dim // config.num_heads)
-    zeros = jnp.zeros(shape, config.dtype)
-    return tuple(LayerCache(key_BMJA=zeros, value_BMJA=zeros) for _ in range(config.num_layers))
 
 
 def _dropout(config: ModelConfig, x_BLD: Array, keys_B: Array | None, site: int) -> Array:

@@ -1,8 +1,11 @@
 """Prefill and the cached decode loop: pure functions with static shapes, run under ``jax.jit``.
 
-A text is made in chunks: ``prefill`` gives a ``DecodeState``, and each call of ``decode`` draws some tokens more and
-gives the state to go on from. Where the chunks end changes nothing in the text.
+A ``DecodeState`` has a row for each text of a batch. ``prefill`` runs texts through the model and puts them into rows;
+``decode`` draws some tokens in all rows at once and gives the state to go on from. Where calls end, and which other
+texts share a batch, changes nothing in a text but rounding.
 """
+
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -10,7 +13,8 @@ import jax.numpy as jnp
 
 from moe_jax.axes import Array
 from moe_jax.model.attention import LayerCache
-from moe_jax.model.decoder import Decoder, Variables, forward, init_caches
+from moe_jax.model.decoder import Decoder, Variables, forward
+from moe_jax.model.unstacked import init_caches
 from moe_jax.sampling.processors import (
     keep_min_p,
     keep_top_k,
@@ -19,112 +23,147 @@ from moe_jax.sampling.processors import (
     scale_by_temperature,
 )
 
-CHUNK = 8
-"""Tokens that one call of ``decode`` draws, at most: few enough to read along, many enough to hide the call's cost."""
-
-
-class Settings(flax.struct.PyTreeNode):
-    """What the draw depends on; arrays, so that another temperature needs no new compilation."""
-
-    seed: Array
-    """[] uint32."""
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    min_p: Array
-    repetition_penalty: Array
-    is_greedy: bool = flax.struct.field(pytree_node=False)
-    has_penalty: bool = flax.struct.field(pytree_node=False)
-    """Whether repetition_penalty is anything but 1, so that the tokens of the text are to be known."""
+MAX_STEPS = 32
+"""Tokens a row that one call of ``decode`` draws, at most."""
 
 
 class Rows(flax.struct.PyTreeNode):
-    """What is known of each text of a batch before its first token is drawn."""
+    """What the draws in each row depend on, beside the logits; arrays, so that no setting needs a new compilation."""
 
-    prompt_length_B: Array
-    """int32: tokens of the prompt, at least 1."""
+    seed_B: Array
+    """uint32."""
     sample_B: Array
     """int32: which sample of its prompt it is. With the seed and the position it decides each draw, alone or beside
     others."""
-    num_tokens_B: Array
-    """int32: tokens to draw after the prompt."""
+    temperature_B: Array
+    """0 takes the most likely token."""
+    top_k_B: Array
+    top_p_B: Array
+    min_p_B: Array
+    repetition_penalty_B: Array
 
 
 class DecodeState(flax.struct.PyTreeNode):
-    """Where the texts of a batch stand between two tokens."""
+    """Where the texts of a batch stand between two tokens; every leaf has a leading axis B."""
 
-    index: Array
-    """[] int32: tokens drawn so far."""
     logits_BV: Array
     """For the token that is drawn next."""
     caches: tuple[LayerCache, ...]
-    ended_B: Array
-    """bool: which texts have drawn their end, or all their tokens."""
-    seen_BV: Array | None
-    """bool: which tokens are in the text; None where no penalty asks for it."""
+    position_B: Array
+    """int32: the model's position of the token that is drawn next."""
+    seen_BV: Array
+    """bool: which tokens are in the text, for the repetition penalty."""
 
 
 class Drawn(flax.struct.PyTreeNode):
-    """The tokens of one call of ``decode``."""
+    """The tokens of one call of ``decode``, S = MAX_STEPS; a row is filled with end tokens once it has ended."""
 
     tokens_BS: Array
-    """int32; a row is filled with the end token from its end, or the last draw, on."""
+    """int32."""
     logprobs_BS: Array
     """float32: log-probability of each under the model itself, before any processor; 0 where a row has ended."""
+    top_tokens_BSK: Array
+    """int32: the most likely tokens in each one's place, K of them as asked for."""
+    top_logprobs_BSK: Array
+    chosen_BSNE: Array | None
+    """bool: the experts of each token in each MoE layer; None where not asked for, or without experts."""
+
+
+def empty_state(decoder: Decoder, batch_size: int) -> DecodeState:
+    """A state whose rows hold no text yet."""
+    V = decoder.vocab_size
+    return DecodeState(
+        logits_BV=jnp.zeros((batch_size, V), jnp.float32),
+        caches=init_caches(decoder.config, batch_size, decoder.config.context_length),
+        position_B=jnp.zeros(batch_size, jnp.int32),
+        seen_BV=jnp.zeros((batch_size, V), bool),
+    )
+
+
+def take_rows(state: DecodeState, row_B: Array) -> DecodeState:
+    """The state of a batch of other size or order, whose row b is row row_B[b] of ``state``."""
+    return jax.tree.map(lambda leaf: jnp.take(leaf, row_B, axis=0, mode="clip"), state)
 
 
 def prefill(
-    decoder: Decoder, variables: Variables, prompt_BL: Array, rows: Rows, *, keep_seen: bool = False
+    decoder: Decoder,
+    variables: Variables,
+    state: DecodeState,
+    text_PL: Array,
+    length_P: Array,
+    row_P: Array,
+    is_new_P: Array,
 ) -> DecodeState:
-    """Runs the prompts through the model; the state before the first token is drawn.
+    """Runs P texts through the model and puts each into its row, before its next token is drawn.
 
     Args:
       decoder: an ``unstacked`` decoder, with ``variables`` from ``unstack``.
-      prompt_BL: token ids, padded on the right; L is at most the context.
-      keep_seen: whether the tokens of the texts are to be known, for a repetition penalty.
+      text_PL: token ids, padded on the right; L is at most the context.
+      length_P: the tokens of each text, at least 1.
+      row_P: B or more for a text that is none, but fills the shape.
+      is_new_P: False for the end of the text that is in its row already, whose earlier tokens stay seen.
     """
-    B, L = prompt_BL.shape
-    index_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
-    real_BL = index_BL < rows.prompt_length_B[:, None]
+    P, L = text_PL.shape
+    V = state.logits_BV.shape[1]
+    index_PL = jnp.broadcast_to(jnp.arange(L), (P, L))
+    real_PL = index_PL < length_P[:, None]
     output = forward(
         decoder,
         variables,
-        prompt_BL,
-        token_mask_BL=real_BL,
-        position_BL=jnp.where(real_BL, index_BL, -1),
-        caches=init_caches(decoder.config, B, decoder.config.context_length),
+        text_PL,
+        token_mask_BL=real_PL,
+        position_BL=jnp.where(real_PL, index_PL, -1),
+        caches=init_caches(decoder.config, P, decoder.config.context_length),
+        logits_at_B=length_P - 1,
     )
-    assert output.caches is not None
-    V = output.logits_BLV.shape[-1]
-    seen_BV = None
-    if keep_seen:
-        seen_BV = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], prompt_BL].max(real_BL)
+    text_seen_PV = jnp.zeros((P, V), bool).at[jnp.arange(P)[:, None], text_PL].max(real_PL)
+    earlier_PV = jnp.take(state.seen_BV, row_P, axis=0, mode="clip") & ~is_new_P[:, None]
+
+    def put(leaf_B: Array, leaf_P: Array) -> Array:
+        return leaf_B.at[row_P].set(leaf_P, mode="drop")
+
     return DecodeState(
-        index=jnp.zeros((), jnp.int32),
-        logits_BV=jnp.take_along_axis(output.logits_BLV, rows.prompt_length_B[:, None, None] - 1, axis=1)[:, 0],
-        caches=output.caches,
-        ended_B=rows.num_tokens_B <= 0,
-        seen_BV=seen_BV,
+        logits_BV=put(state.logits_BV, output.logits_BLV[:, 0]),
+        caches=jax.tree.map(put, state.caches, output.caches),
+        position_B=put(state.position_B, length_P),
+        seen_BV=put(state.seen_BV, text_seen_PV | earlier_PV),
     )
 
 
-def draw(
-    logits_BV: Array, settings: Settings, sample_B: Array, position_B: Array, seen_BV: Array | None = None
-) -> Array:
-    """One token a row, [B] int32: a function of the logits and of (seed, sample, position) only."""
+def draw(logits_BV: Array, rows: Rows, position_B: Array, seen_BV: Array) -> Array:
+    """One token a row, [B] int32: a function of the row's logits and of (seed, sample, position) only.
 
-    def draw_row(logits_V: Array, sample: Array, position: Array, seen_V: Array | None) -> Array:
-        if seen_V is not None:
-            logits_V = penalise_repetition(logits_V, seen_V, settings.repetition_penalty)
-        if settings.is_greedy:
-            return jnp.argmax(logits_V).astype(jnp.int32)
-        logits_V = scale_by_temperature(logits_V, settings.temperature)
-        logits_V = keep_top_p(keep_top_k(logits_V, settings.top_k), settings.top_p)
-        logits_V = keep_min_p(logits_V, settings.min_p)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(settings.seed), sample), position)
-        return jax.random.categorical(key, logits_V).astype(jnp.int32)
+    A processor that no row of the batch asks for is passed over.
+    """
+    logits_BV = _if_any(rows.repetition_penalty_B != 1, penalise_repetition)(
+        logits_BV, seen_BV, rows.repetition_penalty_B
+    )
+    greedy_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
+    is_greedy_B = rows.temperature_B == 0
 
-    return jax.vmap(draw_row)(logits_BV, sample_B, position_B, seen_BV)
+    def draw_each() -> Array:
+        scaled_BV = jax.vmap(scale_by_temperature)(logits_BV, jnp.where(is_greedy_B, 1.0, rows.temperature_B))
+        left_BV = _if_any(rows.top_k_B < logits_BV.shape[1], keep_top_k)(scaled_BV, rows.top_k_B)
+        left_BV = _if_any(rows.top_p_B < 1, keep_top_p)(left_BV, rows.top_p_B)
+        left_BV = _if_any(rows.min_p_B > 0, keep_min_p)(left_BV, rows.min_p_B)
+        drawn_B = jax.vmap(_draw_row)(left_BV, rows.seed_B, rows.sample_B, position_B)
+        return jnp.where(is_greedy_B, greedy_B, drawn_B)
+
+    return jax.lax.cond(jnp.all(is_greedy_B), lambda: greedy_B, draw_each)
+
+
+def _draw_row(logits_V: Array, seed: Array, sample: Array, position: Array) -> Array:
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
+    return jax.random.categorical(key, logits_V).astype(jnp.int32)
+
+
+def _if_any(asked_B: Array, process: Callable[..., Array]) -> Callable[..., Array]:
+    """``process`` for each row, or the logits as they are where no row has asked for it."""
+
+    def maybe(logits_BV: Array, *settings: Array) -> Array:
+        return jax.lax.cond(jnp.any(asked_B), jax.vmap(process), lambda logits_BV, *_: logits_BV, logits_BV, *settings)
+
+    return maybe
 
 
 def decode(
@@ -132,41 +171,74 @@ def decode(
     variables: Variables,
     state: DecodeState,
     rows: Rows,
-    settings: Settings,
-    stop: Array,
+    index_B: Array,
+    left_B: Array,
+    steps: Array,
     *,
     end_token: int,
+    num_top: int = 0,
+    keep_experts: bool = False,
 ) -> tuple[Drawn, DecodeState]:
-    """Draws ``CHUNK`` tokens one by one, or until ``stop`` [] have been drawn in all or every row has ended.
+    """Draws ``steps`` [] tokens in each row one by one, at most ``MAX_STEPS``, or until every row has ended.
 
     With rotary positions the caches are rings: past the context the oldest key gives way, and the text may be of any
-    length. Returns what was drawn and the state to go on from.
+    length. With learned ones the caller begins a new window (``prefill``) before a second token has no position.
+
+    Args:
+      index_B: int32: tokens of each text so far, prompt included; the place of the next in the text, for its draw.
+      left_B: int32: tokens still to draw in each row; 0 for a row without a text.
+      num_top: how many of the most likely tokens are told beside each drawn one.
+      keep_experts: whether the experts of each token are told.
     """
-    B, first = state.logits_BV.shape[0], state.index
-    stop = jnp.minimum(stop, first + CHUNK)
+    B = state.logits_BV.shape[0]
 
-    def is_running(carry: tuple[Drawn, DecodeState]) -> Array:
-        _, state = carry
-        return (state.index < stop) & ~jnp.all(state.ended_B)
+    def is_running(carry: tuple[Array, Array, Drawn, DecodeState]) -> Array:
+        step, ended_B, _, _ = carry
+        return (step < jnp.minimum(steps, MAX_STEPS)) & ~jnp.all(ended_B)
 
-    def turn(carry: tuple[Drawn, DecodeState]) -> tuple[Drawn, DecodeState]:
-        drawn, state = carry
-        position_B = rows.prompt_length_B + state.index
-        drawn_B = draw(state.logits_BV, settings, rows.sample_B, position_B, state.seen_BV)
-        token_B = jnp.where(state.ended_B, end_token, drawn_B)
+    def turn(carry: tuple[Array, Array, Drawn, DecodeState]) -> tuple[Array, Array, Drawn, DecodeState]:
+        step, ended_B, drawn, state = carry
+        drawn_B = draw(state.logits_BV, rows, index_B + step, state.seen_BV)
+        token_B = jnp.where(ended_B, end_token, drawn_B)
         logprob_BV = jax.nn.log_softmax(state.logits_BV)
-        logprob_B = jnp.where(state.ended_B, 0.0, jnp.take_along_axis(logprob_BV, drawn_B[:, None], axis=1)[:, 0])
-        place = state.index - first
-        drawn = Drawn(_put(drawn.tokens_BS, token_B, place), _put(drawn.logprobs_BS, logprob_B, place))
-        output = forward(decoder, variables, token_B[:, None], position_BL=position_B[:, None], caches=state.caches)
+        logprob_B = jnp.where(ended_B, 0.0, jnp.take_along_axis(logprob_BV, drawn_B[:, None], axis=1)[:, 0])
+        output = forward(
+            decoder, variables, token_B[:, None], position_BL=state.position_B[:, None], caches=state.caches
+        )
         assert output.caches is not None
-        ended_B = state.ended_B | (token_B == end_token) | (state.index + 1 >= rows.num_tokens_B)
-        seen_BV = None if state.seen_BV is None else state.seen_BV.at[jnp.arange(B), token_B].set(True)
-        return drawn, DecodeState(state.index + 1, output.logits_BLV[:, 0], output.caches, ended_B, seen_BV)
+        top_logprobs_BK, top_tokens_BK = jax.lax.top_k(logprob_BV, num_top)
+        new = Drawn(token_B, logprob_B, top_tokens_BK, top_logprobs_BK, None)
+        if drawn.chosen_BSNE is not None and output.statistics is not None:
+            # The group of a row is this one token, so its experts are those that have a row.
+            new = new.replace(chosen_BSNE=output.statistics.router.load_E.transpose(1, 0, 2) > 0)
+        drawn = jax.tree.map(
+            lambda into, leaf: jax.lax.dynamic_update_index_in_dim(into, leaf, step, axis=1), drawn, new
+        )
+        ended_B = ended_B | (token_B == end_token) | (step + 1 >= left_B)
+        seen_BV = state.seen_BV.at[jnp.arange(B), token_B].set(True, mode="drop")
+        state = DecodeState(output.logits_BLV[:, 0], output.caches, state.position_B + 1, seen_BV)
+        return step + 1, ended_B, drawn, state
 
-    empty = Drawn(jnp.full((B, CHUNK), end_token, jnp.int32), jnp.zeros((B, CHUNK), jnp.float32))
-    return jax.lax.while_loop(is_running, turn, (empty, state))
+    start = (
+        jnp.zeros((), jnp.int32),
+        left_B <= 0,
+        _nothing_drawn(decoder, B, end_token, num_top, keep_experts),
+        state,
+    )
+    _, _, drawn, state = jax.lax.while_loop(is_running, turn, start)
+    return drawn, state
 
 
-def _put(into_BS: Array, value_B: Array, place: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(into_BS, value_B, place, axis=1)
+def _nothing_drawn(decoder: Decoder, B: int, end_token: int, num_top: int, keep_experts: bool) -> Drawn:
+    moe = decoder.config.moe
+    chosen_BSNE = None
+    if keep_experts and moe.num_experts:
+        num_layers = (decoder.config.num_layers - moe.first_dense) // moe.every
+        chosen_BSNE = jnp.zeros((B, MAX_STEPS, num_layers, moe.num_experts), bool)
+    return Drawn(
+        tokens_BS=jnp.full((B, MAX_STEPS), end_token, jnp.int32),
+        logprobs_BS=jnp.zeros((B, MAX_STEPS), jnp.float32),
+        top_tokens_BSK=jnp.zeros((B, MAX_STEPS, num_top), jnp.int32),
+        top_logprobs_BSK=jnp.zeros((B, MAX_STEPS, num_top), jnp.float32),
+        chosen_BSNE=chosen_BSNE,
+    )

@@ -18,8 +18,9 @@ from moe_jax.files import atomic_write_text
 from moe_jax.model.decoder import Variables
 from moe_jax.parallel.startup import enable_compile_cache
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.sampling.generator import Generator, load_generator
+from moe_jax.sampling.generator import Dtype, Generator, load_generator
 from moe_jax.sampling.prompts import as_text, check_text
+from moe_jax.sampling.text import Text
 from moe_jax.sections import unknown_name
 from moe_jax.validation import validate_sample
 
@@ -27,6 +28,7 @@ from moe_jax.validation import validate_sample
 def sample_to_terminal(
     run: RunDirectory,
     which: Literal["best", "newest"],
+    dtype: Dtype | None,
     prompts: Sequence[str],
     sample: SampleConfig,
     *,
@@ -35,54 +37,80 @@ def sample_to_terminal(
     """Prints continuations of ``prompts`` and writes them to generated_text.txt.
 
     With ``jsonl`` a line is printed for each text: an object of prompt, text, tokens, logprobs, finish_reason and
-    seconds, in which all of them were generated, start and compilation included.
+    timing, the seconds in which the model was loaded and in which all texts were generated, compilation included.
     """
     started = time.perf_counter()
-    generator, variables = _load(run, which)
+    generator, variables = _load(run, which, dtype)
+    loaded = time.perf_counter()
     samples = generator.generate_all(variables, prompts, sample)
+    timing = {"load_seconds": loaded - started, "generate_seconds": time.perf_counter() - loaded}
+    timing = {name: round(seconds, 3) for name, seconds in timing.items()}
     text = "\n\n---\n\n".join(item.prompt + item.text for item in samples) + "\n"
-    seconds = round(time.perf_counter() - started, 3)
-    lines = (json.dumps(dataclasses.asdict(item) | {"seconds": seconds}) + "\n" for item in samples)
+    lines = (json.dumps(dataclasses.asdict(item) | {"timing": timing}) + "\n" for item in samples)
     sys.stdout.write("".join(lines) if jsonl else text)
     sys.stdout.flush()
     _keep(run, text)
-    if any(item.finish_reason == "context" for item in samples):
-        _note_context(generator)
+    longest = max(len(generator.begin(item.prompt, sample).prompt_ids) + len(item.tokens) for item in samples)
+    _note_context(generator, longest)
 
 
-def converse(run: RunDirectory, which: Literal["best", "newest"], sample: SampleConfig) -> None:
+def converse(run: RunDirectory, which: Literal["best", "newest"], dtype: Dtype | None, sample: SampleConfig) -> None:
     """Continues one line of standard input after another, until its end or the line ``exit``.
 
     A text is printed as it is made, without its prompt, and ends its line; Ctrl-C ends it early. The last one is
     written to generated_text.txt. A prompt that cannot be used is told in one line on standard error. A line such as
-    ``/temperature 0.7`` changes a setting, ``/temperature`` shows it; of a prompt that begins with / write it twice.
+    ``/temperature 0.7`` changes a setting, ``/temperature`` shows it, and ``/experts`` the experts of the last answer;
+    of a prompt that begins with / write it twice.
     """
-    generator, variables = _load(run, which)
-    if generator.config.positions == "learned":
-        _note_context(generator)
+    generator, variables = _load(run, which, dtype)
     is_terminal = sys.stdin.isatty()
     if is_terminal and importlib.util.find_spec("readline"):
         importlib.import_module("readline")  # input() has line editing and a history from then on
+    last: Text | None = None
+    is_told = False
     while True:
         try:
             prompt = _ask() if is_terminal else _next_line()
             if prompt is None or prompt.strip() == "exit":
                 return
+            if prompt.strip() == "/experts":
+                print(_experts(generator, last))
+                continue
             if prompt.startswith("/") and not prompt.startswith("//"):
                 sample = _with_setting(prompt, sample)
                 continue
-            _answer(run, generator, variables, prompt.removeprefix("/"), sample)
+            prompt = prompt.removeprefix("/")
+            last = generator.begin(prompt, sample)
+            _answer(run, generator, variables, prompt, last)
+            is_told = is_told or _note_context(generator, len(last.prompt_ids) + len(last.tokens))
         except UserError as error:
             tell_error(str(error))
+
+
+def _experts(generator: Generator, text: Text | None) -> str:
+    """A line for each token of an answer: the token, and its experts in each MoE layer. Raises UserError."""
+    if text is None:
+        raise UserError("/experts shows the experts of the last answer, and there is none yet; give a prompt first")
+    if not text.experts:
+        raise UserError("/experts needs an answer of at least one token from a model with experts; there is none")
+    names = [json.dumps(generator.tokenizer.decode([token]), ensure_ascii=False) for token in text.tokens]
+    width = max(map(len, names))
+    lines = [" " * width + "  experts, a column for each MoE layer"]
+    for name, chosen_NE in zip(names, text.experts, strict=True):
+        layers = ["+".join(map(str, chosen_E.nonzero()[0])) or "-" for chosen_E in chosen_NE]
+        lines.append(f"{name:<{width}}  " + "  ".join(layers))
+    return "\n".join(lines)
 
 
 def _with_setting(line: str, sample: SampleConfig) -> SampleConfig:
     """``sample`` as a line such as "/top-k 5" changes it; the setting is shown on standard error. Raises UserError."""
     name, _, text = line.removeprefix("/").strip().partition(" ")
-    known = [item.name for item in dataclasses.fields(sample) if item.name not in ("num_samples", "stop")]
+    known = [
+        item.name for item in dataclasses.fields(sample) if item.name not in ("num_samples", "stop", "stop_tokens")
+    ]
     field = name.replace("-", "_")
     if field not in known:
-        raise UserError(unknown_name("/", name, [each.replace("_", "-") for each in known]))
+        raise UserError(unknown_name("/", name, ["experts", *(each.replace("_", "-") for each in known)]))
     if text.strip():
         changed: dict[str, Any] = {field: _value(text.strip())}
         sample = validate_sample(dataclasses.replace(sample, **changed), lambda each: "/" + each.replace("_", "-"))
@@ -98,11 +126,11 @@ def _value(text: str) -> int | float | str | None:
     return None if text.lower() == "none" else text
 
 
-def _answer(run: RunDirectory, generator: Generator, variables: Variables, prompt: str, sample: SampleConfig) -> None:
-    """Prints a text piece by piece and writes it to generated_text.txt. Raises UserError before the first piece."""
+def _answer(run: RunDirectory, generator: Generator, variables: Variables, prompt: str, answer: Text) -> None:
+    """Prints a text piece by piece and writes it to generated_text.txt."""
     text = ""
     with _interruption() as interrupted:
-        for piece in generator.stream(variables, prompt, sample):
+        for piece in generator.stream(variables, answer, keep_experts=True):
             text += piece
             sys.stdout.write(piece)
             sys.stdout.flush()
@@ -168,12 +196,21 @@ def _next_line() -> str | None:
     return as_text(line, "the prompt").rstrip("\r\n") if line else None
 
 
-def _load(run: RunDirectory, which: Literal["best", "newest"]) -> tuple[Generator, Variables]:
+def _load(run: RunDirectory, which: Literal["best", "newest"], dtype: Dtype | None) -> tuple[Generator, Variables]:
     if run.load_config().train.compile_cache:
         enable_compile_cache()
-    return load_generator(run, which)
+    return load_generator(run, which, dtype)
 
 
-def _note_context(generator: Generator) -> None:
+def _note_context(generator: Generator, num_tokens: int) -> bool:
+    """Says what happened past the context, and whether a text of so many tokens got there."""
     context = generator.config.context_length
-    print(f"note: learned positions end at the context of {context} tokens, so the text does", file=sys.stderr)
+    # The last token drawn is not read any more.
+    if num_tokens - 1 <= context:
+        return False
+    what = {
+        "rotary": "the oldest tokens left the cache one by one (rotary positions)",
+        "learned": "the text was cut to its last half and read anew whenever it was full (learned positions)",
+    }
+    print(f"note: past the context of {context} tokens {what[generator.config.positions]}", file=sys.stderr)
+    return True

@@ -9,7 +9,7 @@ from moe_jax.command import UserError
 from moe_jax.config import SampleConfig
 from moe_jax.model.decoder import Variables
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.sampling.generator import Generator, Sample, load_generator
+from moe_jax.sampling.generator import Dtype, Generator, Sample, load_generator
 from moe_jax.sampling.prompts import check_text
 from moe_jax.validation import validate_sample
 
@@ -32,6 +32,7 @@ class Model:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
         stop: Sequence[str] | None = None,
+        stop_tokens: Sequence[int] | None = None,
         seed: int | None = None,
     ) -> list[Sample]:
         """Continuations of each prompt, in order: ``num_samples`` of the first, then of the next; "" is from nothing.
@@ -49,6 +50,7 @@ class Model:
             "min_p": min_p,
             "repetition_penalty": repetition_penalty,
             "stop": None if stop is None else tuple(stop),
+            "stop_tokens": None if stop_tokens is None else tuple(stop_tokens),
             "seed": seed,
         }
         changed = {name: value for name, value in given.items() if value is not None}
@@ -60,9 +62,11 @@ class Model:
         return self._generator.generate_all(self._variables, prompts, sample)
 
 
-def load_model(workdir: str | Path, checkpoint: Literal["best", "newest"]) -> Model:
+def load_model(workdir: str | Path, checkpoint: Literal["best", "newest"], dtype: Dtype | None) -> Model:
     """The model of ``moe_jax.load``. Raises UserError."""
     if checkpoint not in ("best", "newest"):
         raise UserError(f"checkpoint must be best or newest, got {checkpoint!r}; choose one")
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"dtype must be float32, bfloat16 or None, got {dtype!r}; choose one")
     run = RunDirectory(Path(workdir))
-    return Model(*load_generator(run, checkpoint), run.load_config().sample)
+    return Model(*load_generator(run, checkpoint, dtype), run.load_config().sample)

@@ -269,7 +269,7 @@ class Loop:
             log.info("validation " + ", ".join(f"{name} {part.loss:.4f}" for name, part in by_corpus.items()))
         if self.generator is not None:
             sample = dataclasses.replace(self.config.sample, num_samples=1)
-            text = self.generator.generate(self.state.variables, "", sample)
+            text = self.generator.generate(self.generator.prepare(self.state.variables), "", sample)
             self.writer.write_text(done, "sample", text[0].text)
             log.info("sample:\n" + text[0].text.strip())
         bar.describe("training")

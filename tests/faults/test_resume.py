@@ -21,7 +21,7 @@ from moe_jax.config import (
 )
 from moe_jax.runs.layout import RunDirectory, saved_steps
 from moe_jax.runs.metrics import read_metrics
-from moe_jax.sampling.generator import load_generator
+from moe_jax.sampling.generator import load_variables
 from moe_jax.training.loop import Loop
 from moe_jax.training.run import train
 from tests.oracles.texts import VERSE
@@ -80,7 +80,7 @@ def stop_and_go_on(config, workdir, at, monkeypatch, going_on=None):
 
 
 def parameters(workdir):
-    return jax.tree.leaves(load_generator(RunDirectory(workdir), "newest")[1])
+    return jax.tree.leaves(load_variables(RunDirectory(workdir), "newest"))
 
 
 @pytest.mark.slow

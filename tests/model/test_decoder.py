@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.decoder import Decoder, Variables, forward, init_caches, initial_expert_bias, layout, unstack
+from moe_jax.model.decoder import Decoder, Variables, forward, initial_expert_bias, layout
+from moe_jax.model.unstacked import init_caches, unstack
 from tests.oracles.programs import equations_of
 
 VOCAB, B, L = 29, 2, 10

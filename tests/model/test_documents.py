@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.decoder import Decoder, Variables, forward, unstack
+from moe_jax.model.decoder import Decoder, Variables, forward
+from moe_jax.model.unstacked import unstack
 
 VOCAB, L = 24, 12
 CONFIG = ModelConfig(

@@ -7,5 +7,5 @@ from tests.sampling.tiny import CONFIG, make
 
 @pytest.fixture(scope="session")
 def rotary():
-    """(generator, variables, training decoder), with rotary positions and a context of 16."""
+    """(generator, its variables, the decoder that takes them), with rotary positions and a context of 16."""
     return make(CONFIG)

@@ -2,15 +2,20 @@
 
 import dataclasses
 import io
+import json
 import signal
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from moe_jax.config import Config, SampleConfig, TrainConfig
+from moe_jax.model.decoder import forward
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.sampling import front_end
-from tests.sampling.tiny import CONFIG
+from moe_jax.sampling.text import Text
+from tests.sampling.tiny import CONFIG, TOKENIZER, make
 
 SETTINGS = SampleConfig(max_new_tokens=12, temperature=1.0, seed=1)
 
@@ -22,9 +27,9 @@ def converse(tmp_path, monkeypatch, capsys):
     def run(made, lines):
         directory = RunDirectory(tmp_path)
         directory.save_config(Config(train=TrainConfig(compile_cache=False)))
-        monkeypatch.setattr(front_end, "load_generator", lambda run, which: made[:2])
+        monkeypatch.setattr(front_end, "load_generator", lambda run, which, dtype: made[:2])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
-        front_end.converse(directory, "best", SETTINGS)
+        front_end.converse(directory, "best", None, SETTINGS)
         printed = capsys.readouterr()
         return printed.out, printed.err, directory.generated_text.read_text()
 
@@ -86,9 +91,12 @@ class Interrupted:
 
     config = CONFIG
 
-    def stream(self, variables, prompt, sample):
+    def begin(self, prompt, sample):
+        return Text(TOKENIZER, TOKENIZER.encode(prompt).tolist(), sample, 0)
+
+    def stream(self, variables, text, keep_experts):
         yield "one "
-        if prompt == "long":
+        if len(text.prompt_ids) == 4:
             signal.raise_signal(signal.SIGINT)
         yield "two "
         yield "three"
@@ -96,13 +104,42 @@ class Interrupted:
 
 def test_ctrl_c_ends_the_text_and_not_the_conversation(converse):
     before = signal.getsignal(signal.SIGINT)
-    out, err, written = converse((Interrupted(), None), b"long\nshort\n")
+    out, err, written = converse((Interrupted(), None), b"abcd\nabc\n")
     assert out == "one two \none two three\n"
-    assert (err, written) == ("", "shortone two three\n")
+    assert (err, written) == ("", "abcone two three\n")
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_learned_positions_are_told_of_once(converse, monkeypatch):
-    monkeypatch.setattr(Interrupted, "config", dataclasses.replace(CONFIG, positions="learned"))
-    _, err, _ = converse((Interrupted(), None), b"ab\nab\n")
-    assert err == "note: learned positions end at the context of 16 tokens, so the text does\n"
+@pytest.mark.parametrize(
+    ("positions", "words"),
+    [
+        ("rotary", "the oldest tokens left the cache one by one (rotary positions)"),
+        ("learned", "the text was cut to its last half and read anew whenever it was full (learned positions)"),
+    ],
+)
+def test_what_happens_past_the_context_is_told_once(converse, positions, words):
+    made = make(dataclasses.replace(CONFIG, positions=positions))
+    _, err, _ = converse(made, b"/max-new-tokens 40\n/seed 3\n" + b"hgfedcbahgfedcba\n" * 2)
+    assert err.splitlines()[2:] == [f"note: past the context of 16 tokens {words}"]
+
+
+def test_experts_of_the_last_answer(rotary, converse):
+    generator, variables, decoder = rotary
+    out, err, _ = converse(rotary, b"/experts\nabc\n/experts\n")
+    assert err == "error: /experts shows the experts of the last answer, and there is none yet; give a prompt first\n"
+    (sample,) = generator.generate(variables, "abc", SETTINGS)
+    text, header, *lines = out.splitlines()
+    assert text == sample.text
+    assert header.strip() == "experts, a column for each MoE layer"
+    ids = [*TOKENIZER.encode("abc").tolist(), *sample.tokens]
+    run = jax.jit(lambda mask_BL: forward(decoder, variables, np.array([ids]), token_mask_BL=mask_BL))
+
+    def load(size):
+        """The oracle: rows that a full forward of so many tokens sends to each layer's experts."""
+        return np.asarray(run(np.arange(len(ids))[None] < size).statistics.router.load_E)[:, 0]
+
+    for index, line in enumerate(lines):
+        chosen = ["+".join(map(str, np.flatnonzero(layer_E))) for layer_E in load(4 + index) - load(3 + index)]
+        name = json.dumps(TOKENIZER.decode(sample.tokens[index : index + 1]), ensure_ascii=False)
+        assert line.split() == [name, *chosen]
+    assert len(lines) == len(sample.tokens) >= 5

@@ -12,7 +12,7 @@ from moe_jax.config import Config, DataConfig, SampleConfig
 from moe_jax.data.tokenizer import build_tokenizer, document_end, document_start
 from moe_jax.model.decoder import forward
 from moe_jax.sampling.generator import Generator
-from tests.sampling.tiny import CONFIG, TOKENIZER, make
+from tests.sampling.tiny import CONFIG, TOKENIZER
 
 END = document_end(TOKENIZER)
 
@@ -28,6 +28,10 @@ def naive_greedy(decoder, variables, prompt, count):
         if ids[-1] == END:
             break
     return [index for index in ids[len(prompt) :] if index != END]
+
+
+def streamed(generator, variables, prompt, settings):
+    return generator.stream(variables, generator.begin(prompt, settings))
 
 
 @pytest.mark.parametrize("prompt", ["a", "bad", "hgfedcb"])
@@ -90,7 +94,7 @@ def test_a_sample_ends_before_a_stop(rotary):
         else:
             assert sample == whole
     one = dataclasses.replace(settings, stop=(letter,))
-    assert "".join(generator.stream(variables, "ab", one)) == stopped[0].text
+    assert "".join(streamed(generator, variables, "ab", one)) == stopped[0].text
 
 
 def test_prompts_of_many_lengths_in_one_batch_are_as_alone(rotary):
@@ -105,38 +109,42 @@ def test_prompts_of_many_lengths_in_one_batch_are_as_alone(rotary):
         np.testing.assert_allclose(sample.logprobs, alone.logprobs, atol=1e-4)
 
 
-def test_with_learned_positions_each_prompt_has_the_room_that_it_leaves():
-    generator, variables, _ = make(dataclasses.replace(CONFIG, positions="learned"))
-    settings = SampleConfig(max_new_tokens=40, temperature=1.0, top_p=1.0, seed=9)
-    for sample in generator.generate_all(variables, ["a" * 16, "a" * 9, "a"] * 3, settings):
-        assert len(sample.tokens) <= 17 - len(sample.prompt)
-        assert sample.finish_reason in ("stop", "context")
-
-
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 9, 10, 40])
 def test_a_text_is_the_same_streamed_or_not(rotary, max_new_tokens):
     generator, variables, _ = rotary
     for seed in range(4):
         settings = SampleConfig(max_new_tokens=max_new_tokens, num_samples=4, temperature=1.0, seed=seed)
-        pieces = list(generator.stream(variables, "ab", settings))
+        pieces = list(streamed(generator, variables, "ab", settings))
         sample = generator.generate(variables, "ab", settings)[0]
         assert "".join(pieces) == sample.text
-        # The first token comes alone, and then eight at a time; the last piece is what was held back.
+        # The first token comes alone, and then eight at a time.
         drawn = len(sample.tokens) + (sample.finish_reason == "stop")
-        assert len(pieces) == 1 + math.ceil((drawn - 1) / 8) + 1
+        assert len(pieces) == 1 + math.ceil((drawn - 1) / 8)
+
+
+def test_stop_tokens_end_a_sample_and_are_not_part_of_it(rotary):
+    generator, variables, _ = rotary
+    settings = SampleConfig(max_new_tokens=30, temperature=1.0, num_samples=4, seed=2)
+    plain = generator.generate(variables, "ab", settings)
+    token = max(plain, key=lambda sample: len(sample.tokens)).tokens[6]
+    for sample, whole in zip(
+        generator.generate(variables, "ab", dataclasses.replace(settings, stop_tokens=(token, END))),
+        plain,
+        strict=True,
+    ):
+        ends = token in whole.tokens
+        assert sample.tokens == (whole.tokens[: whole.tokens.index(token)] if ends else whole.tokens)
+        assert sample.finish_reason == ("stop" if ends else whole.finish_reason)
+        assert len(sample.logprobs) == len(sample.tokens)
+    with pytest.raises(UserError, match=r"a token must be in \[0, 12\], got 13; take those of this model's tokenizer"):
+        generator.begin("ab", dataclasses.replace(settings, stop_tokens=(13,)))
 
 
 def test_a_stream_can_be_left_and_begun_again(rotary):
     generator, variables, _ = rotary
     settings = SampleConfig(max_new_tokens=30, temperature=1.0, seed=2)
-    first = next(generator.stream(variables, "ab", settings))
-    assert "".join(generator.stream(variables, "ab", settings)).startswith(first)
-
-
-def test_a_stream_refuses_a_prompt_before_its_first_piece(rotary):
-    generator, variables, _ = rotary
-    with pytest.raises(UserError, match="the prompt must fit the context of 16 tokens, got 17; shorten the prompt"):
-        next(generator.stream(variables, "a" * 17, SampleConfig()))
+    first = next(streamed(generator, variables, "ab", settings))
+    assert "".join(streamed(generator, variables, "ab", settings)).startswith(first)
 
 
 def test_rotary_text_goes_on_past_the_context(rotary):
@@ -145,16 +153,6 @@ def test_rotary_text_goes_on_past_the_context(rotary):
     longest = max(generator.generate(variables, "abc", settings), key=lambda sample: len(sample.tokens))
     assert longest.finish_reason in ("length", "stop")
     assert len(longest.tokens) > 16
-
-
-def test_learned_positions_end_with_the_context():
-    generator, variables, _ = make(dataclasses.replace(CONFIG, positions="learned"))
-    # Positions 3 to 15 take a token each, and the last one drawn needs none.
-    samples = generator.generate(
-        variables, "abc", SampleConfig(max_new_tokens=40, num_samples=8, temperature=1.0, seed=5)
-    )
-    longest = max(samples, key=lambda sample: len(sample.tokens))
-    assert (longest.finish_reason, len(longest.tokens)) == ("context", 14)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(rotary):

@@ -37,7 +37,7 @@ def test_what_is_left_out_is_as_the_run_samples(model, rotary):
     generator, variables, _ = rotary
     assert model.generate(["ab"]) == generator.generate(variables, "ab", DEFAULTS)
     every = {"num_samples": 2, "max_new_tokens": 12, "temperature": 0.5, "top_k": 2, "top_p": 0.5, "seed": 0}
-    every |= {"min_p": 0.3, "repetition_penalty": 1.5}
+    every |= {"min_p": 0.3, "repetition_penalty": 1.5, "stop": ("b",), "stop_tokens": (2,)}
     for name, value in every.items():
         changed = dataclasses.replace(DEFAULTS, **{name: value})
         assert model.generate(["ab"], **{name: value}) == generator.generate(variables, "ab", changed), name

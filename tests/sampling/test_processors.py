@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.sampling.decode import Settings, draw
+from moe_jax.sampling.decode import Rows, draw
 from moe_jax.sampling.processors import (
     keep_min_p,
     keep_top_k,
@@ -114,49 +114,54 @@ def test_thresholds_keep_what_a_sort_keeps():
             assert kept(by_p(jnp.asarray(row), jnp.asarray(top_p))) == sorted_top_p(row, top_p), (row, top_p)
 
 
-def make(temperature=1.0, top_k=4, top_p=1.0, min_p=0.0, penalty=1.0, is_greedy=False, seed=0):
-    return Settings(
-        seed=jnp.asarray(seed, jnp.uint32),
-        temperature=jnp.asarray(temperature),
-        top_k=jnp.asarray(top_k),
-        top_p=jnp.asarray(top_p),
-        min_p=jnp.asarray(min_p),
-        repetition_penalty=jnp.asarray(penalty),
-        is_greedy=is_greedy,
-        has_penalty=penalty != 1,
+def make(B, temperature=1.0, top_k=4, top_p=1.0, min_p=0.0, penalty=1.0, seed=0, samples=None):
+    def column(value, dtype=jnp.float32):
+        return jnp.broadcast_to(jnp.asarray(value, dtype), (B,))
+
+    return Rows(
+        seed_B=column(seed, jnp.uint32),
+        sample_B=jnp.arange(B) if samples is None else samples,
+        temperature_B=column(temperature),
+        top_k_B=column(top_k, jnp.int32),
+        top_p_B=column(top_p),
+        min_p_B=column(min_p),
+        repetition_penalty_B=column(penalty),
     )
 
 
-def drawn(rows, settings, position=0, samples=None, seen=None):
+DRAW = jax.jit(draw)
+
+
+def drawn(rows, position=0, seen=None, **settings):
     B = rows.shape[0]
-    samples = jnp.arange(B) if samples is None else samples
-    return np.asarray(draw(rows, settings, samples, jnp.full(B, position), seen))
+    seen = jnp.zeros(rows.shape, bool) if seen is None else seen
+    return np.asarray(DRAW(rows, make(B, **settings), jnp.full(B, position), seen))
 
 
 def test_greedy_takes_the_most_likely_after_the_penalty():
     rows = jnp.stack([LOGITS, LOGITS[::-1]])
-    np.testing.assert_array_equal(drawn(rows, make(is_greedy=True)), [1, 2])
+    np.testing.assert_array_equal(drawn(rows, temperature=0.0), [1, 2])
     seen = jnp.array([[False, True, False, False]] * 2)
-    np.testing.assert_array_equal(drawn(rows, make(is_greedy=True, penalty=5.0), seen=seen), [3, 2])
+    np.testing.assert_array_equal(drawn(rows, temperature=0.0, penalty=5.0, seen=seen), [3, 2])
 
 
 @pytest.mark.parametrize(
     ("settings", "weights"),
     [
         # Temperature 1/2 squares the probabilities.
-        (make(temperature=0.5), [1, 16, 4, 9]),
-        (make(top_k=3), [0, 4, 2, 3]),
-        (make(top_p=0.65), [0, 4, 0, 3]),
-        (make(min_p=0.4), [0, 4, 2, 3]),
+        ({"temperature": 0.5}, [1, 16, 4, 9]),
+        ({"top_k": 3}, [0, 4, 2, 3]),
+        ({"top_p": 0.65}, [0, 4, 0, 3]),
+        ({"min_p": 0.4}, [0, 4, 2, 3]),
         # In this order: of 1, 16, 4 and 9 the first three are left; 25 of 29 are two of them; 9/16 is above 0.5.
-        (make(temperature=0.5, top_k=3, top_p=0.8, min_p=0.5), [0, 16, 0, 9]),
-        (make(), [1, 4, 2, 3]),
+        ({"temperature": 0.5, "top_k": 3, "top_p": 0.8, "min_p": 0.5}, [0, 16, 0, 9]),
+        ({}, [1, 4, 2, 3]),
     ],
 )
 def test_drawn_frequencies_are_the_processed_probabilities(settings, weights):
     count = 50_000
     rows = jnp.broadcast_to(LOGITS, (count, 4))
-    counts = np.bincount(jax.jit(lambda: draw(rows, settings, jnp.arange(count), jnp.full(count, 3)))(), minlength=4)
+    counts = np.bincount(drawn(rows, 3, **settings), minlength=4)
     expected = count * np.array(weights) / sum(weights)
     assert np.all(counts[expected == 0] == 0)
     counts, expected = counts[expected > 0], expected[expected > 0]
@@ -166,8 +171,30 @@ def test_drawn_frequencies_are_the_processed_probabilities(settings, weights):
 
 def test_a_draw_depends_on_seed_sample_and_position_only():
     rows = jnp.broadcast_to(LOGITS, (64, 4))
-    tokens = drawn(rows, make(), 5)
-    np.testing.assert_array_equal(tokens[:8], drawn(rows[:8], make(), 5))
-    np.testing.assert_array_equal(tokens[8:16], drawn(rows[:8], make(), 5, samples=jnp.arange(8, 16)))
-    assert not np.array_equal(tokens, drawn(rows, make(), 6))
-    assert not np.array_equal(tokens, drawn(rows, make(seed=1), 5))
+    tokens = drawn(rows, 5)
+    np.testing.assert_array_equal(tokens[:8], drawn(rows[:8], 5))
+    np.testing.assert_array_equal(tokens[8:16], drawn(rows[:8], 5, samples=jnp.arange(8, 16)))
+    assert not np.array_equal(tokens, drawn(rows, 6))
+    assert not np.array_equal(tokens, drawn(rows, 5, seed=1))
+
+
+def test_each_row_is_drawn_by_its_own_settings():
+    every = [
+        {"temperature": 0.0},
+        {"temperature": 0.7, "top_k": 2},
+        {"top_p": 0.65},
+        {"min_p": 0.5, "seed": 9},
+        {"penalty": 4.0},
+        {},
+    ]
+    seen = jnp.broadcast_to(jnp.array([False, True, False, False]), (6, 4))
+    rows = jnp.stack([LOGITS] * 6)
+    for position in range(20):
+        together = jax.tree.map(
+            lambda *leaves: jnp.concatenate(leaves),
+            *(make(1, **settings, samples=jnp.array([index])) for index, settings in enumerate(every)),
+        )
+        tokens = DRAW(rows, together, jnp.full(6, position), seen)
+        for index, settings in enumerate(every):
+            alone = drawn(rows[:1], position, seen[:1], samples=jnp.array([index]), **settings)
+            assert tokens[index] == alone[0], (position, settings)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from moe_jax.config import Config, ModelConfig, MoEConfig
 from moe_jax.data.tokenizer import build_tokenizer
-from moe_jax.model.decoder import Decoder, Variables
+from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
 from moe_jax.sampling.generator import Generator
 
 TOKENIZER = build_tokenizer("char", ["abcdefgh"])
@@ -21,7 +21,9 @@ CONFIG = ModelConfig(
 
 
 def make(config, tokenizer=TOKENIZER):
-    """(generator, variables, training decoder) of a model of ``config``."""
+    """(generator, its variables, the decoder that takes them) of a model of ``config``."""
     decoder = Decoder(config, tokenizer.vocab_size)
     params = nn.unbox(jax.jit(decoder.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32)))["params"]
-    return Generator(Config(model=config), tokenizer), Variables(params), decoder
+    generator = Generator(Config(model=config), tokenizer)
+    variables = generator.prepare(Variables(params, initial_expert_bias(config)))
+    return generator, variables, Decoder(generator.config, tokenizer.vocab_size, unstacked=True)

@@ -18,7 +18,7 @@ from moe_jax.data.prepare import prepare_folder
 from moe_jax.data.prepared import open_prepared
 from moe_jax.runs.layout import RunDirectory, saved_steps
 from moe_jax.runs.metrics import read_metrics
-from moe_jax.sampling.generator import load_generator
+from moe_jax.sampling.generator import load_generator, load_variables
 from moe_jax.training.loop import Loop
 from moe_jax.training.run import train
 from tests.oracles.texts import VERSE
@@ -75,8 +75,7 @@ def test_metrics_hold_every_promised_name(finished):
 
 
 def parameters(run):
-    _, variables = load_generator(run, "newest")
-    return variables
+    return load_variables(run, "newest")
 
 
 # Step 15 is one that is only logged: the signal comes between the decision not to save and the end of the turn.

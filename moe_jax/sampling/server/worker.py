@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from moe_jax.model.decoder import Variables
-from moe_jax.sampling.batch import Batch
+from moe_jax.sampling.batch import STREAM_STEPS, Batch
 from moe_jax.sampling.generator import Generator
 from moe_jax.sampling.server.metrics import Metrics
 from moe_jax.sampling.text import Text
@@ -170,10 +170,11 @@ class Worker:
                 return not self._is_stopping
         for ticket in leaving:
             batch.remove(ticket.text)
-        if joining:
-            batch.admit([ticket.text for ticket in joining])
+        for ticket in joining:
+            batch.admit([ticket.text])  # one by one, as it was compiled
         if running:
-            batch.advance()
+            # A first token is a turn of its own, for a reader who waits for it.
+            batch.advance(1 if joining else STREAM_STEPS)
             self._publish(running)
         return True
 

@@ -8,7 +8,7 @@ from tests.sampling.tiny import make
 
 @pytest.fixture(scope="session")
 def made():
-    """(generator, variables, training decoder) of a model of bytes with a context of 64."""
+    """(generator, its variables, the decoder that takes them) of a model of bytes with a context of 64."""
     return make(MODEL, BYTES)
 
 

@@ -38,10 +38,10 @@ class Pace:
 
 
 class PacedBatch(Batch):
-    def advance(self):
+    def advance(self, steps):
         Pace.gate.wait()
         time.sleep(Pace.delay)
-        super().advance()
+        super().advance(steps)
 
 
 class Running:
@@ -120,7 +120,7 @@ def serving(made=None, *, sizes=SIZES, max_queue=32, api_key=None, send_buffer=N
     generator, variables, _ = made or make(MODEL, BYTES)
     Pace.gate.set()
     with mock.patch("moe_jax.sampling.server.worker.Batch", PacedBatch):
-        worker = Worker(generator, generator.prepare(variables), sizes, max_queue)
+        worker = Worker(generator, variables, sizes, max_queue)
         worker.start()
     limits = Limits("tiny", generator.tokenizer.vocab_size, 64, 2000, max_queue)
     service = Service(generator, worker, limits, 4096, api_key)

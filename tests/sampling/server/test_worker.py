@@ -201,7 +201,7 @@ def test_a_worker_that_dies_is_told_to_all(made, pace, monkeypatch):
         wait_until(lambda: server.service.worker.num_running + server.service.worker.queue_length == 6)
         assert server.request("GET", "/healthz")[0] == 200
 
-        def fall(self):
+        def fall(self, steps):
             raise RuntimeError("the device is gone")
 
         monkeypatch.setattr(PacedBatch, "advance", fall)

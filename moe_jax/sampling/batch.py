@@ -1,0 +1,207 @@
+"""Texts that are made together: each has a row of the batch from its prompt to its end, and others come and go."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.model.decoder import Variables
+from moe_jax.sampling.decode import MAX_STEPS, DecodeState, Drawn, Rows
+from moe_jax.sampling.text import DrawnRow, Text
+
+if TYPE_CHECKING:
+    from moe_jax.sampling.generator import Generator
+
+STREAM_STEPS = 8
+"""Tokens that are drawn at a time for a reader: few enough to read along, many enough to hide the cost of a call."""
+_PREFILL = 8
+"""Prompts that are read at a time, at most: attention among them takes memory."""
+_SHORTEST = 16
+"""Prompts are padded to a power of two, this or more, so that those of many lengths share few compiled programs."""
+
+
+class Batch:
+    """Rows for texts under way. Not for several threads at once: one owns it."""
+
+    def __init__(
+        self,
+        generator: "Generator",
+        variables: Variables,
+        sizes: Sequence[int],
+        *,
+        num_top: int = 0,
+        keep_experts: bool = False,
+    ):
+        """``variables`` of ``Generator.prepare``.
+
+        ``sizes`` rising numbers of rows for which programs are compiled; the batch has the least that holds its texts.
+        ``num_top`` most likely tokens are told beside each drawn one, and with ``keep_experts`` each one's experts.
+        """
+        self._generator, self._variables, self._sizes = generator, variables, tuple(sizes)
+        self._told = {"num_top": num_top, "keep_experts": keep_experts}
+        self._texts: list[Text | None] = [None] * self._sizes[0]
+        self._window_starts = np.zeros(self._sizes[0], np.int64)
+        """Of each row, the place in its text of the model's position 0."""
+        self._state: DecodeState = generator.empty_state(self._sizes[0])
+        self._rows: Rows | None = None
+
+    @property
+    def texts(self) -> list[Text]:
+        """Those that have not ended, in the order of their rows."""
+        return [text for text in self._texts if text is not None]
+
+    @property
+    def num_free(self) -> int:
+        """Texts that can still be admitted."""
+        return self._sizes[-1] - len(self.texts)
+
+    def admit(self, texts: Sequence[Text]) -> None:
+        """Reads the prompts of ``texts``, at most ``num_free``, and gives each a row."""
+        self._resize(len(self.texts) + len(texts))
+        free = [row for row, text in enumerate(self._texts) if text is None]
+        chosen = list(zip(free, texts, strict=False))
+        for start in range(0, len(chosen), _PREFILL):
+            part = chosen[start : start + _PREFILL]
+            self._read([(row, text.prompt_ids, True) for row, text in part])
+        for row, text in chosen:
+            self._texts[row], self._window_starts[row] = text, 0
+        self._rows = None
+
+    def advance(self, steps: int = MAX_STEPS) -> None:
+        """Draws up to ``steps`` tokens more for each text; those that end with them leave the batch."""
+        if not self.texts:
+            return
+        steps = min(steps, MAX_STEPS, *self._room())
+        if self._rows is None:
+            self._rows = _rows(self._texts, self._generator.tokenizer.vocab_size)
+        index_B = np.array([_length(text) if text else 0 for text in self._texts], np.int32)
+        left_B = np.array([text.num_left if text else 0 for text in self._texts], np.int32)
+        drawn, self._state = self._generator.decode(
+            self._variables, self._state, self._rows, index_B, left_B, np.int32(steps), **self._told
+        )
+        drawn = jax.device_get(drawn)
+        for row, text in enumerate(self._texts):
+            if text is not None:
+                text.add(_drawn_row(drawn, row, steps))
+                if text.finish_reason:
+                    self._leave(row)
+        self._begin_windows()
+        self._resize(len(self.texts))
+
+    def remove(self, text: Text) -> None:
+        """Takes a text that nobody waits for out of the batch."""
+        self._leave(next(row for row, other in enumerate(self._texts) if other is text))
+
+    def warm_up(self) -> None:
+        """Compiles what texts of any length and number need, one prompt read at a time, before the first one comes."""
+        for size in self._sizes:
+            self._resize(size)
+            _, self._state = self._generator.decode(
+                self._variables,
+                self._state,
+                _rows(self._texts, self._generator.tokenizer.vocab_size),
+                np.zeros(size, np.int32),
+                np.zeros(size, np.int32),
+                np.int32(1),
+                **self._told,
+            )
+            length = _SHORTEST
+            while True:
+                self._read([(size, [0] * min(length, self._generator.config.context_length), True)])
+                if length >= self._generator.config.context_length:
+                    break
+                length *= 2
+        self._resize(0)
+
+    def _leave(self, row: int) -> None:
+        self._texts[row] = None
+        self._rows = None
+
+    def _room(self) -> list[int]:
+        """Of each text with learned positions, the tokens that can be drawn in its window: one more than positions."""
+        if self._generator.config.positions != "learned":
+            return []
+        context = self._generator.config.context_length
+        return [
+            context + 1 - (_length(text) - int(start))
+            for text, start in zip(self._texts, self._window_starts, strict=True)
+            if text is not None
+        ]
+
+    def _begin_windows(self) -> None:
+        """Where learned positions are used up, cuts the text to its last half-window, which is read again."""
+        if self._generator.config.positions != "learned":
+            return
+        context = self._generator.config.context_length
+        for row, text in enumerate(self._texts):
+            if text is not None and _length(text) - self._window_starts[row] > context:
+                window = (text.prompt_ids + text.tokens)[-max(1, context // 2) :]
+                self._read([(row, window, False)])
+                if text.experts:
+                    # What had no position of its own is read within the new window, where nobody counts its rows.
+                    text.experts[-1] = np.zeros_like(text.experts[-1])
+                self._window_starts[row] = _length(text) - len(window)
+
+    def _read(self, chosen: Sequence[tuple[int, list[int], bool]]) -> None:
+        """Prefills (row, tokens, whether the text is new to its row)."""
+        P = _power_of_two(len(chosen))
+        longest = max(_SHORTEST, *(len(tokens) for _, tokens, _ in chosen))
+        text_PL = np.zeros((P, min(self._generator.config.context_length, _power_of_two(longest))), np.int32)
+        length_P, row_P, is_new_P = np.ones(P, np.int32), np.full(P, len(self._texts), np.int32), np.ones(P, bool)
+        for index, (row, tokens, is_new) in enumerate(chosen):
+            text_PL[index, : len(tokens)] = tokens
+            length_P[index], row_P[index], is_new_P[index] = len(tokens), row, is_new
+        self._state = self._generator.prefill(self._variables, self._state, text_PL, length_P, row_P, is_new_P)
+
+    def _resize(self, num_texts: int) -> None:
+        """Gives the batch the least size that holds so many texts, a size after the other."""
+        wanted = next(index for index, size in enumerate(self._sizes) if size >= num_texts)
+        while (size := len(self._texts)) != self._sizes[wanted]:
+            here = self._sizes.index(size)
+            new_size = self._sizes[here + 1 if wanted > here else here - 1]
+            order = sorted(range(size), key=lambda row: self._texts[row] is None)[:new_size]
+            row_B = np.array(order + [0] * (new_size - len(order)), np.int32)
+            self._state = self._generator.take_rows(self._state, row_B)
+            self._texts = [self._texts[row] for row in order] + [None] * (new_size - len(order))
+            self._window_starts = self._window_starts[row_B]
+            self._rows = None
+
+
+def _drawn_row(drawn: Drawn, row: int, steps: int) -> DrawnRow:
+    return DrawnRow(
+        tokens_S=np.asarray(drawn.tokens_BS)[row, :steps],
+        logprobs_S=np.asarray(drawn.logprobs_BS)[row, :steps],
+        top_tokens_SK=np.asarray(drawn.top_tokens_BSK)[row, :steps],
+        top_logprobs_SK=np.asarray(drawn.top_logprobs_BSK)[row, :steps],
+        chosen_SNE=None if drawn.chosen_BSNE is None else np.asarray(drawn.chosen_BSNE)[row, :steps],
+    )
+
+
+def _length(text: Text) -> int:
+    return len(text.prompt_ids) + len(text.tokens)
+
+
+def _rows(texts: Sequence[Text | None], vocab_size: int) -> Rows:
+    nobody = (0, 0, 0.0, vocab_size, 1.0, 0.0, 1.0)
+    columns = zip(*(_row(text, vocab_size) if text else nobody for text in texts), strict=True)
+    types = (jnp.uint32, jnp.int32, jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.float32)
+    return Rows(*(jnp.asarray(column, kind) for column, kind in zip(columns, types, strict=True)))
+
+
+def _row(text: Text, vocab_size: int) -> tuple[int, int, float, int, float, float, float]:
+    sample = text.sample
+    return (
+        sample.seed,
+        text.number,
+        sample.temperature,
+        sample.top_k or vocab_size,
+        sample.top_p,
+        sample.min_p,
+        sample.repetition_penalty,
+    )
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
