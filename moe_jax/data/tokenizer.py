@@ -102,6 +102,9 @@ class CharTokenizer:
         return {"kind": "char", "characters": self.characters}
 
 
+_BYTES = (*(bytes([byte]) for byte in range(256)), *(name.encode() for name in SPECIALS))
+
+
 class ByteTokenizer:
     """One token a byte of UTF-8."""
 
@@ -117,7 +120,7 @@ class ByteTokenizer:
         return np.frombuffer(text.encode(), np.uint8)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return decode_bytes(ids, [*(bytes([byte]) for byte in range(256)), *(name.encode() for name in SPECIALS)])
+        return decode_bytes(ids, _BYTES)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "byte"}

@@ -2,14 +2,13 @@
 
 import pytest
 
-from tests.sampling.server.harness import BYTES, MODEL, Pace, serving
-from tests.sampling.tiny import make
+from tests.sampling.server.harness import Pace, make_endless, serving
 
 
 @pytest.fixture(scope="session")
 def made():
-    """(generator, its variables, the decoder that takes them) of a model of bytes with a context of 64."""
-    return make(MODEL, BYTES)
+    """(generator, variables) of a model of bytes with a context of 64."""
+    return make_endless()
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import time
 from unittest import mock
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.data.tokenizer import ByteTokenizer
+from moe_jax.data.tokenizer import ByteTokenizer, document_end
 from moe_jax.sampling.batch import Batch
 from moe_jax.sampling.server.app import LOOPBACK, Service
 from moe_jax.sampling.server.requests import Limits
@@ -27,7 +27,16 @@ MODEL = ModelConfig(
     init_std=0.4,
     moe=MoEConfig(num_experts=4, expert_dim=8),
 )
-SIZES = (1, 2, 4)
+SIZES = (1, 4)
+
+
+def make_endless():
+    """(generator, variables) of a model of bytes that does not end a text by itself."""
+    generator, variables, _ = make(MODEL, BYTES)
+    # A feature that is large in every token points away from the one that ends a document.
+    end = document_end(BYTES)
+    embedding_VD = variables.params["embedding"].at[:, 0].set(4.0).at[end, 0].set(-4.0)
+    return generator, variables.replace(params={**variables.params, "embedding": embedding_VD})
 
 
 class Pace:
@@ -115,9 +124,9 @@ def wait_until(is_true, seconds=20.0):
 
 
 @contextlib.contextmanager
-def serving(made=None, *, sizes=SIZES, max_queue=32, api_key=None, send_buffer=None):
+def serving(made, *, sizes=SIZES, max_queue=32, api_key=None, send_buffer=None):
     """A ``Running`` server, which has ended after it; ``send_buffer`` is how many bytes the kernel keeps for it."""
-    generator, variables, _ = made or make(MODEL, BYTES)
+    generator, variables = made
     Pace.gate.set()
     with mock.patch("moe_jax.sampling.server.worker.Batch", PacedBatch):
         worker = Worker(generator, variables, sizes, max_queue)
