@@ -15,9 +15,9 @@ def main() -> None:
     from moe_jax.runs.layout import RunDirectory, latest_run
 
     arguments = parse_server(sys.argv[1:], __doc__ or "")
-    for needed in ("starlette", "uvicorn"):
-        if importlib.util.find_spec(needed) is None:
-            raise command.UserError(f"the server needs {needed}; pip install starlette uvicorn")
+    if not all(map(importlib.util.find_spec, ("starlette", "uvicorn"))):
+        remedy = "pip install 'moe_jax[server]', or pip install starlette uvicorn"
+        raise command.UserError(f"the server needs starlette and uvicorn; {remedy}")
     if arguments.workdir is not None:
         run = RunDirectory(Path(arguments.workdir))
     else:

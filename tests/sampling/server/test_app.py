@@ -108,17 +108,13 @@ def test_log_probabilities(server):
 
 
 def test_a_stop_ends_a_text_before_it(server):
-    _, whole = server.complete(prompt="ab", max_tokens=40, temperature=0)
-    text = whole["choices"][0]["text"]
-    place = next(index for index in range(2, len(text)) if text[index].isascii())
-    _, cut = server.complete(prompt="ab", max_tokens=40, temperature=0, stop=text[place])
-    assert cut["choices"][0]["text"] == text[: text.index(text[place])]
-    assert cut["choices"][0]["finish_reason"] == "stop"
-    token = whole["choices"][0]
-    ids = BYTES.encode(token["text"][place]).tolist()
-    _, ended = server.complete(prompt="ab", max_tokens=40, temperature=0, stop_token_ids=ids)
-    assert ended["choices"][0]["text"] == text[: text.index(text[place])]
-    assert ended["choices"][0]["finish_reason"] == "stop"
+    fields = {"prompt": "ab", "max_tokens": 60, "seed": 1}
+    text = server.complete(**fields)[1]["choices"][0]["text"]
+    stop = next(character for character in text[5:] if character.isascii() and character not in text[:5])
+    for ending in ({"stop": stop}, {"stop": ["\n" * 50, stop]}, {"stop_token_ids": BYTES.encode(stop).tolist()}):
+        (cut,) = server.complete(**fields, **ending)[1]["choices"]
+        assert cut["text"] == text[: text.index(stop)]
+        assert cut["finish_reason"] == "stop"
 
 
 def test_limits_on_tokens(server):
