@@ -20,10 +20,10 @@ CONFIG = ModelConfig(
 )
 
 
-def make(config):
+def make(config, end_token=None):
     """(generator, its variables, the decoder that takes them) of a model of ``config``."""
     decoder = Decoder(config, TOKENIZER.vocab_size)
     params = nn.unbox(jax.jit(decoder.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32)))["params"]
-    generator = Generator(Config(model=config), TOKENIZER)
+    generator = Generator(Config(model=config), TOKENIZER, end_token=end_token)
     variables = generator.prepare(Variables(params, initial_expert_bias(config)))
     return generator, variables, Decoder(generator.config, TOKENIZER.vocab_size, unstacked=True)
