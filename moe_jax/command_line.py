@@ -187,6 +187,8 @@ class ServerCommand:
     """Run directory of the model; None: the run under runs/ that changed last."""
     checkpoint: Literal["best", "newest"] = "best"
     """Which checkpoint: best (lowest validation loss; the newest where none was evaluated) or newest."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of activations and matrices; None: as the run was trained."""
     name: str | None = None
     """What programs call the model; None: the name of the run directory."""
     host: str | None = None

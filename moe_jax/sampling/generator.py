@@ -47,8 +47,10 @@ class Sample:
 class Generator:
     """A model ready to sample: compiled functions for its shapes, kept from call to call."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, dtype: Dtype | None = None):
+    def __init__(self, config: Config, tokenizer: Tokenizer, dtype: Dtype | None = None, end_token: int | None = None):
         """``config`` of the run; ``dtype`` of activations and matrices, None: the run's.
+
+        ``end_token`` ends a text; None: the end of a document, -1: none does.
 
         Raises UserError for a model that cannot be sampled from.
         """
@@ -61,6 +63,7 @@ class Generator:
         self.config = model = dataclasses.replace(on_this_machine(model), dtype=dtype or model.dtype)
         self.tokenizer = tokenizer
         self._start = document_start(tokenizer)
+        self._end = document_end(tokenizer) if end_token is None else end_token
         # A window starts anywhere in a text, and so does a prompt; other rows have documents from their start.
         self._prefix = [] if config.data.mode == "windows" else [self._start]
         decoder = Decoder(model, tokenizer.vocab_size, unstacked=True)
@@ -70,7 +73,7 @@ class Generator:
         # The state is given up to each call, so that its caches are changed in place.
         self.prefill = jax.jit(functools.partial(prefill, decoder), donate_argnums=1)
         self.decode = jax.jit(
-            functools.partial(decode, decoder, end_token=document_end(tokenizer)),
+            functools.partial(decode, decoder, end_token=self._end),
             donate_argnums=1,
             static_argnames=("num_top", "keep_experts"),
         )
@@ -90,7 +93,7 @@ class Generator:
             raise UserError(
                 f"the prompt must fit the context of {context} tokens, got {len(prompt_ids)}; shorten the prompt"
             )
-        return Text(self.tokenizer, prompt_ids, sample, number)
+        return Text(self.tokenizer, prompt_ids, sample, number, self._end)
 
     def generate(self, variables: Variables, prompt: str, sample: SampleConfig) -> list[Sample]:
         """``sample.num_samples`` continuations of ``prompt``, or texts from nothing where it is empty.

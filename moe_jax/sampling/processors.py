@@ -42,7 +42,14 @@ def keep_top_p(logits_V: Array, top_p: Array) -> Array:
     The most likely token is always kept; 1 keeps all.
     """
     key_V, probs_V = _ordered(logits_V), jax.nn.softmax(logits_V)
-    limit = _largest(lambda limit: jnp.sum(jnp.where(key_V >= limit, probs_V, 0.0)) >= top_p)
+    # The smaller of the two sums is the more exact one: of what is kept, or of what is not.
+    counts_kept = top_p < 0.5
+
+    def reaches(limit: Array) -> Array:
+        total = jnp.sum(jnp.where((key_V >= limit) == counts_kept, probs_V, 0.0))
+        return jnp.where(counts_kept, total >= top_p, total <= 1 - top_p)
+
+    limit = _largest(reaches)
     above_V, tied_V = key_V > limit, key_V == limit
     missing = top_p - jnp.sum(jnp.where(above_V, probs_V, 0.0))
     prob = jnp.max(jnp.where(tied_V, probs_V, 0.0))

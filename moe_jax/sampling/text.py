@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.config import SampleConfig
-from moe_jax.data.tokenizer import Tokenizer, document_end
+from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.sampling.text_stream import StopStream, TextStream
 
 
@@ -23,7 +23,9 @@ class DrawnRow(NamedTuple):
 class Text:
     """A prompt and what has been drawn after it. It ends at the end of a document, at a stop, or at its length."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], sample: SampleConfig, number: int):
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], sample: SampleConfig, number: int, end_token: int
+    ):
         """``number`` says which sample of its prompt it is."""
         self.prompt_ids = list(prompt_ids)
         self.sample = sample
@@ -38,7 +40,7 @@ class Text:
         """[MoE layers, E] bool for each token, where the batch tells."""
         self.finish_reason: str | None = None
         """None while the text goes on; "stop": the end of a document, or a stop; "length": max_new_tokens."""
-        self._ends = {document_end(tokenizer), *sample.stop_tokens}
+        self._ends = {end_token, *sample.stop_tokens}
         self._text, self._shown = TextStream(tokenizer), StopStream(sample.stop)
         self._pieces: list[str] = []
 

@@ -92,7 +92,7 @@ class Interrupted:
     config = CONFIG
 
     def begin(self, prompt, sample):
-        return Text(TOKENIZER, TOKENIZER.encode(prompt).tolist(), sample, 0)
+        return Text(TOKENIZER, TOKENIZER.encode(prompt).tolist(), sample, 0, -1)
 
     def stream(self, variables, text, keep_experts):
         yield "one "

@@ -22,7 +22,7 @@ from moe_jax.sampling.generator import load_generator
 from moe_jax.sampling.server.app import LOOPBACK, Service, build_app
 from moe_jax.sampling.server.connection import Connection
 from moe_jax.sampling.server.requests import Limits
-from moe_jax.sampling.server.worker import Worker, WorkerDied
+from moe_jax.sampling.server.worker import Worker
 
 KEY_VARIABLE = "MOE_JAX_API_KEY"
 MAX_CONNECTIONS = 1000
@@ -41,7 +41,7 @@ def serve(run: RunDirectory, arguments: ServerCommand) -> None:
         print(f"warning: {what}; give --api-key-file, or {KEY_VARIABLE} in the environment", file=sys.stderr)
     if run.load_config().train.compile_cache:
         enable_compile_cache()
-    generator, variables = load_generator(run, arguments.checkpoint)
+    generator, variables = load_generator(run, arguments.checkpoint, arguments.dtype)
     limits = Limits(
         model=arguments.name or run.path.resolve().name,
         vocab_size=generator.tokenizer.vocab_size,
@@ -50,10 +50,7 @@ def serve(run: RunDirectory, arguments: ServerCommand) -> None:
         max_texts=arguments.max_queue,
     )
     worker = Worker(generator, variables, batch_sizes(arguments.max_batch), arguments.max_queue)
-    try:
-        worker.start()
-    except WorkerDied:
-        raise EnvironmentFault("the model could not be made ready; see above") from None
+    worker.start()
     service = Service(generator, worker, limits, arguments.max_body_bytes, api_key)
     server = Server(service, allowed_hosts=None if arguments.host else LOOPBACK)
     shown = f"[{host}]" if ":" in host else host

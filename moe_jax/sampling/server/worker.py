@@ -80,7 +80,7 @@ class Worker:
 
     def __init__(self, generator: Generator, variables: Variables, sizes: Sequence[int], max_queue: int):
         """``sizes`` are the batch sizes to compile; ``max_queue`` texts may wait for a place."""
-        self._make_batch = lambda: Batch(generator, variables, sizes, num_top=NUM_TOP)
+        self._batch = Batch(generator, variables, sizes, num_top=NUM_TOP)
         self.max_queue = max_queue
         self._condition = threading.Condition()
         # Shared between the threads, under the condition.
@@ -88,16 +88,18 @@ class Worker:
         self._running: dict[Ticket, None] = {}
         self._leaving: list[Ticket] = []
         self._is_stopping = False
-        self._has_died = False
-        self._ready = threading.Event()
+        self.is_ready = False
+        """False before the start, and once no more texts are made."""
         self._thread = threading.Thread(target=self._live, name="worker", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread and returns once everything is compiled. Raises WorkerDied."""
+        """Compiles everything, in the thread that calls, and starts the worker's, to which the batch belongs then.
+
+        A process that is ended while another thread compiles would be aborted.
+        """
+        self._batch.warm_up()
+        self.is_ready = True
         self._thread.start()
-        self._ready.wait()
-        if self._has_died:
-            raise WorkerDied
 
     def stop(self) -> None:
         """Ends the thread once its texts are done."""
@@ -105,10 +107,6 @@ class Worker:
             self._is_stopping = True
             self._condition.notify()
         self._thread.join()
-
-    @property
-    def is_ready(self) -> bool:
-        return self._ready.is_set() and not self._has_died
 
     @property
     def queue_length(self) -> int:
@@ -144,10 +142,7 @@ class Worker:
 
     def _live(self) -> None:
         try:
-            batch = self._make_batch()
-            batch.warm_up()
-            self._ready.set()
-            while self._take_turn(batch):
+            while self._take_turn(self._batch):
                 continue
         finally:
             # Of an exception Python prints the traceback; the requests are told here, and /healthz.
@@ -195,10 +190,9 @@ class Worker:
     def _end(self) -> None:
         """No more texts are made: fails those that are not done."""
         with self._condition:
-            self._has_died = True
+            self.is_ready = False
             left = [*self._running, *self._waiting]
             self._running.clear()
             self._waiting.clear()
         for ticket in left:
             ticket.call.loop.call_soon_threadsafe(ticket.call.fail)
-        self._ready.set()

@@ -1,0 +1,196 @@
+"""The cached way of a text, past the context too, against forwards without a cache: logits at every position."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import MoEConfig, SampleConfig
+from moe_jax.model import decoder as decoder_module
+from moe_jax.model.decoder import forward
+from moe_jax.sampling.batch import Batch
+from tests.sampling.tiny import CONFIG, make
+
+M = 8
+PROMPTS = ([3], [5, 1, 4, 2, 6], [7, 7, 2, 1, 3, 4, 6, 5])
+END = 3 * M + len(PROMPTS[-1])
+"""Three windows after the longest prompt."""
+
+GQA = {"num_heads": 4, "num_kv_heads": 2}
+MQA = {"num_heads": 4, "num_kv_heads": 1, "embed_dim": 32}
+GPT = {"use_bias": True, "norm": "layernorm", "activation": "gelu", "tie_embeddings": True}
+BIASED = {"moe": MoEConfig(4, 2, 8, router="sigmoid_bias", num_shared_experts=1, first_dense=1)}
+
+
+def texts_and_logits(generator, variables):
+    """The texts of PROMPTS up to END tokens, drawn token by token in one ragged batch, and the logits before each."""
+    batch = Batch(generator, variables, [4])
+    texts = [
+        generator.begin(ids, SampleConfig(max_new_tokens=END - len(ids), temperature=1.0, top_p=1.0, seed=index))
+        for index, ids in enumerate(PROMPTS)
+    ]
+    # The last joins when the others are under way.
+    batch.admit(texts[:2])
+    found = [[], [], []]
+    for turn in range(END):
+        if turn == 3:
+            batch.admit(texts[2:])
+        for text, rows in zip(texts, found, strict=True):
+            if text in batch.texts:
+                rows.append(np.asarray(batch._state.logits_BV[batch._texts.index(text)]))
+        batch.advance(1)
+    assert all(text.finish_reason == "length" for text in texts)
+    return [text.prompt_ids + text.tokens for text in texts], found
+
+
+def reference_rotary(decoder, variables, texts, monkeypatch):
+    """One forward of each whole text, in which a query sees itself and the M - 1 positions before it."""
+
+    def banded(position_BL, segment_BL=None):
+        distance_BLL = position_BL[:, :, None] - position_BL[:, None, :]
+        return (distance_BLL >= 0) & (distance_BLL < M)
+
+    monkeypatch.setattr(decoder_module, "causal_mask", banded)
+    logits_BLV = jax.jit(lambda tokens_BL: forward(decoder, variables, tokens_BL).logits_BLV)(np.array(texts))
+    return [np.asarray(rows[len(ids) - 1 : -1]) for rows, ids in zip(logits_BLV, PROMPTS, strict=True)]
+
+
+def reference_learned(decoder, variables, texts, monkeypatch):
+    """A forward of the window of each place: the whole text, until it is cut to half a window, and so on."""
+    windows, sizes = [], []
+    for text, ids in zip(texts, PROMPTS, strict=True):
+        start = 0
+        for size in range(len(ids), END):
+            if size - start > M:
+                start = size - M // 2
+            windows.append(text[start:size] + [0] * (M - size + start))
+            sizes.append(size - start)
+    logits_BLV = jax.jit(lambda tokens_BL: forward(decoder, variables, tokens_BL).logits_BLV)(np.array(windows))
+    rows = np.asarray(logits_BLV)[np.arange(len(sizes)), np.array(sizes) - 1]
+    return np.split(rows, np.cumsum([END - len(ids) for ids in PROMPTS])[:-1])
+
+
+REFERENCES = {"rotary": reference_rotary, "learned": reference_learned}
+CASES = [
+    ("rotary", {}),
+    ("rotary", GQA | BIASED | {"qk_norm": True}),
+    ("rotary", MQA | GPT),
+    ("learned", GQA | GPT | {"qk_norm": True}),
+]
+HEADS = ({}, GQA, MQA)
+EVERY = [
+    (positions, heads | extra | {"qk_norm": qk_norm})
+    for positions in REFERENCES
+    for heads in HEADS
+    for extra in ({}, GPT, BIASED)
+    for qk_norm in (False, True)
+]
+
+
+def check(positions, changes, monkeypatch):
+    config = dataclasses.replace(CONFIG, context_length=M, positions=positions, **changes)
+    generator, variables, decoder = make(config, end_token=-1)  # so that all texts get there
+    texts, found = texts_and_logits(generator, variables)
+    expected = REFERENCES[positions](decoder, variables, texts, monkeypatch)
+    for rows, wanted in zip(found, expected, strict=True):
+        assert len(rows) == len(wanted) >= 3 * M
+        np.testing.assert_allclose(rows, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("positions", "changes"), CASES)
+def test_cached_logits_are_those_of_a_forward_three_windows_long(positions, changes, monkeypatch):
+    check(positions, changes, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("positions", "changes"), EVERY)
+def test_cached_logits_in_every_variant(positions, changes, monkeypatch):
+    check(positions, changes, monkeypatch)
+
+
+def test_probabilities_are_the_same_alone_and_beside_fifteen_others(rotary):
+    generator, variables, _ = rotary
+    prompts = [[1 + (index + place) % 8 for place in range(index + 1)] for index in range(16)]
+    settings = SampleConfig(max_new_tokens=20, temperature=1.0, top_p=1.0, seed=5)
+
+    def made(batch, prompts):
+        texts = [generator.begin(ids, settings) for ids in prompts]
+        batch.admit(texts)
+        while batch.texts:
+            batch.advance()
+        return texts
+
+    V = generator.tokenizer.vocab_size
+    together = made(Batch(generator, variables, [16], num_top=V), prompts)
+    alone = Batch(generator, variables, [1], num_top=V)
+    for text, ids in zip(together, prompts, strict=True):
+        (single,) = made(alone, [ids])
+        assert (text.tokens, text.finish_reason) == (single.tokens, single.finish_reason)
+        for both in zip(text.top_logprobs, single.top_logprobs, strict=True):
+            one, other = (np.array([logprob for _, logprob in sorted(each)]) for each in both)
+            np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_a_batch_grows_and_shrinks_and_texts_keep_their_rows(rotary):
+    """Texts come and go at random; each is what it is alone."""
+    generator, variables, _ = rotary
+    random = np.random.default_rng(0)
+    batch, waiting, done, removed = Batch(generator, variables, [1, 2, 4]), [], [], []
+    for index in range(24):
+        sample = SampleConfig(
+            max_new_tokens=int(random.integers(1, 30)),
+            temperature=float(random.choice([0.0, 0.7, 1.0])),
+            top_k=[None, 3][index % 2],
+            repetition_penalty=[1.0, 1.2][index % 3 == 0],
+            seed=index,
+        )
+        waiting.append(generator.begin(random.integers(1, 9, random.integers(1, 17)).tolist(), sample, index % 5))
+    every, sizes = list(waiting), set()
+    while waiting or batch.texts:
+        count = min(batch.num_free, len(waiting), int(random.integers(0, 3)))
+        batch.admit([waiting.pop() for _ in range(count)])
+        batch.advance(int(random.integers(1, 6)))
+        sizes.add(len(batch._texts))
+        if batch.texts and random.random() < 0.1:
+            removed.append(batch.texts[-1])
+            batch.remove(removed[-1])
+    done = [text for text in every if text not in removed]
+    assert sizes == {1, 2, 4}
+    assert removed
+    assert all(text.finish_reason is None for text in removed)
+    single = Batch(generator, variables, [1])
+    for text in done:
+        again = generator.begin(text.prompt_ids, text.sample, text.number)
+        single.admit([again])
+        while single.texts:
+            single.advance()
+        assert (again.tokens, again.finish_reason) == (text.tokens, text.finish_reason)
+        np.testing.assert_allclose(again.logprobs, text.logprobs, atol=1e-4)
+
+
+def test_bfloat16_holds_matrices_in_two_bytes_and_all_else_in_four(rotary):
+    _, variables, _ = rotary
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    generator, small, _ = make(config)
+    kinds = {
+        jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(small.params)
+    }
+    assert {kinds[name] for name in kinds if "router" in name or "norm" in name or "embedding" in name} == {
+        jnp.dtype("float32")
+    }
+    assert {kinds[name] for name in kinds if "attention'" in name or "w_up" in name} == {jnp.dtype("bfloat16")}
+    greedy = SampleConfig(max_new_tokens=12, temperature=0.0)
+    (sample,) = generator.generate(small, "bad", greedy)
+    # Rounding once at the start is what rounding at each use would give.
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), variables)
+    for name in ("embedding", "final_norm"):
+        rounded.params[name] = variables.params[name]
+    for layer in range(2):
+        for name in ("attention_norm", "mlp_norm"):
+            rounded.params[f"layer_{layer}"][name] = variables.params[f"layer_{layer}"][name]
+        rounded.params[f"layer_{layer}"]["moe"]["router"] = variables.params[f"layer_{layer}"]["moe"]["router"]
+    (wide,) = generator.generate(rounded, "bad", greedy)
+    assert wide.tokens == sample.tokens
+    np.testing.assert_array_equal(wide.logprobs, sample.logprobs)
