@@ -39,6 +39,9 @@ def serve(run: RunDirectory, arguments: ServerCommand) -> None:
     if api_key is None and not ipaddress.ip_address(host.split("%")[0]).is_loopback:
         what = f"anyone who reaches {host} may use this server"
         print(f"warning: {what}; give --api-key-file, or {KEY_VARIABLE} in the environment", file=sys.stderr)
+    # There is nothing to finish yet, and a process that ends while it loads or compiles in other threads may crash.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if run.load_config().train.compile_cache:
         enable_compile_cache()
     generator, variables = load_generator(run, arguments.checkpoint, arguments.dtype)
@@ -52,17 +55,17 @@ def serve(run: RunDirectory, arguments: ServerCommand) -> None:
     worker = Worker(generator, variables, batch_sizes(arguments.max_batch), arguments.max_queue)
     worker.start()
     service = Service(generator, worker, limits, arguments.max_body_bytes, api_key)
-    server = Server(service, allowed_hosts=None if arguments.host else LOOPBACK)
     shown = f"[{host}]" if ":" in host else host
-    print(f"serving {run.path} as {limits.model} at http://{shown}:{port}", flush=True)
-    server.run(sockets=[listener])
+    greeting = f"serving {run.path} as {limits.model} at http://{shown}:{port}"
+    Server(service, None if arguments.host else LOOPBACK, greeting).run(sockets=[listener])
     worker.stop()
 
 
 class Server(uvicorn.Server):
     """uvicorn, which at the first signal accepts nothing more and finishes what it has begun; a second one kills."""
 
-    def __init__(self, service: Service, allowed_hosts: tuple[str, ...] | None):
+    def __init__(self, service: Service, allowed_hosts: tuple[str, ...] | None, greeting: str = ""):
+        """``greeting`` is printed once connections are taken and signals heard."""
         config = uvicorn.Config(
             build_app(service, allowed_hosts),
             http=Connection,
@@ -78,7 +81,12 @@ class Server(uvicorn.Server):
             timeout_keep_alive=_IDLE_SECONDS,
         )
         super().__init__(config)
-        self._service = service
+        self._service, self._greeting = service, greeting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._greeting:
+            print(self._greeting, flush=True)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -93,10 +93,7 @@ class Worker:
         self._thread = threading.Thread(target=self._live, name="worker", daemon=True)
 
     def start(self) -> None:
-        """Compiles everything, in the thread that calls, and starts the worker's, to which the batch belongs then.
-
-        A process that is ended while another thread compiles would be aborted.
-        """
+        """Compiles everything, in the thread that calls, and starts the worker's, to which the batch belongs then."""
         self._batch.warm_up()
         self.is_ready = True
         self._thread.start()

@@ -136,6 +136,24 @@ def test_on_all_addresses_it_warns_and_a_second_signal_ends_it_at_once(home):
         stream.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_starts_ends_it_at_once(home, number):
+    with subprocess.Popen(
+        arguments_of(("--port", 0)),
+        cwd=home,
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr.readline() == "note: serving runs/tiny, the run that changed last\n"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2)  # it loads or compiles
+        process.send_signal(number)
+        assert process.wait(20) == -number
+        assert (process.stdout.read(), process.stderr.read()) == ("", "")
+
+
 def refused(home, *flags, **variables):
     """(exit code, standard error) of a server that does not start."""
     result = subprocess.run(

@@ -95,7 +95,7 @@ async def soak(server, num_tokens, seed):
 )
 def test_a_soak_loses_no_request_and_no_memory(made, num_tokens, growth):
     with serving(made, sizes=(4, 32), max_queue=30) as server:
-        asyncio.run(soak(server, num_tokens // 5, 0))
+        asyncio.run(soak(server, num_tokens // 8, 0))
         gc.collect()
         before = resident_bytes()
         tally = asyncio.run(soak(server, num_tokens, 1))
