@@ -46,6 +46,9 @@ WITHOUT_JAX = (
     "data/prepare",
     "runs/layout",
     "sampling/prompts",
+    "sampling/server/metrics",
+    "sampling/server/requests",
+    "sampling/server/responses",
 )
 
 
