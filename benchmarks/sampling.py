@@ -1,16 +1,23 @@
-"""How fast are tokens drawn, and in how much memory, with the cache of keys and values and without it?
+"""How fast are prompts read and tokens drawn, how near to the memory's speed, and against a loop in PyTorch?
 
-    python benchmarks/sampling.py [--batch 1 32] [--new-tokens 64] [--workdir runs/moe] [--json]
+    python benchmarks/sampling.py [--batch 1 2 4 8 16 32 64] [--workdir runs/moe] [--dtype bfloat16] [--json]
 
-A new model of the given shape and the dense one of equal active width continue a prompt of half the context, by the
-prefill and the decode loop of the package; or a run's own model does. *Without a cache* is the loop that comes to mind
-first: for each token a full forward pass of the last tokens, at one padded shape, the context, under ``jax.jit``. All
-variants take turns in one process and medians count, of the whole way from prompt to last token. *First token* is the
-time until it is known. *Peak* is the largest resident memory of a process that does nothing else.
+New parameters of makeMoE's shape, or a run's own, continue prompts of half the context by the package's prefill and
+decode, at temperature 0.8 and top-p 0.95. All parts take turns in one process and medians count.
+
+*Bound*: to draw a token for each of B texts, the matrices that every token passes, those of the experts that B tokens
+choose where all are equally likely, and the cache have to be read once. So many bytes are streamed in the same turns
+(a sum over them), and the share is the streaming's seconds over the decode step's.
+
+*PyTorch*: where torch is installed, the same parameters in the loop that comes to mind first: for each token a full
+forward pass of the last ones, temperature alone (``torch_decoder.py``). Its logits are compared with ours before.
+
+*Peak* is the largest resident memory of a process that does nothing else.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import multiprocessing
 import resource
@@ -24,240 +31,238 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from moe_jax.command import UserError, run
-from moe_jax.config import Config, ModelConfig, MoEConfig
+from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.validation import validate
 
-SHAPE = ("layers", "width", "heads", "experts", "top_k", "expert_width", "context", "vocab_size")
+SHAPE = ("layers", "width", "heads", "experts", "top_k", "expert_width", "context")
 MB = 1e6
+SAMPLE = SampleConfig(temperature=0.8, top_p=0.95)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    model: str
-    """Its name in the table."""
-    config: ModelConfig
-    vocab_size: int | None
-    """None: as the tokenizer of the run."""
+    config: Config
     workdir: str | None
     """Of a trained run; None: new parameters."""
     batch: int
-    prompt_tokens: int
     new_tokens: int
+    dtype: Any
+
+    @property
+    def prompt_tokens(self) -> int:
+        return max(1, self.config.model.context_length // 2)
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
-    """Each model with each batch. Raises UserError for a shape that cannot be."""
+    """One a batch. Raises UserError for a shape that cannot be."""
     if arguments.workdir:
-        models = {arguments.workdir: RunDirectory(Path(arguments.workdir)).load_config().model}
+        config = RunDirectory(Path(arguments.workdir)).load_config()
     else:
         moe = MoEConfig(arguments.experts, arguments.top_k, arguments.expert_width)
-        sparse = ModelConfig(
+        model = ModelConfig(
             num_layers=arguments.layers,
             embed_dim=arguments.width,
             num_heads=arguments.heads,
             context_length=arguments.context,
+            activation=arguments.activation,
             moe=moe,
         )
-        dense = dataclasses.replace(sparse, moe=dataclasses.replace(moe, num_experts=0))
-        name = f"{arguments.experts} experts of {arguments.expert_width}, top-{arguments.top_k}"
-        models = {name: sparse, f"dense of {arguments.top_k * arguments.expert_width}": dense}
-    found = []
-    for name, model in models.items():
-        validate(Config(model=model))
-        prompt = max(1, model.context_length // 2)
-        if model.positions == "learned" and prompt + arguments.new_tokens > model.context_length + 1:
-            raise UserError(
-                f"--new-tokens must be at most {model.context_length + 1 - prompt} with learned positions and a "
-                f"context of {model.context_length}, got {arguments.new_tokens}; lower it"
-            )
-        vocab_size = None if arguments.workdir else arguments.vocab_size
-        for batch in arguments.batch:
-            found.append(Case(name, model, vocab_size, arguments.workdir, batch, prompt, arguments.new_tokens))
-    return found
+        config = validate(Config(model=model))
+    return [Case(config, arguments.workdir, batch, arguments.new_tokens, arguments.dtype) for batch in arguments.batch]
 
 
 def model_of(case: Case) -> tuple[Any, Any]:
-    """(unstacked decoder, its variables)."""
+    """(generator whose texts have no end but their length, its variables)."""
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
 
-    from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias, unstack
-    from moe_jax.sampling.generator import load_generator
+    from moe_jax.data.tokenizer import build_tokenizer, load_tokenizer
+    from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
+    from moe_jax.sampling.generator import Generator, load_variables
 
     if case.workdir:
-        generator, variables = load_generator(RunDirectory(Path(case.workdir)), "best")
-        decoder = Decoder(generator.config, generator.tokenizer.vocab_size, unstacked=True)
-        return decoder, jax.jit(lambda variables: unstack(variables, generator.config))(variables)
-    assert case.vocab_size is not None
-    decoder = Decoder(case.config, case.vocab_size, unstacked=True)
+        directory = RunDirectory(Path(case.workdir))
+        generator = Generator(case.config, load_tokenizer(directory.tokenizer), case.dtype, end_token=-1)
+        return generator, generator.prepare(load_variables(directory, "best"))
+    # 65 characters, as in Tiny Shakespeare.
+    generator = Generator(
+        case.config, build_tokenizer("char", [bytes(range(48, 113)).decode()]), case.dtype, end_token=-1
+    )
+    decoder = Decoder(generator.config, generator.tokenizer.vocab_size)
     params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    return decoder, Variables(nn.unbox(params), initial_expert_bias(case.config))
+    return generator, generator.prepare(Variables(nn.unbox(params), initial_expert_bias(case.config.model)))
 
 
-Draw = Callable[[int], None]
-"""Draws so many tokens after the prompt."""
-
-
-def with_cache(case: Case, decoder: Any, variables: Any) -> Draw:
-    """The package's own way, in the chunks in which a text is streamed."""
-    import functools
-
-    import jax
-    import jax.numpy as jnp
+def prompts_of(case: Case, vocab_size: int) -> Any:
+    """[B, prompt tokens]."""
     import numpy as np
 
-    from moe_jax.sampling.decode import CHUNK, decode, prefill
-
-    first = jax.jit(functools.partial(prefill, decoder))
-    # No token is the end, so that every run draws all.
-    more = jax.jit(functools.partial(decode, decoder, end_token=-1), donate_argnames="state")
-    prompt_BL, rows, settings = arguments_of(case, decoder)
-
-    def draw(num_tokens: int) -> None:
-        state = first(variables, prompt_BL, rows)
-        index = 0
-        while index < num_tokens:
-            index = min(num_tokens, index + CHUNK) if index else 1
-            drawn, state = more(variables, state, rows, settings, jnp.asarray(index, jnp.int32))
-            np.asarray(drawn.tokens_BS)
-
-    return draw
+    return np.random.default_rng(0).integers(0, vocab_size, (case.batch, case.prompt_tokens))
 
 
-def without_cache(case: Case, decoder: Any, variables: Any) -> Draw:
-    """A full forward pass of the last tokens for each new one."""
+def parts_of(case: Case, generator: Any, variables: Any) -> dict[str, Callable[[], float]]:
+    """Functions that each take one part's turn and return its seconds."""
     import jax
     import jax.numpy as jnp
 
-    from moe_jax.model.decoder import forward
-    from moe_jax.sampling.decode import draw as draw_token
+    from moe_jax.sampling.batch import Batch
 
-    M = decoder.config.context_length
-    prompt_BL, rows, settings = arguments_of(case, decoder)
-    length = rows.prompt_length_B[0]
+    prompt_BL = prompts_of(case, generator.tokenizer.vocab_size)
+    sample = dataclasses.replace(SAMPLE, max_new_tokens=case.new_tokens)
+    buffer = jnp.ones(int(bytes_of_step(case, generator, variables) / 4), jnp.float32)
+    stream = jax.jit(jnp.sum)
+    batch = Batch(generator, variables, [case.batch])
 
-    @jax.jit
-    def step(variables: Any, window_BM: Any, count: Any) -> Any:
-        logits_BMV = forward(decoder, variables, window_BM).logits_BLV
-        logits_BV = jnp.take(logits_BMV, jnp.minimum(count, M) - 1, axis=1)
-        token_B = draw_token(logits_BV, settings, rows.sample_B, jnp.full(case.batch, count))
-        # In a full window the oldest token gives way.
-        moved_BM = jnp.where(count < M, window_BM, jnp.roll(window_BM, -1, axis=1))
-        return jax.lax.dynamic_update_index_in_dim(moved_BM, token_B, jnp.minimum(count, M - 1), axis=1)
+    def prefill() -> float:
+        texts = [generator.begin(ids.tolist(), sample, number) for number, ids in enumerate(prompt_BL)]
+        start = time.perf_counter()
+        batch.admit(texts)
+        jax.block_until_ready(batch.state)
+        return time.perf_counter() - start
 
-    def draw(num_tokens: int) -> None:
-        window_BM = jnp.pad(prompt_BL, ((0, 0), (0, M - prompt_BL.shape[1])))
-        for index in range(num_tokens):
-            window_BM = step(variables, window_BM, length + index)
-        window_BM.block_until_ready()
+    def decode() -> float:
+        start = time.perf_counter()
+        while batch.texts:
+            batch.advance()
+        return time.perf_counter() - start
 
-    return draw
+    def streaming() -> float:
+        start = time.perf_counter()
+        for _ in range(20):
+            stream(buffer).block_until_ready()
+        return (time.perf_counter() - start) / 20
+
+    return {"prefill": prefill, "decode": decode, "stream": streaming}
 
 
-def arguments_of(case: Case, decoder: Any) -> tuple[Any, Any, Any]:
-    """(prompts [B, L], rows, settings of the draw)."""
+def bytes_of_step(case: Case, generator: Any, variables: Any) -> float:
+    """Bytes that one token for each text has to read."""
     import jax
-    import jax.numpy as jnp
 
-    from moe_jax.sampling.decode import Rows, Settings
+    from moe_jax.model.unstacked import init_caches
 
-    shape = (case.batch, case.prompt_tokens)
-    prompt_BL = jax.random.randint(jax.random.key(1), shape, 0, decoder.vocab_size, jnp.int32)
-    settings = Settings(
-        seed=jnp.zeros((), jnp.uint32),
-        temperature=jnp.asarray(0.8, jnp.float32),
-        top_k=jnp.asarray(decoder.vocab_size, jnp.int32),
-        top_p=jnp.asarray(0.95, jnp.float32),
-        min_p=jnp.asarray(0.0, jnp.float32),
-        repetition_penalty=jnp.asarray(1.0, jnp.float32),
-        is_greedy=False,
-        has_penalty=False,
-    )
-    rows = Rows(
-        prompt_length_B=jnp.full(case.batch, case.prompt_tokens, jnp.int32),
-        sample_B=jnp.arange(case.batch, dtype=jnp.int32),
-        num_tokens_B=jnp.full(case.batch, 2**30, jnp.int32),
-    )
-    return prompt_BL, rows, settings
+    moe = generator.config.moe
+    # The mean number of experts that B tokens choose, of K each and all equally likely.
+    share = 1 - (1 - moe.top_k / moe.num_experts) ** case.batch if moe.num_experts else 1.0
+    total = 0.0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables.params):
+        name = jax.tree_util.keystr(path)
+        if "'positions'" in name or ("embedding" in name and not generator.config.tie_embeddings):
+            continue  # a row for each text
+        routed = "'moe'" in name and "'shared'" not in name and "router" not in name
+        total += leaf.nbytes * (share if routed else 1.0)
+    caches = jax.eval_shape(lambda: init_caches(generator.config, case.batch, generator.config.context_length))
+    return total + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
 
 
-WAYS = {"with": with_cache, "without": without_cache}
+def with_torch(case: Case, generator: Any, variables: Any, num_tokens: int) -> Callable[[], float] | None:
+    """The PyTorch loop's turn, or None where torch is missing or the model is one that it does not have."""
+    if not importlib.util.find_spec("torch"):
+        return None
+    import jax
+    import numpy as np
+
+    from moe_jax.model.decoder import Decoder, forward
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    torch_decoder = importlib.import_module("torch_decoder")
+    if not torch_decoder.is_of_this_kind(generator.config):
+        return None
+    prompt_BL = prompts_of(case, generator.tokenizer.vocab_size)
+    decoder = Decoder(generator.config, generator.tokenizer.vocab_size, unstacked=True)
+    logits_BLV = np.asarray(jax.jit(lambda ids: forward(decoder, variables, ids).logits_BLV)(prompt_BL))
+    draw = torch_decoder.loop(generator.config, variables.params, prompt_BL, logits_BLV, SAMPLE.temperature)
+
+    def turn() -> float:
+        start = time.perf_counter()
+        draw(num_tokens)
+        return time.perf_counter() - start
+
+    return turn
 
 
-def peak_bytes(case: Case | None, way: str) -> int:
+def peak_bytes(case: Case | None) -> int:
     """The largest resident memory of this process once it has drawn a text; without a case, once jax has started."""
     import jax
 
     if case is None:
         jax.numpy.zeros(1).block_until_ready()
     else:
-        WAYS[way](case, *model_of(case))(case.new_tokens)
+        parts = parts_of(case, *model_of(case))
+        parts["prefill"](), parts["decode"]()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def peaks(chosen: list[Case]) -> tuple[int, list[dict[str, int]]]:
-    """(bytes of Python and jax alone, peak bytes of each case by way), each from a process of its own.
+def peaks(chosen: list[Case]) -> tuple[int, list[int]]:
+    """(bytes of Python and jax alone, peak bytes of each case), each from a process of its own.
 
     To be called while this process is small: on Linux a new process starts with its parent's size as its peak.
     """
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(1, maxtasksperchild=1) as pool:
-        alone = pool.apply(peak_bytes, (None, ""))
-        return alone, [{way: pool.apply(peak_bytes, (case, way)) for way in WAYS} for case in chosen]
+        return pool.apply(peak_bytes, (None,)), [pool.apply(peak_bytes, (case,)) for case in chosen]
 
 
-def seconds(chosen: list[Case], rounds: int) -> list[dict[str, Any]]:
-    """Of each case the medians of its ways and of the first token, and the bytes of its parameters and cache."""
-    import jax
+def measure(chosen: list[Case], rounds: int, torch_tokens: int) -> list[dict[str, float]]:
+    """The median seconds of each part of each case, and the bytes that its step reads."""
+    generator, variables = model_of(chosen[0])
+    parts = [parts_of(case, generator, variables) for case in chosen]
+    for case, each in zip(chosen, parts, strict=True):
+        turn = with_torch(case, generator, variables, torch_tokens) if torch_tokens else None
+        if turn is not None:
+            each["torch"] = turn
+    taken: list[dict[str, list[float]]] = [{name: [] for name in each} for each in parts]
+    for turn_number in range(rounds + 1):  # the first compiles
+        for times, each in zip(taken, parts, strict=True):
+            for name, part in each.items():
+                seconds = part()
+                if turn_number:
+                    times[name].append(seconds)
+    read = [bytes_of_step(case, generator, variables) for case in chosen]
+    return [
+        {name: statistics.median(each) for name, each in times.items()} | {"bytes": size}
+        for times, size in zip(taken, read, strict=True)
+    ]
 
-    from moe_jax.model.decoder import init_caches
 
-    found, draws = [], []
-    for case in chosen:
-        decoder, variables = model_of(case)
-        caches = jax.eval_shape(
-            lambda case=case, config=decoder.config: init_caches(config, case.batch, config.context_length)
-        )
-        sizes = [
-            sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) for tree in (variables, caches)
-        ]
-        found.append({"parameters": sizes[0], "cache": sizes[1]})
-        ways = {way: (make(case, decoder, variables), case.new_tokens) for way, make in WAYS.items()}
-        draws.append({**ways, "first": (ways["with"][0], 1)})
-    taken: list[dict[str, list[float]]] = [{name: [] for name in each} for each in draws]
-    for turn in range(rounds + 1):  # the first compiles
-        for times, each in zip(taken, draws, strict=True):
-            for name, (draw, num_tokens) in each.items():
-                start = time.perf_counter()
-                draw(num_tokens)
-                if turn:
-                    times[name].append(time.perf_counter() - start)
-    medians = [{name: statistics.median(each) for name, each in times.items()} for times in taken]
-    return [sizes | times for sizes, times in zip(found, medians, strict=True)]
+def row_of(case: Case, seconds: dict[str, float], peak: int, torch_tokens: int) -> dict[str, Any]:
+    step = seconds["decode"] / case.new_tokens
+    torch_step = seconds["torch"] / torch_tokens if "torch" in seconds else None
+    return {
+        "batch": case.batch,
+        "prefill_tokens_per_second": round(case.batch * case.prompt_tokens / seconds["prefill"]),
+        "decode_tokens_per_second": round(case.batch / step),
+        "bound_tokens_per_second": round(case.batch / seconds["stream"]),
+        "share_of_bound": round(seconds["stream"] / step, 2),
+        "bytes_mb": round(seconds["bytes"] / MB, 1),
+        "stream_gb_per_second": round(seconds["bytes"] / seconds["stream"] / 1e9, 1),
+        "torch_tokens_per_second": round(case.batch / torch_step) if torch_step else None,
+        "ratio_to_torch": round(torch_step / step, 1) if torch_step else None,
+        "peak_mb": round(peak / MB),
+    }
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    for name, default in zip(SHAPE, (8, 128, 8, 8, 2, 512, 32, 2048), strict=True):
+    for name, default in zip(SHAPE, (8, 128, 8, 8, 2, 512, 32), strict=True):
         parser.add_argument("--" + name.replace("_", "-"), type=int, default=default)
+    parser.add_argument("--activation", default="relu", choices=["relu", "gelu", "swiglu"])
     parser.add_argument("--workdir", help="a trained run, whose shape and parameters are taken")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 32], help="texts at a time")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of every variant")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the model's")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64], help="texts at a time")
+    parser.add_argument("--new-tokens", type=int, default=256)
+    parser.add_argument("--torch-tokens", type=int, default=64, help="tokens of the PyTorch loop a turn; 0: none")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every part")
     parser.add_argument("--json", action="store_true", help="one object a line instead of a table")
     arguments = parser.parse_args()
-    for name, value in (
-        ("--batch", min(arguments.batch)),
-        ("--new-tokens", arguments.new_tokens),
-        ("--rounds", arguments.rounds),
-        ("--vocab-size", arguments.vocab_size),
-    ):
-        if value < 1:
-            raise UserError(f"{name} must be positive, got {value}; raise it")
-    changed = [name for name in SHAPE if getattr(arguments, name) != parser.get_default(name)]
+    for name in ("batch", "new_tokens", "rounds"):
+        value = getattr(arguments, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}; raise it")
+    changed = [name for name in (*SHAPE, "activation") if getattr(arguments, name) != parser.get_default(name)]
     if arguments.workdir and changed:
         flag = "--" + changed[0].replace("_", "-")
         raise UserError(f"--workdir takes the shape of its run, got {flag} too; leave one of them out")
@@ -268,34 +273,22 @@ def main() -> None:
     arguments = parse()
     chosen = cases(arguments)
     alone, peak = peaks(chosen)
-    rows = []
-    for case, by_way, times in zip(chosen, peak, seconds(chosen, arguments.rounds), strict=True):
-        tokens = case.batch * case.new_tokens
-        rows.append(
-            {
-                "model": case.model,
-                "batch": case.batch,
-                "tokens_per_second": round(tokens / times["with"]),
-                "without_cache": round(tokens / times["without"]),
-                "ratio": round(times["without"] / times["with"], 1),
-                "first_token_ms": round(1000 * times["first"], 1),
-                "parameters_mb": round(times["parameters"] / MB, 1),
-                "cache_mb": round(times["cache"] / MB, 2),
-                "peak_mb": round(by_way["with"] / MB),
-                "peak_without_cache_mb": round(by_way["without"] / MB),
-            }
-        )
+    measured = measure(chosen, arguments.rounds, arguments.torch_tokens)
+    rows = [
+        row_of(case, seconds, size, arguments.torch_tokens)
+        for case, seconds, size in zip(chosen, measured, peak, strict=True)
+    ]
     if arguments.json:
         print("\n".join(json.dumps(row) for row in rows))
         return
-    case, model = chosen[0], chosen[0].config
+    case, model = chosen[0], chosen[0].config.model
     print(f"{model.num_layers} layers of width {model.embed_dim}, context {model.context_length}; ", end="")
     print(f"{case.new_tokens} new tokens after {case.prompt_tokens}; Python and jax alone: {alone / MB:.0f} MB\n")
-    columns = ("model", "batch", "new tokens/s", "without a cache", "ratio", "first token, ms", "parameters, MB")
-    print("| " + " | ".join((*columns, "cache, MB", "peak, MB", "peak without a cache, MB")) + " |")
+    columns = ("batch", "prefill tokens/s", "decode tokens/s", "bound", "share", "MB a step", "GB/s streamed")
+    print("| " + " | ".join((*columns, "PyTorch tokens/s", "ratio", "peak, MB")) + " |")
     print("|" + "---|" * len(rows[0]))
     for row in rows:
-        print("| " + " | ".join(str(value) for value in row.values()) + " |")
+        print("| " + " | ".join("" if value is None else str(value) for value in row.values()) + " |")
 
 
 if __name__ == "__main__":

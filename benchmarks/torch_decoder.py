@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
-from torch.nn import functional
+import torch  # pyrefly: ignore[missing-import]
+from torch.nn import functional  # pyrefly: ignore[missing-import]
 
 from moe_jax.config import ModelConfig
 
@@ -29,7 +29,8 @@ def logits_of(config: ModelConfig, weights: Weights, tokens_BL: torch.Tensor) ->
         block = weights[f"layer_{layer}"]
         x_BLD = x_BLD + _attention(config, block["attention"], _norm(x_BLD, block["attention_norm"]))
         x_BLD = x_BLD + _experts(config, block["moe"], _norm(x_BLD, block["mlp_norm"]))
-    return _norm(x_BLD, weights["final_norm"]) @ weights["output"]
+    output_DV = weights["embedding"].T if config.tie_embeddings else weights["output"]
+    return _norm(x_BLD, weights["final_norm"]) @ output_DV
 
 
 def continue_texts(
@@ -82,7 +83,26 @@ def _experts(config: ModelConfig, weights: Weights, x_BLD: torch.Tensor) -> torc
     return y_TD.view(x_BLD.shape)
 
 
-def loop(config: ModelConfig, params: Any, prompt_BL: np.ndarray, temperature: float) -> Callable[[int], None]:
-    """A function that draws so many tokens after ``prompt_BL``."""
+def is_of_this_kind(config: ModelConfig) -> bool:
+    """Whether ``logits_of`` is for such a model."""
+    return (
+        config.activation == "relu"
+        and (config.positions, config.norm, config.moe.router) == ("rotary", "rmsnorm", "top_k")
+        and config.moe.num_experts > 0
+        and config.num_kv_heads in (None, config.num_heads)
+        and not (config.qk_norm or config.use_bias or config.moe.num_shared_experts)
+        and (config.moe.every, config.moe.first_dense, config.dtype) == (1, 0, "float32")
+    )
+
+
+def loop(
+    config: ModelConfig, params: Any, prompt_BL: np.ndarray, logits_BLV: np.ndarray, temperature: float
+) -> Callable[[int], None]:
+    """A function that draws so many tokens after ``prompt_BL``, whose logits must be ``logits_BLV``."""
     weights, prompt = as_tensors(params), torch.from_numpy(prompt_BL.astype(np.int64))
-    return lambda num_tokens: continue_texts(config, weights, prompt, num_tokens, temperature) and None
+    np.testing.assert_allclose(logits_of(config, weights, prompt).numpy(), logits_BLV, atol=1e-4)
+
+    def draw(num_tokens: int) -> None:
+        continue_texts(config, weights, prompt, num_tokens, temperature)
+
+    return draw

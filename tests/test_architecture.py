@@ -141,6 +141,11 @@ def test_what_runs_before_jax_does_not_import_it(part):
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
+def test_sampling_does_not_wait_for_the_loader_of_training_data():
+    program = "import sys, moe_jax.sampling.front_end, moe_jax.sampling.model; assert 'grain' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 def fields_of(section: type) -> Iterator[tuple[str, str]]:
     """(class, field) of each setting of ``section`` and of the sections in it."""
     for name, hint in typing.get_type_hints(section).items():

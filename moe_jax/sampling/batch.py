@@ -44,7 +44,7 @@ class Batch:
         self._texts: list[Text | None] = [None] * self._sizes[0]
         self._window_starts = np.zeros(self._sizes[0], np.int64)
         """Of each row, the place in its text of the model's position 0."""
-        self._state: DecodeState = generator.empty_state(self._sizes[0])
+        self.state: DecodeState = generator.empty_state(self._sizes[0])
         self._rows: Rows | None = None
 
     @property
@@ -78,8 +78,8 @@ class Batch:
             self._rows = _rows(self._texts, self._generator.tokenizer.vocab_size)
         index_B = np.array([_length(text) if text else 0 for text in self._texts], np.int32)
         left_B = np.array([text.num_left if text else 0 for text in self._texts], np.int32)
-        drawn, self._state = self._generator.decode(
-            self._variables, self._state, self._rows, index_B, left_B, np.int32(steps), **self._told
+        drawn, self.state = self._generator.decode(
+            self._variables, self.state, self._rows, index_B, left_B, np.int32(steps), **self._told
         )
         drawn = jax.device_get(drawn)
         for row, text in enumerate(self._texts):
@@ -98,9 +98,9 @@ class Batch:
         """Compiles what texts of any length and number need, one prompt read at a time, before the first one comes."""
         for size in self._sizes:
             self._resize(size)
-            _, self._state = self._generator.decode(
+            _, self.state = self._generator.decode(
                 self._variables,
-                self._state,
+                self.state,
                 _rows(self._texts, self._generator.tokenizer.vocab_size),
                 np.zeros(size, np.int32),
                 np.zeros(size, np.int32),
@@ -153,7 +153,7 @@ class Batch:
         for index, (row, tokens, is_new) in enumerate(chosen):
             text_PL[index, : len(tokens)] = tokens
             length_P[index], row_P[index], is_new_P[index] = len(tokens), row, is_new
-        self._state = self._generator.prefill(self._variables, self._state, text_PL, length_P, row_P, is_new_P)
+        self.state = self._generator.prefill(self._variables, self.state, text_PL, length_P, row_P, is_new_P)
 
     def _resize(self, num_texts: int) -> None:
         """Gives the batch the least size that holds so many texts, a size after the other."""
@@ -163,7 +163,7 @@ class Batch:
             new_size = self._sizes[here + 1 if wanted > here else here - 1]
             order = sorted(range(size), key=lambda row: self._texts[row] is None)[:new_size]
             row_B = np.array(order + [0] * (new_size - len(order)), np.int32)
-            self._state = self._generator.take_rows(self._state, row_B)
+            self.state = self._generator.take_rows(self.state, row_B)
             self._texts = [self._texts[row] for row in order] + [None] * (new_size - len(order))
             self._window_starts = self._window_starts[row_B]
             self._rows = None

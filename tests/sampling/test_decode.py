@@ -39,7 +39,7 @@ def texts_and_logits(generator, variables):
             batch.admit(texts[2:])
         for text, rows in zip(texts, found, strict=True):
             if text in batch.texts:
-                rows.append(np.asarray(batch._state.logits_BV[batch._texts.index(text)]))
+                rows.append(np.asarray(batch.state.logits_BV[batch._texts.index(text)]))
         batch.advance(1)
     assert all(text.finish_reason == "length" for text in texts)
     return [text.prompt_ids + text.tokens for text in texts], found
