@@ -17,14 +17,17 @@ from tests.sampling.tiny import CONFIG, TOKENIZER
 END = document_end(TOKENIZER)
 
 
-def naive_greedy(decoder, variables, prompt, count):
-    """Full forwards of the growing text, without a cache."""
+def naive_greedy(decoder, variables, prompt, count, penalty=1.0):
+    """Full forwards of the growing text, without a cache; tokens in it are penalised."""
     ids = list(prompt)
     run = jax.jit(lambda tokens: forward(decoder, variables, tokens).logits_BLV)
     for _ in range(count):
         padded = np.zeros((1, 16), np.int32)
         padded[0, : len(ids)] = ids
-        ids.append(int(np.argmax(run(padded)[0, len(ids) - 1])))
+        logits = np.array(run(padded)[0, len(ids) - 1])
+        for token in set(ids):
+            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        ids.append(int(np.argmax(logits)))
         if ids[-1] == END:
             break
     return [index for index in ids[len(prompt) :] if index != END]
@@ -42,6 +45,16 @@ def test_greedy_text_equals_a_loop_of_full_forwards(rotary, prompt):
     expected = naive_greedy(decoder, variables, TOKENIZER.encode(prompt), count)
     assert sample.tokens == expected
     assert sample.text == TOKENIZER.decode(expected)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 1.8])
+def test_what_was_drawn_is_penalised_as_the_prompt_is(rotary, penalty):
+    generator, variables, decoder = rotary
+    settings = SampleConfig(temperature=0.0, max_new_tokens=12, repetition_penalty=penalty)
+    tokens = [sample.tokens for sample in generator.generate_all(variables, ["bad", "hg"], settings)]
+    expected = [naive_greedy(decoder, variables, TOKENIZER.encode(prompt), 12, penalty) for prompt in ("bad", "hg")]
+    assert tokens == expected
+    assert tokens[0] != naive_greedy(decoder, variables, TOKENIZER.encode("bad"), 12)
 
 
 def test_from_nothing_starts_at_the_end_of_text_token(rotary):
