@@ -12,11 +12,14 @@ from moe_jax.model.layers import dropout, fold_in, matrix_init, rms_normalise, w
 
 
 class LayerCache(flax.struct.PyTreeNode):
-    """The keys and values of one layer: a ring in which position p lies in slot p mod M, so the last M are kept."""
+    """The keys and values of one layer: a ring in which position p lies in slot p mod M, so the last M are kept.
 
-    key_BMJA: Array
+    Heads stand in front, as the products of ``attend`` read them: nothing is transposed for each token.
+    """
+
+    key_BJMA: Array
     """Rotated already, each by its own position."""
-    value_BMJA: Array
+    value_BJMA: Array
 
 
 def rotate(x_BLHA: Array, position_BL: Array, theta: float) -> Array:
@@ -33,7 +36,7 @@ def rotate(x_BLHA: Array, position_BL: Array, theta: float) -> Array:
 
 
 def attend(
-    query_BLHA: Array, key_BMJA: Array, value_BMJA: Array, mask_BLM: Array, weight_dropout: tuple[float, Array] | None
+    query_BLHA: Array, key_BJMA: Array, value_BJMA: Array, mask_BLM: Array, weight_dropout: tuple[float, Array] | None
 ) -> Array:
     """Softmax attention; query head h reads key/value head h // (H/J) (grouped queries, arXiv 2305.13245).
 
@@ -45,17 +48,17 @@ def attend(
       [B, L, H, A] in the type of the query; scores and softmax are in float32.
     """
     B, L, H, A = query_BLHA.shape
-    J = key_BMJA.shape[2]
+    J = key_BJMA.shape[1]
     # Heads in front of positions, so that both products are plain batched matrix products.
     query_BJQA = query_BLHA.reshape(B, L, J, H // J, A).transpose(0, 2, 3, 1, 4).reshape(B, J, (H // J) * L, A)
-    scores_BJQM = jnp.matmul(query_BJQA, key_BMJA.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+    scores_BJQM = jnp.matmul(query_BJQA, key_BJMA.transpose(0, 1, 3, 2), preferred_element_type=jnp.float32)
     scores_BJGLM = scores_BJQM.reshape(B, J, H // J, L, -1) * A**-0.5
     scores_BJGLM = jnp.where(mask_BLM[:, None, None], scores_BJGLM, -1e30)
     weights_BJGLM = jax.nn.softmax(scores_BJGLM, axis=-1)
     if weight_dropout is not None:
         weights_BJGLM = dropout(weights_BJGLM, *weight_dropout)
     weights_BJQM = weights_BJGLM.reshape(scores_BJQM.shape).astype(query_BLHA.dtype)
-    out_BJQA = jnp.matmul(weights_BJQM, value_BMJA.transpose(0, 2, 1, 3))
+    out_BJQA = jnp.matmul(weights_BJQM, value_BJMA)
     return out_BJQA.reshape(B, J, H // J, L, A).transpose(0, 3, 1, 2, 4).reshape(B, L, H, A)
 
 
@@ -68,13 +71,27 @@ def causal_mask(position_BL: Array, segment_BL: Array | None = None) -> Array:
 
 
 def write_cache(cache: LayerCache, key_BLJA: Array, value_BLJA: Array, position_BL: Array) -> LayerCache:
-    """Puts keys and values into the slots of their positions; a negative position (padding) is not written."""
-    M = cache.key_BMJA.shape[1]
+    """Puts keys and values into the slots of their positions; a negative position (padding) is not written.
+
+    A single position must be a real one.
+    """
+    M = cache.key_BJMA.shape[2]
     slot_BL = jnp.where(position_BL >= 0, position_BL % M, M)
-    put = jax.vmap(lambda ring, new, slot: ring.at[slot].set(new, mode="drop"))
+
+    def put(ring_JMA: Array, new_LJA: Array, slot_L: Array) -> Array:
+        if slot_L.size == 1:  # needs no index that may be out of bounds, which costs a copy of the ring
+            return jax.lax.dynamic_update_slice(ring_JMA, _heads_first(new_LJA), (0, slot_L[0], 0))
+        return ring_JMA.at[:, slot_L].set(_heads_first(new_LJA), mode="drop")
+
     return LayerCache(
-        key_BMJA=put(cache.key_BMJA, key_BLJA, slot_BL), value_BMJA=put(cache.value_BMJA, value_BLJA, slot_BL)
+        key_BJMA=jax.vmap(put)(cache.key_BJMA, key_BLJA, slot_BL),
+        value_BJMA=jax.vmap(put)(cache.value_BJMA, value_BLJA, slot_BL),
     )
+
+
+def _heads_first(x_LJA: Array) -> Array:
+    """[..., L, J, A] -> [..., J, L, A]."""
+    return jnp.swapaxes(x_LJA, -3, -2)
 
 
 def cache_mask(position_BL: Array, last_position_B: Array, cache_length: int) -> Array:
@@ -112,13 +129,13 @@ class Attention(nn.Module):
             query_BLHA = rotate(query_BLHA, position_BL, config.rope_theta)
             key_BLJA = rotate(key_BLJA, position_BL, config.rope_theta)
         if cache is None:
-            key_BMJA, value_BMJA = key_BLJA, value_BLJA
+            key_BJMA, value_BJMA = _heads_first(key_BLJA), _heads_first(value_BLJA)
         else:
             cache = write_cache(cache, key_BLJA, value_BLJA, position_BL)
-            key_BMJA, value_BMJA = cache.key_BMJA, cache.value_BMJA
+            key_BJMA, value_BJMA = cache.key_BJMA, cache.value_BJMA
         keys_B = fold_in(keys_B, 0)
         weight_dropout = (config.dropout_rate, keys_B) if keys_B is not None and config.dropout_rate else None
-        out_BLHA = attend(query_BLHA, key_BMJA, value_BMJA, mask_BLM, weight_dropout)
+        out_BLHA = attend(query_BLHA, key_BJMA, value_BJMA, mask_BLM, weight_dropout)
         init = with_axes(matrix_init(config, is_block_output=True), ("heads", "embed"))
         y_BLD = out_BLHA.reshape(*x_BLD.shape[:2], D) @ self.param("out", init, (D, D)).astype(x_BLD.dtype)
         if config.use_bias:

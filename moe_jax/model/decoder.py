@@ -165,7 +165,7 @@ class Decoder(nn.Module):
         if caches is None:
             mask_BLM = causal_mask(position_BL, segment_BL)
         else:
-            mask_BLM = cache_mask(position_BL, jnp.max(position_BL, axis=1), caches[0].key_BMJA.shape[1])
+            mask_BLM = cache_mask(position_BL, jnp.max(position_BL, axis=1), caches[0].key_BJMA.shape[2])
         context = Context(position_BL, mask_BLM, token_mask_BL, keys_B, train)
 
         embedding_init = with_axes(initializers.normal(config.init_std), ("vocab", "embed"))

@@ -38,8 +38,8 @@ def cast_matrices(variables: Variables, config: ModelConfig) -> Variables:
 
 
 def init_caches(config: ModelConfig, batch_size: int, cache_length: int) -> tuple[LayerCache, ...]:
-    """Empty caches for every layer: [B, M, J, A] in the activations' type."""
+    """Empty caches for every layer: [B, J, M, A] in the activations' type."""
     J = config.num_kv_heads or config.num_heads
-    shape = (batch_size, cache_length, J, config.embed_dim // config.num_heads)
+    shape = (batch_size, J, cache_length, config.embed_dim // config.num_heads)
     zeros = jnp.zeros(shape, config.dtype)
-    return tuple(LayerCache(key_BMJA=zeros, value_BMJA=zeros) for _ in range(config.num_layers))
+    return tuple(LayerCache(key_BJMA=zeros, value_BJMA=zeros) for _ in range(config.num_layers))

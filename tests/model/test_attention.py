@@ -19,7 +19,7 @@ def normal(seed, *shape):
 def test_attention_equals_a_loop_over_heads_and_positions(J):
     query, key, value = normal(0, B, L, H, A), normal(1, B, L, J, A), normal(2, B, L, J, A)
     mask = causal_mask(jnp.broadcast_to(jnp.arange(L), (B, L)))
-    actual = attend(query, key, value, mask, None)
+    actual = attend(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask, None)
     q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
     for b in range(B):
         for h in range(H):
@@ -48,20 +48,20 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only():
 
 def test_ring_cache_holds_the_last_positions_and_the_mask_knows_them():
     M = 4
-    cache = LayerCache(jnp.zeros((1, M, 1, 1)), jnp.zeros((1, M, 1, 1)))
+    cache = LayerCache(jnp.zeros((1, 1, M, 1)), jnp.zeros((1, 1, M, 1)))
     for position in range(11):
         new = jnp.full((1, 1, 1, 1), float(position))
         cache = write_cache(cache, new, -new, jnp.asarray([[position]]))
         mask = cache_mask(jnp.asarray([[position]]), jnp.asarray([position]), M)[0, 0]
-        visible = sorted(np.asarray(cache.key_BMJA)[0, :, 0, 0][np.asarray(mask)].tolist())
+        visible = sorted(np.asarray(cache.key_BJMA)[0, 0, :, 0][np.asarray(mask)].tolist())
         assert visible == list(range(max(0, position - M + 1), position + 1))
 
 
 def test_padding_is_not_written_to_the_cache():
-    cache = LayerCache(jnp.zeros((1, 4, 1, 1)), jnp.zeros((1, 4, 1, 1)))
+    cache = LayerCache(jnp.zeros((1, 1, 4, 1)), jnp.zeros((1, 1, 4, 1)))
     keys = jnp.asarray([5.0, 6.0, 7.0]).reshape(1, 3, 1, 1)
     cache = write_cache(cache, keys, keys, jnp.asarray([[0, 1, -1]]))
-    np.testing.assert_array_equal(cache.key_BMJA[0, :, 0, 0], [5, 6, 0, 0])
+    np.testing.assert_array_equal(cache.key_BJMA[0, 0, :, 0], [5, 6, 0, 0])
 
 
 def test_norms_by_hand():

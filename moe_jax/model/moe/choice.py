@@ -91,5 +91,5 @@ def _check_tokamax() -> None:
         )
 
 
-BY_ROW_ROWS = 4
-"""Rows up to which gathering weights by row was as fast as blocks of rows or faster, as for the rows of one token."""
+BY_ROW_ROWS = 8
+"""Rows up to which gathering weights by row was faster than blocks of rows, as for the rows of a few tokens."""
