@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,8 @@ def test_a_conversation_on_a_terminal(home, run):
         stderr=subprocess.PIPE,
     ) as process:
         os.close(theirs)
+        end = threading.Timer(60, process.kill)  # whatever goes wrong, this test ends
+        end.start()
         assert read_until(ours, "> ") == "> "
         os.write(ours, b"the quick\n")
         first = read_until(ours, "\r\n\r\n> ")
@@ -227,6 +230,7 @@ def test_a_conversation_on_a_terminal(home, run):
         press_ctrl_c(process, lambda: has_output(ours, 2))
         read_until(ours, "> ")
         press_ctrl_c(process, lambda: has_ended(process, 2))
+        end.cancel()
         assert process.returncode == 0
     os.close(ours)
 

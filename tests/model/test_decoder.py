@@ -10,7 +10,6 @@ import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.model.decoder import Decoder, Variables, forward, initial_expert_bias, layout
-from moe_jax.model.unstacked import init_caches, unstack
 from tests.oracles.programs import equations_of
 
 VOCAB, B, L = 29, 2, 10
@@ -91,24 +90,6 @@ def test_no_position_sees_a_later_token_though_capacity_binds(model):
         np.testing.assert_array_equal(before.logits_BLV[:, :-1], after.logits_BLV[:, :-1])
 
 
-def test_cached_decoding_equals_the_full_forward(model):
-    config, variables, tokens_BL = model
-    expected = apply_of(config)(variables, tokens_BL).logits_BLV
-    decoder, unstacked = Decoder(config, VOCAB, unstacked=True), unstack(variables, config)
-
-    @jax.jit
-    def step(tokens_BL, position_BL, caches):
-        return forward(decoder, unstacked, tokens_BL, position_BL=position_BL, caches=caches)
-
-    prefix = 4
-    position_BL = jnp.broadcast_to(jnp.arange(prefix), (B, prefix))
-    output = step(tokens_BL[:, :prefix], position_BL, init_caches(config, B, L))
-    np.testing.assert_allclose(output.logits_BLV, expected[:, :prefix], atol=1e-5)
-    for position in range(prefix, L):
-        output = step(tokens_BL[:, position : position + 1], jnp.full((B, 1), position), output.caches)
-        np.testing.assert_allclose(output.logits_BLV[:, 0], expected[:, position], atol=1e-5)
-
-
 def test_a_sequence_does_not_depend_on_its_neighbours(model):
     config, variables, tokens_BL = model
     apply = apply_of(config, train=True)
@@ -117,6 +98,10 @@ def test_a_sequence_does_not_depend_on_its_neighbours(model):
     np.testing.assert_array_equal(together[0], other[0])
 
 
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "mixed", "dense")]
+
+
+@pytest.mark.parametrize("model", ["deepseek", "gpt", *SLOWER], indirect=True)
 def test_remat_and_unrolling_change_no_gradient(model):
     config, variables, tokens_BL = model
 
@@ -162,31 +147,6 @@ def test_remat_of_all_but_products_does_not_compute_sorted_experts_twice(grouped
 
     BIAS = jnp.zeros((2, 6))
     assert num_loops("dots") == num_loops("none") < num_loops("full")
-
-
-def test_past_the_context_the_cache_equals_a_banded_full_forward():
-    # A full forward over the whole text, in which each layer lets a query see the last M positions only.
-    config, M, length = dataclasses.replace(LLAMA, context_length=4), 4, 11
-    tokens_BL = jax.random.randint(jax.random.key(1), (B, length), 0, VOCAB)
-    variables = make_variables(config)
-    decoder, unstacked = Decoder(config, VOCAB, unstacked=True), unstack(variables, config)
-    apply = jax.jit(
-        lambda tokens, positions, caches: forward(decoder, unstacked, tokens, position_BL=positions, caches=caches)
-    )
-    caches, cached = init_caches(config, B, M), []
-    for position in range(length):
-        output = apply(tokens_BL[:, position : position + 1], jnp.full((B, 1), position), caches)
-        caches = output.caches
-        cached.append(output.logits_BLV[:, 0])
-
-    import moe_jax.model.decoder as module
-
-    full_mask = module.causal_mask
-    with pytest.MonkeyPatch.context() as patch:
-        distance = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
-        patch.setattr(module, "causal_mask", lambda position_BL, _: full_mask(position_BL) & (distance < M)[None])
-        expected = forward(Decoder(config, VOCAB), variables, tokens_BL).logits_BLV
-    np.testing.assert_allclose(jnp.stack(cached, axis=1), expected, atol=1e-5)
 
 
 def test_masked_tokens_change_no_other_token(model):

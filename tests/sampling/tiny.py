@@ -20,10 +20,15 @@ CONFIG = ModelConfig(
 )
 
 
-def make(config, tokenizer=TOKENIZER, end_token=None):
-    """(generator, its variables, the decoder that takes them) of a model of ``config``."""
+def make_trained(config, tokenizer=TOKENIZER):
+    """(training decoder, its variables) of a model of ``config``."""
     decoder = Decoder(config, tokenizer.vocab_size)
     params = nn.unbox(jax.jit(decoder.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32)))["params"]
+    return decoder, Variables(params, initial_expert_bias(config))
+
+
+def make(config, tokenizer=TOKENIZER, end_token=None):
+    """(generator, its variables, the decoder that takes them) of a model of ``config``."""
     generator = Generator(Config(model=config), tokenizer, end_token=end_token)
-    variables = generator.prepare(Variables(params, initial_expert_bias(config)))
+    variables = generator.prepare(make_trained(config, tokenizer)[1])
     return generator, variables, Decoder(generator.config, tokenizer.vocab_size, unstacked=True)

@@ -76,12 +76,13 @@ def assert_same_training(actual, expected):
         assert np.mean(np.abs(got - want) > 1e-5) < 0.01
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
+@pytest.mark.parametrize("accumulation", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing_though_there_is_dropout_noise_and_dropping(reference, accumulation):
     assert float(reference[1][0].routing.dropped_N.sum()) > 0
     assert_same_training(two_steps(change(accumulation_steps=accumulation)), reference)
 
 
+@pytest.mark.slow  # test_eight_devices_with_accumulation_equal_one is its like
 def test_eight_devices_equal_one(reference):
     assert_same_training(two_steps(CONFIG, devices=8), reference)
 
