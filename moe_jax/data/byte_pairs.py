@@ -51,11 +51,12 @@ class BpeTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         if self._pieces is None:
             # OpenAI's encodings leave some ids unused.
-            self._pieces = [REPLACEMENT.encode()] * self.vocab_size
+            pieces = [REPLACEMENT.encode()] * self.vocab_size
             for token, index in self.ranks.items():
-                self._pieces[index] = token
+                pieces[index] = token
             for special, index in self.specials.items():
-                self._pieces[index] = special.encode()
+                pieces[index] = special.encode()
+            self._pieces = pieces  # once it is whole: other threads decode too
         return decode_bytes(ids, self._pieces)
 
     def to_json(self) -> dict[str, Any]:

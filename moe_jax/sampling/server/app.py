@@ -10,26 +10,33 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from moe_jax.command import UserError
+from moe_jax.config import SampleConfig
 from moe_jax.sampling.generator import Generator
 from moe_jax.sampling.server import page
-from moe_jax.sampling.server.guards import AskForKey, Count
+from moe_jax.sampling.server.guards import AskForKey, AskForName, Count
 from moe_jax.sampling.server.metrics import Metrics
 from moe_jax.sampling.server.requests import (
     CompletionRequest,
     Limits,
-    Prompt,
     RequestError,
     check_model,
     parse_completion,
 )
-from moe_jax.sampling.server.responses import DONE, Completion, error_object, event, json_bytes, model_object
+from moe_jax.sampling.server.responses import (
+    DONE,
+    Completion,
+    Spellings,
+    error_object,
+    event,
+    json_bytes,
+    model_object,
+)
 from moe_jax.sampling.server.worker import Call, QueueFull, Worker, WorkerDied
 from moe_jax.sampling.text import Text
 
@@ -51,13 +58,16 @@ class Service:
     is_stopping: bool = False
     """Set at the first signal."""
 
+    def __post_init__(self) -> None:
+        self.spellings = Spellings(self.generator.tokenizer)
+
 
 def build_app(service: Service, allowed_hosts: Sequence[str] | None) -> Starlette:
     """The application; ``allowed_hosts`` are the names that it may be called by, None: any."""
     service.metrics.queue_length = lambda: service.worker.queue_length
     service.metrics.num_running = lambda: service.worker.num_running
     routes = _Routes(service)
-    hosts = [Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts, www_redirect=False)]
+    hosts = [Middleware(AskForName, names=allowed_hosts)] if allowed_hosts is not None else []
     return Starlette(
         routes=[
             Route("/", page.show),
@@ -68,7 +78,7 @@ def build_app(service: Service, allowed_hosts: Sequence[str] | None) -> Starlett
             Route("/v1/completions", routes.completions, methods=["POST"]),
         ],
         middleware=[Middleware(Count, metrics=service.metrics)]
-        + (hosts if allowed_hosts else [])
+        + hosts
         + [Middleware(AskForKey, api_key=service.api_key)],
         exception_handlers={RequestError: _tell, HTTPException: _tell_http, Exception: _tell_fault},
     )
@@ -77,6 +87,9 @@ def build_app(service: Service, allowed_hosts: Sequence[str] | None) -> Starlett
 class _Routes:
     def __init__(self, service: Service):
         self._service = service
+        # What begin puts before every prompt: the start of a document, or nothing. A context of 1 has no room for it.
+        has_room = service.generator.config.context_length > 1
+        self._num_added = len(service.generator.begin([0], SampleConfig()).prompt_ids) - 1 if has_room else 0
 
     async def healthz(self, request: Request) -> Response:
         if self._service.is_stopping:
@@ -104,7 +117,7 @@ class _Routes:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":
             # Also what a page of another site may send without being asked for leave.
-            raise RequestError("the Content-Type must be application/json", status=415)
+            raise RequestError(f"the Content-Type must be application/json, got {kind[:80]!r}; set it", status=415)
         wanted = parse_completion(await _read_body(request, service.max_body_bytes), service.limits)
         with _full_or_dead():
             service.worker.check_room(len(wanted.prompts) * wanted.sample.num_samples)
@@ -114,7 +127,7 @@ class _Routes:
             service.worker.submit(call)
         n = wanted.sample.num_samples
         service.metrics.prompt_tokens += sum(len(ticket.text.prompt_ids) for ticket in call.tickets[::n])
-        answer = Completion(wanted, call, service.generator.tokenizer, service.limits.model)
+        answer = Completion(wanted, call, service.spellings, service.limits.model)
         if wanted.stream:
             return _Stream(service, call, answer)
         async with _attended(service, call, request.receive):
@@ -124,28 +137,24 @@ class _Routes:
                     return Response(status_code=499)
                 if call.has_failed:
                     raise _failure()
-        return _json(answer.whole())
+            # Many log-probabilities take a while to write down, and the others' texts are to flow.
+            return await run_in_threadpool(lambda: _json(answer.whole()))
 
     def _begin(self, wanted: CompletionRequest) -> list[Text]:
         """A text for each prompt and sample. RequestError where a prompt cannot be continued."""
-        limits, texts = self._service.limits, []
+        generator, texts = self._service.generator, []
+        limit = min(self._service.limits.max_prompt_tokens, generator.config.context_length)
         for prompt in wanted.prompts:
-            for number in range(wanted.sample.num_samples):
-                text = self._begin_one(prompt, wanted, number)
-                if len(text.prompt_ids) > limits.max_prompt_tokens:
-                    size = f"{limits.max_prompt_tokens} tokens, got {len(text.prompt_ids)}"
-                    raise RequestError(
-                        f"the prompt may have {size}; shorten it", "prompt", code="context_length_exceeded"
-                    )
-                texts.append(text)
+            ids = generator.tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
+            size = self._num_added + len(ids)
+            if size > limit:
+                message = f"the prompt may have {limit} tokens, got {size}; shorten it"
+                raise RequestError(message, "prompt", code="context_length_exceeded")
+            try:
+                texts += [generator.begin(ids, wanted.sample, number) for number in range(wanted.sample.num_samples)]
+            except UserError as error:
+                raise RequestError(str(error)[:300], "prompt") from None
         return texts
-
-    def _begin_one(self, prompt: Prompt, wanted: CompletionRequest, number: int) -> Text:
-        try:
-            return self._service.generator.begin(prompt, wanted.sample, number)
-        except UserError as error:
-            code = "context_length_exceeded" if "context" in str(error) else None
-            raise RequestError(str(error)[:300], "prompt", code=code) from None
 
 
 class _Stream(Response):
@@ -219,7 +228,7 @@ async def _read_body(request: Request, limit: int) -> bytes:
     except ClientDisconnect:
         raise RequestError("the client left", status=499) from None
     if size > limit:
-        raise RequestError(f"the body may have {limit} bytes, got {size}", status=413)
+        raise RequestError(f"the body may have {limit} bytes, got {size}; shorten it", status=413)
     return b"".join(parts)
 
 

@@ -90,12 +90,12 @@ def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
     try:
         return _parse(_read_json(body), limits)
     except RecursionError:
-        raise RequestError("the body must be JSON, got too many brackets within each other") from None
+        raise RequestError("the body must be JSON, got too many brackets within each other; take some away") from None
 
 
 def _parse(values: Any, limits: Limits) -> CompletionRequest:
     if not isinstance(values, dict):
-        raise RequestError(f"the body must be a JSON object, got {_shown(values)}")
+        raise RequestError(f"the body must be a JSON object, got {_shown(values)}; send one")
     for name in values:
         if name not in _FIELDS:
             message = unknown_name("", _cut(name), list(_FIELDS)).replace("setting", "field", 1)
@@ -120,15 +120,18 @@ def _parse(values: Any, limits: Limits) -> CompletionRequest:
     if "stream_options" in values and not stream:
         raise RequestError("stream_options needs stream=true; leave it out", "stream_options")
     if not isinstance(options, dict) or set(options) - {"include_usage"}:
-        raise RequestError(f"stream_options may have include_usage, got {_shown(options)}", "stream_options")
+        raise RequestError(
+            f"stream_options may have include_usage, got {_shown(options)}; give no other", "stream_options"
+        )
     echo, logprobs = _flag(values, "echo"), values.get("logprobs")
     if logprobs is not None:
         if type(logprobs) is not int or not 0 <= logprobs <= 5:
-            raise RequestError(f"logprobs must be a whole number in [0, 5], got {_shown(logprobs)}", "logprobs")
+            rule = "logprobs must be a whole number in [0, 5]"
+            raise RequestError(f"{rule}, got {_shown(logprobs)}; change it", "logprobs")
         if echo:
             raise RequestError("logprobs of an echoed prompt are not supported; leave one of them out", "logprobs")
     if not isinstance(values.get("user", ""), str):
-        raise RequestError(f"user must be a string, got {_shown(values['user'])}", "user")
+        raise RequestError(f"user must be a string, got {_shown(values['user'])}; leave it out", "user")
     include_usage = _flag({name: value for name, value in options.items() if value is not None}, "include_usage")
     return CompletionRequest(prompts, sample, logprobs, echo, stream, include_usage)
 
@@ -138,7 +141,7 @@ def check_model(name: Any, limits: Limits) -> None:
     if name is None:
         raise RequestError(f"model is required; give {limits.model!r}", "model")
     if not isinstance(name, str):
-        raise RequestError(f"model must be a string, got {_shown(name)}", "model")
+        raise RequestError(f"model must be a string, got {_shown(name)}; give {limits.model!r}", "model")
     if name != limits.model:
         message = f"the model {_shown(name)} does not exist; this server has {limits.model!r}"
         raise RequestError(message, "model", status=404, code="model_not_found")
@@ -152,9 +155,9 @@ def _read_json(body: bytes) -> Any:
     except UnicodeEncodeError:
         raise RequestError("the body has half of a surrogate pair, which is no text; leave it out") from None
     except UnicodeDecodeError as error:
-        raise RequestError(f"the body must be UTF-8 text, got another byte at {error.start}") from None
+        raise RequestError(f"the body must be UTF-8 text, got another byte at {error.start}; encode it so") from None
     except ValueError as error:
-        raise RequestError(f"the body must be JSON ({_cut(str(error))})") from None
+        raise RequestError(f"the body must be JSON ({_cut(str(error))}); mend it") from None
     return values
 
 
@@ -182,7 +185,8 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
         if all(_is_ids(item) for item in value):
             return tuple(tuple(item) for item in value)
     raise RequestError(
-        f"prompt must be a string, a list of strings, token ids or a list of lists of them, got {_shown(value)}",
+        f"prompt must be a string, a list of strings, token ids or a list of lists of them, got {_shown(value)}; "
+        "give one of these",
         "prompt",
     )
 
@@ -199,18 +203,24 @@ def _sample(values: dict[str, Any], limits: Limits) -> SampleConfig:
     stop = values.get("stop", [])
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > MAX_STOPS or not all(isinstance(item, str) for item in stop):
-        raise RequestError(f"stop must be a string or up to {MAX_STOPS}, got {_shown(values['stop'])}", "stop")
-    if any(len(item) > _LONGEST_STOP for item in stop):
-        raise RequestError(f"each of stop may have {_LONGEST_STOP} characters; shorten it", "stop")
+        rule = f"stop must be a string or up to {MAX_STOPS}"
+        raise RequestError(f"{rule}, got {_shown(values['stop'])}; give no others", "stop")
+    longest = max(map(len, stop), default=0)
+    if longest > _LONGEST_STOP:
+        raise RequestError(f"each of stop may have {_LONGEST_STOP} characters, got {longest}; shorten it", "stop")
     tokens = values.get("stop_token_ids", [])
     if not (tokens == [] or _is_ids(tokens)) or not all(0 <= item < limits.vocab_size for item in tokens):
         rule = f"stop_token_ids must be a list of token ids in [0, {limits.vocab_size - 1}]"
-        raise RequestError(f"{rule}, got {_shown(tokens)}", "stop_token_ids")
+        raise RequestError(f"{rule}, got {_shown(tokens)}; take those of the model's tokenizer", "stop_token_ids")
     seed = values.get("seed", secrets.randbits(32))
     if type(seed) is not int:
-        raise RequestError(f"seed must be a whole number, got {_shown(seed)}", "seed")
+        raise RequestError(f"seed must be a whole number, got {_shown(seed)}; give one, or none", "seed")
     # Programs send up to 64 bits, the sampler takes 32.
     given |= {"stop": tuple(stop), "stop_tokens": tuple(sorted(set(tokens))), "seed": seed % 2**32}
+    # This server's own limits, narrower than those of the settings.
+    _check_range("temperature", values, 0, 2)
+    _check_range("max_tokens", values, 1, limits.max_output_tokens)
+    _check_range("n", values, 1, limits.max_texts)
     named: list[str] = []
 
     def name_of(setting: str) -> str:
@@ -218,23 +228,26 @@ def _sample(values: dict[str, Any], limits: Limits) -> SampleConfig:
         return named[-1]
 
     try:
-        sample = validate_sample(dataclasses.replace(_DEFAULTS, **given), name_of)
+        return validate_sample(dataclasses.replace(_DEFAULTS, **given), name_of)
     except UserError as error:
-        raise RequestError(_cut(str(error), 300), named[0] if named else None) from None
-    _check_at_most("temperature", sample.temperature, 2)
-    _check_at_most("max_tokens", sample.max_new_tokens, limits.max_output_tokens)
-    return sample
+        message = _cut(str(error), 300)
+        raise RequestError(
+            message if ";" in message else f"{message}; change it", named[0] if named else None
+        ) from None
 
 
-def _check_at_most(name: str, value: float, high: float) -> None:
-    if value > high:
-        raise RequestError(f"{name} may be {high} at most, got {value}", name)
+def _check_range(name: str, values: dict[str, Any], low: int, high: int) -> None:
+    """RequestError where ``name`` is a number out of range; what is none is told with the other settings."""
+    value = values.get(name, low)
+    if type(value) in (int, float) and not low <= value <= high:
+        remedy = "lower it" if value > high else "raise it"
+        raise RequestError(f"{name} must be in [{low}, {high}], got {value}; {remedy}", name)
 
 
 def _flag(values: dict[str, Any], name: str) -> bool:
     value = values.get(name, False)
     if type(value) is not bool:
-        raise RequestError(f"{name} must be true or false, got {_shown(value)}", name)
+        raise RequestError(f"{name} must be true or false, got {_shown(value)}; give one of them", name)
     return value
 
 

@@ -47,15 +47,29 @@ def event(content: dict) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
+class Spellings:
+    """What each token looks like by itself, decoded once: some tokenizers take long over a single one."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+
+    def __getitem__(self, token: int) -> str:
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self.tokenizer.decode([token])
+        return text
+
+
 class Completion:
     """The answer to one request, whole or in chunks, from what its ``call`` has received."""
 
-    def __init__(self, wanted: CompletionRequest, call: "Call", tokenizer: Tokenizer, model: str):
+    def __init__(self, wanted: CompletionRequest, call: "Call", spellings: Spellings, model: str):
         self._wanted, self._call, self._model = wanted, call, model
         self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
         n = wanted.sample.num_samples
         self._choices = [
-            _Choice(index, ticket, wanted.prompts[index // n], wanted, tokenizer)
+            _Choice(index, ticket, wanted.prompts[index // n], wanted, spellings)
             for index, ticket in enumerate(call.tickets)
         ]
 
@@ -96,16 +110,16 @@ class Completion:
 class _Choice:
     """One text of an answer, and how much of it has been taken."""
 
-    def __init__(self, index: int, ticket: "Ticket", prompt: Prompt, wanted: CompletionRequest, tokenizer: Tokenizer):
-        self._index, self._ticket, self._tokenizer = index, ticket, tokenizer
+    def __init__(self, index: int, ticket: "Ticket", prompt: Prompt, wanted: CompletionRequest, spellings: Spellings):
+        self._index, self._ticket, self._spellings = index, ticket, spellings
         self._num_logprobs = wanted.logprobs
         self._has_ended = False
         self._num_tokens = 0
         self._echoed = ""
         if wanted.echo:
-            self._echoed = prompt if isinstance(prompt, str) else tokenizer.decode(list(prompt))
+            self._echoed = prompt if isinstance(prompt, str) else spellings.tokenizer.decode(list(prompt))
         # How many characters are certain before a token is where it begins.
-        self._offset, self._stream = len(self._echoed), TextStream(tokenizer)
+        self._offset, self._stream = len(self._echoed), TextStream(spellings.tokenizer)
 
     def has_gained(self) -> bool:
         ticket = self._ticket
@@ -126,14 +140,14 @@ class _Choice:
         text, new = self._ticket.text, range(self._num_tokens, self._ticket.num_tokens)
         found: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for place in new:
-            token, logprob = text.tokens[place], _number(text.logprobs[place])
+            token, logprob = text.tokens[place], text.logprobs[place]
             shown: dict[str, float] = {}
-            for other, value in text.top_logprobs[place][:num_top]:
+            for other, value in [*text.top_logprobs[place][:num_top], (token, logprob)]:
                 # Two tokens may look the same; the likelier one comes first.
-                shown.setdefault(self._tokenizer.decode([other]), _number(value))
-            found["tokens"].append(self._tokenizer.decode([token]))
-            found["token_logprobs"].append(logprob)
-            found["top_logprobs"].append(shown | {found["tokens"][-1]: logprob})
+                shown.setdefault(self._spellings[other], _number(value))
+            found["tokens"].append(self._spellings[token])
+            found["token_logprobs"].append(_number(logprob))
+            found["top_logprobs"].append(shown)
             found["text_offset"].append(self._offset)
             self._offset += len(self._stream.add([token]))
         self._num_tokens = new.stop

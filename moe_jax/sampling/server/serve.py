@@ -1,5 +1,6 @@
 """From the command's arguments to a server that runs until a signal ends it."""
 
+import asyncio
 import contextlib
 import errno
 import ipaddress
@@ -36,7 +37,8 @@ def serve(run: RunDirectory, arguments: ServerCommand) -> None:
     api_key = read_key(arguments.api_key_file)
     listener = listen(arguments.host or "127.0.0.1", arguments.port)
     host, port = listener.getsockname()[:2]
-    if api_key is None and not ipaddress.ip_address(host.split("%")[0]).is_loopback:
+    names = own_names(arguments.host, host)
+    if api_key is None and names is None:
         what = f"anyone who reaches {host} may use this server"
         print(f"warning: {what}; give --api-key-file, or {KEY_VARIABLE} in the environment", file=sys.stderr)
     # There is nothing to finish yet, and a process that ends while it loads or compiles in other threads may crash.
@@ -57,12 +59,17 @@ def serve(run: RunDirectory, arguments: ServerCommand) -> None:
     service = Service(generator, worker, limits, arguments.max_body_bytes, api_key)
     shown = f"[{host}]" if ":" in host else host
     greeting = f"serving {run.path} as {limits.model} at http://{shown}:{port}"
-    Server(service, None if arguments.host else LOOPBACK, greeting).run(sockets=[listener])
-    worker.stop()
+    try:
+        Server(service, names, greeting).run(sockets=[listener])
+    finally:
+        worker.stop()
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which at the first signal accepts nothing more and finishes what it has begun; a second one kills."""
+    """uvicorn, which at the first signal accepts nothing more and finishes what it has begun; a second one kills.
+
+    At its end the worker is stopped: it hands texts to the event loop, which is then closed.
+    """
 
     def __init__(self, service: Service, allowed_hosts: tuple[str, ...] | None, greeting: str = ""):
         """``greeting`` is printed once connections are taken and signals heard."""
@@ -84,9 +91,18 @@ class Server(uvicorn.Server):
         self._service, self._greeting = service, greeting
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        except OSError as error:
+            # Another server was bound to the port at the same time, and has begun to listen first.
+            assert sockets is not None
+            raise _cannot_listen(*sockets[0].getsockname()[:2], error) from None
         if self._greeting:
             print(self._greeting, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        await asyncio.to_thread(self._service.worker.stop)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -122,9 +138,30 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         if error.errno == errno.EADDRNOTAVAIL:
             raise UserError(f"--host must be a name or an address of this machine, got {host}") from None
-        remedy = "give another --port, or 0 for any that is free"
-        raise EnvironmentFault(f"cannot listen at {host} port {port}: {error.strerror}; {remedy}") from None
+        raise _cannot_listen(host, port, error) from None
     return listener
+
+
+def _cannot_listen(host: str, port: int, error: OSError) -> EnvironmentFault:
+    remedy = "give another --port, or 0 for any that is free"
+    # What asyncio raises names the address a second time.
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return EnvironmentFault(f"cannot listen at {host} port {port}: {reason}; {remedy}")
+
+
+def own_names(host: str | None, address: str) -> tuple[str, ...] | None:
+    """What a server on this machine alone may be called, ``host`` as the user gave it among them; None: anything.
+
+    ``address`` is the one it is bound to. Others may reach a server at any but a loopback address, by names it does
+    not know.
+    """
+    bound = ipaddress.ip_address(address.split("%")[0])
+    if isinstance(bound, ipaddress.IPv6Address) and bound.ipv4_mapped is not None:
+        bound = bound.ipv4_mapped
+    if not bound.is_loopback:
+        return None
+    given = (f"[{name}]" if ":" in name else name for name in (host, address) if name is not None)
+    return tuple(dict.fromkeys((*LOOPBACK, *given)))
 
 
 def read_key(file: str | None) -> bytes | None:

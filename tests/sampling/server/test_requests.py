@@ -94,20 +94,21 @@ def test_every_field_arrives():
     ("fields", "param", "message"),
     [
         ({"temprature": 1}, "temprature", "there is no field temprature; did you mean temperature?"),
-        ({"max_tokens": 0}, "max_tokens", "max_tokens must be in [1, 1048576], got 0"),
-        ({"max_tokens": 101}, "max_tokens", "max_tokens may be 100 at most, got 101"),
+        ({"max_tokens": 0}, "max_tokens", "max_tokens must be in [1, 100], got 0; raise it"),
+        ({"max_tokens": 101}, "max_tokens", "max_tokens must be in [1, 100], got 101; lower it"),
         ({"max_tokens": True}, "max_tokens", "max_tokens must be of type int, got True of type bool"),
         ({"max_tokens": 1.0}, "max_tokens", "max_tokens must be of type int, got 1.0 of type float"),
-        ({"temperature": -0.1}, "temperature", "temperature must be at least 0, got -0.1"),
-        ({"temperature": 2.1}, "temperature", "temperature may be 2 at most, got 2.1"),
+        ({"temperature": -0.1}, "temperature", "temperature must be in [0, 2], got -0.1; raise it"),
+        ({"temperature": 2.1}, "temperature", "temperature must be in [0, 2], got 2.1; lower it"),
         ({"temperature": "1"}, "temperature", "temperature must be of type float, got '1' of type str"),
         ({"temperature": 1e-5}, "temperature", "temperature must be 0 (the most likely token) or at least 0.001"),
-        ({"top_p": 0}, "top_p", "top_p must be in [1e-06, 1.0], got 0"),
+        ({"top_p": 0}, "top_p", "top_p must be in [1e-06, 1.0], got 0; change it"),
         ({"top_k": -2}, "top_k", "top_k must be at least 1, got -2"),
         ({"min_p": 1.5}, "min_p", "min_p must be in [0.0, 1.0], got 1.5"),
         ({"repetition_penalty": 0}, "repetition_penalty", "repetition_penalty must be in [0.01, 100.0], got 0"),
-        ({"n": 0}, "n", "n must be in"),
-        ({"n": 9}, "n", "a request may ask for 8 texts, got 1 prompts times n=9; send several requests"),
+        ({"n": 0}, "n", "n must be in [1, 8], got 0; raise it"),
+        ({"n": 9}, "n", "n must be in [1, 8], got 9; lower it"),
+        ({"n": 3, "prompt": ["a"] * 3}, "n", "a request may ask for 8 texts, got 3 prompts times n=3; send several"),
         ({"prompt": ["a"] * 9}, "prompt", "a request may ask for 8 texts"),
         ({"prompt": []}, "prompt", "prompt must be a string, a list of strings"),
         ({"prompt": [[]]}, "prompt", "prompt must be a string"),
@@ -143,6 +144,7 @@ def test_every_field_arrives():
 def test_a_mistake_is_told_with_its_field(fields, param, message):
     error = refusal_of(**fields)
     assert error.message.startswith(message)
+    assert "; " in error.message  # the remedy
     assert (error.param, error.status) == (param, 400)
 
 
