@@ -67,7 +67,7 @@ def build_app(service: Service, allowed_hosts: Sequence[str] | None) -> Starlett
     service.metrics.queue_length = lambda: service.worker.queue_length
     service.metrics.num_running = lambda: service.worker.num_running
     routes = _Routes(service)
-    hosts = [Middleware(AskForName, names=allowed_hosts)] if allowed_hosts is not None else []
+    names = [Middleware(AskForName, names=allowed_hosts)] if allowed_hosts is not None else []
     return Starlette(
         routes=[
             Route("/", page.show),
@@ -77,9 +77,11 @@ def build_app(service: Service, allowed_hosts: Sequence[str] | None) -> Starlett
             Route("/v1/models/{name:path}", routes.model),
             Route("/v1/completions", routes.completions, methods=["POST"]),
         ],
-        middleware=[Middleware(Count, metrics=service.metrics)]
-        + hosts
-        + [Middleware(AskForKey, api_key=service.api_key)],
+        middleware=[
+            Middleware(Count, metrics=service.metrics),
+            *names,
+            Middleware(AskForKey, api_key=service.api_key),
+        ],
         exception_handlers={RequestError: _tell, HTTPException: _tell_http, Exception: _tell_fault},
     )
 

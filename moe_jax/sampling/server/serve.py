@@ -96,7 +96,8 @@ class Server(uvicorn.Server):
         except OSError as error:
             # Another server was bound to the port at the same time, and has begun to listen first.
             assert sockets is not None
-            raise _cannot_listen(*sockets[0].getsockname()[:2], error) from None
+            host, port = sockets[0].getsockname()[:2]
+            raise _cannot_listen(host, port, error) from None
         if self._greeting:
             print(self._greeting, flush=True)
 

@@ -3,10 +3,16 @@
 import http.client
 import json
 import socket
+import threading
+from types import SimpleNamespace
 
 import pytest
 
 from moe_jax.config import SampleConfig
+from moe_jax.sampling.server.requests import CompletionRequest
+from moe_jax.sampling.server.responses import Completion, Spellings
+from moe_jax.sampling.server.worker import Call
+from moe_jax.sampling.text import Text
 from tests.sampling.server.harness import BYTES, events, serving, wait_until
 
 
@@ -107,6 +113,40 @@ def test_log_probabilities(server):
     ]
 
 
+def test_of_tokens_that_look_the_same_the_likelier_is_shown():
+    text = Text(BYTES, [0], SampleConfig(max_new_tokens=1), 0, end_token=-1)
+    text.tokens, text.logprobs = [0x82], [-3.0]
+    text.top_logprobs = [[(0x80, -0.5), (ord("a"), -1.0), (0x81, -2.0)]]
+    spellings = Spellings(BYTES)
+    for num_top, expected in ((3, {"\ufffd": -0.5, "a": -1.0}), (1, {"\ufffd": -0.5}), (0, {"\ufffd": -3.0})):
+        ticket = SimpleNamespace(text=text, pieces=[], num_tokens=1, finish_reason="length")
+        wanted = CompletionRequest(("",), text.sample, num_top, echo=False, stream=False, include_usage=False)
+        whole = Completion(wanted, SimpleNamespace(tickets=[ticket]), spellings, "tiny").whole()
+        (choice,) = whole["choices"]
+        assert choice["logprobs"]["top_logprobs"] == [expected]
+        assert choice["logprobs"]["token_logprobs"] == [-3.0]
+
+
+def test_a_whole_answer_is_written_down_beside_the_event_loop(server, monkeypatch):
+    threads, whole = [], Completion.whole
+    monkeypatch.setattr(Completion, "whole", lambda self: threads.append(threading.current_thread()) or whole(self))
+    loop_threads, receive = [], Call.receive
+    monkeypatch.setattr(
+        Call, "receive", lambda self, *gains: loop_threads.append(threading.current_thread()) or receive(self, *gains)
+    )
+    assert server.complete(max_tokens=2)[0] == 200
+    assert len(threads) == 1
+    assert threads[0] not in loop_threads
+
+
+def test_a_prompt_is_tokenized_once(server, monkeypatch):
+    encoded = []
+    encode = type(BYTES).encode
+    monkeypatch.setattr(BYTES, "encode", lambda text: encoded.append(text) or encode(BYTES, text), raising=False)
+    assert server.complete(prompt=["ab", "c"], n=4, max_tokens=1)[0] == 200
+    assert encoded == ["ab", "c"]
+
+
 def test_a_stop_ends_a_text_before_it(server):
     fields = {"prompt": "ab", "max_tokens": 60, "seed": 1}
     text = server.complete(**fields)[1]["choices"][0]["text"]
@@ -120,10 +160,11 @@ def test_a_stop_ends_a_text_before_it(server):
 def test_limits_on_tokens(server):
     status, answer = server.complete(prompt="a" * 65)
     assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "context_length_exceeded", "prompt")
+    assert answer["error"]["message"] == "the prompt may have 64 tokens, got 65; shorten it"
     status, answer = server.complete(prompt="a", max_tokens=2001)
     assert (status, answer["error"]["param"]) == (400, "max_tokens")
     status, answer = server.complete(prompt=[261])
-    assert (status, answer["error"]["param"]) == (400, "prompt")
+    assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, "prompt", None)
     status, answer = server.complete(prompt=[-1])
     assert (status, answer["error"]["param"]) == (400, "prompt")
     status, answer = server.complete(prompt=[2**62])

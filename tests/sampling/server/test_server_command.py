@@ -12,12 +12,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from moe_jax.command import UserError
+from moe_jax.command import EnvironmentFault, UserError
 from moe_jax.sampling.server import __main__ as command
-from moe_jax.sampling.server.serve import batch_sizes, read_key
+from moe_jax.sampling.server.app import Service
+from moe_jax.sampling.server.serve import Server, batch_sizes, listen, own_names, read_key
 from tests.oracles.texts import VERSE
 
 ROOT = Path(__file__).parents[3]
@@ -94,6 +96,7 @@ def ask(port, *, host="localhost", **fields):
 def test_a_signal_ends_it_once_all_is_done(home):
     with started(home, "--workdir", "runs/tiny", "--port", 0, "--max-batch", 1) as (process, port):
         # One place, so that nearly all of them wait.
+        assert ask(port, host="evil.example").status == 400
         stream = ask(port, prompt="the", n=60, max_tokens=200, stream=True)
         whole = []
         thread = threading.Thread(target=lambda: whole.append(json.load(ask(port, prompt="a", n=60, max_tokens=200))))
@@ -228,6 +231,38 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["server"])
     with pytest.raises(UserError, match=r"needs starlette and uvicorn; pip install 'moe_jax\[server\]'"):
         command.main()
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "names"),
+    [
+        (None, "127.0.0.1", ("localhost", "127.0.0.1", "[::1]")),
+        ("127.0.0.1", "127.0.0.1", ("localhost", "127.0.0.1", "[::1]")),
+        ("localhost", "127.0.0.1", ("localhost", "127.0.0.1", "[::1]")),
+        ("::1", "::1", ("localhost", "127.0.0.1", "[::1]")),
+        ("my.name", "127.0.1.1", ("localhost", "127.0.0.1", "[::1]", "my.name", "127.0.1.1")),
+        ("::ffff:127.0.0.1", "::ffff:127.0.0.1", ("localhost", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]")),
+        ("0.0.0.0", "0.0.0.0", None),
+        ("::", "::", None),
+        ("my.name", "192.0.2.7", None),
+        ("fe80::1%eth0", "fe80::1%eth0", None),
+    ],
+)
+def test_a_server_on_this_machine_alone_has_names(host, address, names):
+    assert own_names(host, address) == names
+
+
+def test_a_port_that_another_server_takes_while_this_one_loads(made):
+    with listen("127.0.0.1", 0) as listener, socket.socket() as other:
+        port = listener.getsockname()[1]
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        service = Service(made[0], mock.Mock(), mock.Mock(), 4096)
+        with pytest.raises(EnvironmentFault) as raised:
+            Server(service, None).run(sockets=[listener])
+    remedy = "give another --port, or 0 for any that is free"
+    assert str(raised.value) == f"cannot listen at 127.0.0.1 port {port}: Address already in use; {remedy}"
 
 
 def test_batch_sizes():

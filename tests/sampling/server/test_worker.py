@@ -120,6 +120,35 @@ def test_a_client_that_does_not_read_is_cut(made, monkeypatch):
         assert server.count("/v1/completions", 499) == 1
 
 
+def test_a_whole_answer_that_is_not_read_counts_as_left(made, monkeypatch):
+    monkeypatch.setattr(Connection, "patience", 0.5)
+    with serving(made, send_buffer=4096) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", server.port))
+        server.send(connection, {**LONG, "max_tokens": 200, "logprobs": 5, "n": 4, "stream": False})
+        wait_until(lambda: server.count("/v1/completions", 499) == 1)
+        assert server.count("/v1/completions", 200) == 0
+
+
+def test_a_whole_answer_may_be_read_for_longer_than_the_patience(made, monkeypatch):
+    monkeypatch.setattr(Connection, "patience", 0.5)
+    with serving(made, send_buffer=4096) as server, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", server.port))
+        fields = {"max_tokens": 150, "logprobs": 5, "n": 4, "seed": 1}
+        server.send(connection, {**LONG, **fields, "stream": False})
+        received, begun = connection.recv(1), time.monotonic()
+        while not received.endswith(b"}}"):
+            time.sleep(0.02)
+            part = connection.recv(1000)
+            assert part, len(received)
+            received += part
+        assert time.monotonic() - begun > 2 * Connection.patience
+        whole = json.loads(received.partition(b"\r\n\r\n")[2])
+        assert whole["choices"] == server.complete(prompt="ab", **fields)[1]["choices"]
+        assert server.count("/v1/completions", 499) == 0
+
+
 def test_a_client_that_reads_slowly_gets_it_all(made):
     with serving(made, send_buffer=4096) as server, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -191,6 +220,18 @@ def test_a_shutdown_finishes_what_has_begun(made, pace):
             assert json.loads(body)["choices"][0]["finish_reason"] in ("length", "stop")
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", server.port))
+
+
+def test_a_client_that_leaves_while_the_server_ends(made, pace, monkeypatch):
+    """What the worker makes in that time is nobody's, and the event loop that would hand it on is about to close."""
+    faults = []
+    monkeypatch.setattr(threading, "excepthook", faults.append)
+    with serving(made) as server:
+        pace.delay = 0.5
+        with server.open(LONG) as connection:
+            read_some(connection)
+            server.server.should_exit = True
+    assert faults == []
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
