@@ -5,15 +5,19 @@ import json
 import socket
 import threading
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+from starlette.testclient import TestClient
 
-from moe_jax.config import SampleConfig
-from moe_jax.sampling.server.requests import CompletionRequest
+from moe_jax.config import Config, DataConfig, SampleConfig
+from moe_jax.sampling.generator import Generator
+from moe_jax.sampling.server.app import Service, build_app
+from moe_jax.sampling.server.requests import CompletionRequest, Limits
 from moe_jax.sampling.server.responses import Completion, Spellings
 from moe_jax.sampling.server.worker import Call
 from moe_jax.sampling.text import Text
-from tests.sampling.server.harness import BYTES, events, serving, wait_until
+from tests.sampling.server.harness import BYTES, MODEL, events, serving, wait_until
 
 
 def stream(server, **fields):
@@ -169,6 +173,17 @@ def test_limits_on_tokens(server):
     assert (status, answer["error"]["param"]) == (400, "prompt")
     status, answer = server.complete(prompt=[2**62])
     assert (status, answer["error"]["param"]) == (400, "prompt")
+
+
+def test_the_start_of_a_document_counts_as_a_token_of_the_prompt():
+    config = Config(model=MODEL, data=DataConfig(mode="documents"))
+    service = Service(Generator(config, BYTES), mock.Mock(), Limits("tiny", BYTES.vocab_size, 64, 10, 8), 4096)
+    with TestClient(build_app(service, None)) as client:
+        for size in (64, 65):
+            answer = client.post("/v1/completions", json={"model": "tiny", "prompt": "a" * size})
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+            assert error["message"] == f"the prompt may have 64 tokens, got {size + 1}; shorten it"
 
 
 def test_a_body_that_is_too_large(server):

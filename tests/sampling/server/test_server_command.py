@@ -187,7 +187,7 @@ def test_a_port_in_use(home):
     [
         (("--port", 70000), "error: --port must be in [0, 65535], got 70000\n"),
         (("--max-batch", 0), "error: --max-batch must be in [1, 1024], got 0\n"),
-        (("--workdir", "nothing"), "error: "),
+        (("--workdir", "nothing"), "error: nothing is not a run directory (it has no config.json); train one with"),
         (("--name", ""), "error: --name must be printable text, got ''\n"),
         (
             ("--host", "no.such.name.invalid"),
