@@ -171,6 +171,23 @@ def test_a_batch_grows_and_shrinks_and_texts_keep_their_rows(rotary, positions):
         np.testing.assert_allclose(again.logprobs, text.logprobs, atol=1e-4)
 
 
+def test_a_penalty_knows_what_the_window_has_left():
+    config = dataclasses.replace(CONFIG, positions="learned", context_length=M)
+    generator, variables, decoder = make(config, end_token=-1)
+    text = generator.begin(PROMPTS[1], SampleConfig(max_new_tokens=30, temperature=0.0, repetition_penalty=1.6))
+    generator.finish(variables, [text])
+    run = jax.jit(lambda tokens_BL: forward(decoder, variables, tokens_BL).logits_BLV)
+    ids, start = list(PROMPTS[1]), 0
+    while len(ids) < len(PROMPTS[1]) + 30:
+        start = len(ids) - M // 2 if len(ids) - start > M else start
+        window = ids[start:] + [0] * (M - len(ids) + start)
+        logits_V = np.array(run(np.array([window]))[0, len(ids) - start - 1])
+        for token in set(ids):
+            logits_V[token] *= 1 / 1.6 if logits_V[token] > 0 else 1.6
+        ids.append(int(np.argmax(logits_V)))
+    assert text.prompt_ids + text.tokens == ids
+
+
 def test_what_is_warmed_up_is_not_compiled_again():
     generator = make(CONFIG)[0]
     # Where a checkpoint puts them.
