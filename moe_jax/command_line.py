@@ -118,7 +118,7 @@ class SampleCommand:
     workdir: str | None = None
     """Run directory of the model; None: the run under runs/ that changed last."""
     prompt: str | None = None
-    """Text to continue; - reads it from standard input; None: start from nothing."""
+    """Text to continue; - reads it from standard input, without its last line end; None: start from nothing."""
     prompt_file: str | None = None
     """File with the text to continue, or, where its name ends in .jsonl, with an object with a "prompt" a line."""
     jsonl: bool = False

@@ -44,7 +44,7 @@ class Batch:
         self._texts: list[Text | None] = [None] * self._sizes[0]
         self._window_starts = np.zeros(self._sizes[0], np.int64)
         """Of each row, the place in its text of the model's position 0."""
-        self.state: DecodeState = generator.empty_state(self._sizes[0])
+        self.state: DecodeState = generator.empty_state(self._sizes[0], variables)
         self._rows: Rows | None = None
 
     @property

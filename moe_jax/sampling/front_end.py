@@ -18,7 +18,7 @@ from moe_jax.files import atomic_write_text
 from moe_jax.model.decoder import Variables
 from moe_jax.parallel.startup import enable_compile_cache
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.sampling.generator import Dtype, Generator, load_generator
+from moe_jax.sampling.generator import Dtype, Generator, load_generator, sample_of
 from moe_jax.sampling.prompts import as_text, check_text
 from moe_jax.sampling.text import Text
 from moe_jax.sections import unknown_name
@@ -42,16 +42,18 @@ def sample_to_terminal(
     started = time.perf_counter()
     generator, variables = _load(run, which, dtype)
     loaded = time.perf_counter()
-    samples = generator.generate_all(variables, prompts, sample)
+    begun = [(prompt, number) for prompt in prompts for number in range(sample.num_samples)]
+    texts = [generator.begin(prompt, sample, number) for prompt, number in begun]
+    generator.finish(variables, texts)
+    samples = [sample_of(prompt, text) for (prompt, _), text in zip(begun, texts, strict=True)]
     timing = {"load_seconds": loaded - started, "generate_seconds": time.perf_counter() - loaded}
     timing = {name: round(seconds, 3) for name, seconds in timing.items()}
-    text = "\n\n---\n\n".join(item.prompt + item.text for item in samples) + "\n"
+    whole = "\n\n---\n\n".join(item.prompt + item.text for item in samples) + "\n"
     lines = (json.dumps(dataclasses.asdict(item) | {"timing": timing}) + "\n" for item in samples)
-    sys.stdout.write("".join(lines) if jsonl else text)
+    sys.stdout.write("".join(lines) if jsonl else whole)
     sys.stdout.flush()
-    _keep(run, text)
-    longest = max(len(generator.begin(item.prompt, sample).prompt_ids) + len(item.tokens) for item in samples)
-    _note_context(generator, longest)
+    _keep(run, whole)
+    _note_context(generator, texts)
 
 
 def converse(run: RunDirectory, which: Literal["best", "newest"], dtype: Dtype | None, sample: SampleConfig) -> None:
@@ -68,31 +70,35 @@ def converse(run: RunDirectory, which: Literal["best", "newest"], dtype: Dtype |
         importlib.import_module("readline")  # input() has line editing and a history from then on
     last: Text | None = None
     is_told = False
-    while True:
-        try:
-            prompt = _ask() if is_terminal else _next_line()
-            if prompt is None or prompt.strip() == "exit":
-                return
-            if prompt.strip() == "/experts":
-                print(_experts(generator, last))
-                continue
-            if prompt.startswith("/") and not prompt.startswith("//"):
-                sample = _with_setting(prompt, sample)
-                continue
-            prompt = prompt.removeprefix("/")
-            last = generator.begin(prompt, sample)
-            _answer(run, generator, variables, prompt, last)
-            is_told = is_told or _note_context(generator, len(last.prompt_ids) + len(last.tokens))
-        except UserError as error:
-            tell_error(str(error))
+    with _interruption() as interrupted:
+        while True:
+            try:
+                prompt = _ask() if is_terminal else _next_line()
+                if prompt is None or prompt.strip() == "exit":
+                    return
+                if prompt.strip() == "/experts":
+                    print(_experts(generator, last))
+                    continue
+                if prompt.startswith("/") and not prompt.startswith("//"):
+                    sample = _with_setting(prompt, sample)
+                    continue
+                prompt = prompt.removeprefix("/")
+                last = generator.begin(prompt, sample)
+                interrupted.clear()
+                _answer(run, generator, variables, prompt, last, interrupted)
+                is_told = is_told or _note_context(generator, [last])
+            except UserError as error:
+                tell_error(str(error))
 
 
 def _experts(generator: Generator, text: Text | None) -> str:
     """A line for each token of an answer: the token, and its experts in each MoE layer. Raises UserError."""
     if text is None:
         raise UserError("/experts shows the experts of the last answer, and there is none yet; give a prompt first")
-    if not text.experts:
-        raise UserError("/experts needs an answer of at least one token from a model with experts; there is none")
+    if not generator.config.moe.num_experts:
+        raise UserError("/experts shows which experts tokens used, and this model has none; sample from a sparse one")
+    if not text.tokens:
+        raise UserError("/experts shows the experts of the last answer, and that is empty; give another prompt")
     names = [json.dumps(generator.tokenizer.decode([token]), ensure_ascii=False) for token in text.tokens]
     width = max(map(len, names))
     lines = [" " * width + "  experts, a column for each MoE layer"]
@@ -105,10 +111,11 @@ def _experts(generator: Generator, text: Text | None) -> str:
 def _with_setting(line: str, sample: SampleConfig) -> SampleConfig:
     """``sample`` as a line such as "/top-k 5" changes it; the setting is shown on standard error. Raises UserError."""
     name, _, text = line.removeprefix("/").strip().partition(" ")
-    known = [
-        item.name for item in dataclasses.fields(sample) if item.name not in ("num_samples", "stop", "stop_tokens")
-    ]
+    fixed = ("num_samples", "stop", "stop_tokens")
+    known = [item.name for item in dataclasses.fields(sample) if item.name not in fixed]
     field = name.replace("-", "_")
+    if field in fixed:
+        raise UserError(f"/{name} cannot be changed in a conversation; leave it, and begin another with --{name}")
     if field not in known:
         raise UserError(unknown_name("/", name, ["experts", *(each.replace("_", "-") for each in known)]))
     if text.strip():
@@ -126,16 +133,17 @@ def _value(text: str) -> int | float | str | None:
     return None if text.lower() == "none" else text
 
 
-def _answer(run: RunDirectory, generator: Generator, variables: Variables, prompt: str, answer: Text) -> None:
-    """Prints a text piece by piece and writes it to generated_text.txt."""
+def _answer(
+    run: RunDirectory, generator: Generator, variables: Variables, prompt: str, answer: Text, interrupted: list[int]
+) -> None:
+    """Prints a text piece by piece, until its end or an interruption, and writes it to generated_text.txt."""
     text = ""
-    with _interruption() as interrupted:
-        for piece in generator.stream(variables, answer, keep_experts=True):
-            text += piece
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-            if interrupted:
-                break
+    for piece in generator.stream(variables, answer, keep_experts=True):
+        text += piece
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+        if interrupted:
+            break
     # On a terminal the next question stands apart.
     sys.stdout.write("\n\n" if sys.stdout.isatty() else "\n")
     sys.stdout.flush()
@@ -169,19 +177,32 @@ def _ask() -> str | None:
     """A line from the terminal; None at its end, or by Ctrl-C where nothing is typed. UserError unless it is text."""
     while True:
         try:
-            prompt = input("> " if sys.stdout.isatty() else "")
+            with _interruptible():
+                prompt = input("> " if sys.stdout.isatty() else "")
         except EOFError:
             print(file=sys.stderr)
             return None
         except KeyboardInterrupt:
             print(file=sys.stderr)
             if not _typed():
+                # A key that is held down sends more of them, which are to end nothing half done.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
                 return None
             continue  # what was typed is dropped, as in a shell
         except UnicodeDecodeError as error:
             raise UserError(f"the prompt must be UTF-8 text, got another byte at {error.start}") from error
         check_text(prompt, "the prompt")
         return prompt
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Within it Ctrl-C raises KeyboardInterrupt, as it does where nothing else is said."""
+    noting = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, noting)
 
 
 def _typed() -> str:
@@ -192,7 +213,8 @@ def _typed() -> str:
 
 def _next_line() -> str | None:
     """A line from a pipe or a file; None at its end. UserError unless it is text."""
-    line = sys.stdin.buffer.readline()
+    with _interruptible():
+        line = sys.stdin.buffer.readline()
     return as_text(line, "the prompt").rstrip("\r\n") if line else None
 
 
@@ -202,11 +224,10 @@ def _load(run: RunDirectory, which: Literal["best", "newest"], dtype: Dtype | No
     return load_generator(run, which, dtype)
 
 
-def _note_context(generator: Generator, num_tokens: int) -> bool:
-    """Says what happened past the context, and whether a text of so many tokens got there."""
+def _note_context(generator: Generator, texts: Sequence[Text]) -> bool:
+    """Says what happened past the context, and whether one of ``texts`` got there."""
     context = generator.config.context_length
-    # The last token drawn is not read any more.
-    if num_tokens - 1 <= context:
+    if all(text.num_read <= context for text in texts):
         return False
     what = {
         "rotary": "the oldest tokens left the cache one by one (rotary positions)",

@@ -23,7 +23,6 @@ from moe_jax.runs.restore import restore_items
 from moe_jax.sampling.batch import STREAM_STEPS, Batch
 from moe_jax.sampling.decode import decode, empty_state, prefill, take_rows
 from moe_jax.sampling.text import Text
-from moe_jax.sampling.text_stream import stop_in
 
 _BATCH = 32
 """Texts that are generated together, at most."""
@@ -69,7 +68,10 @@ class Generator:
         decoder = Decoder(model, tokenizer.vocab_size, unstacked=True)
         self.prepare = jax.jit(lambda variables: cast_matrices(unstack(variables, model), model))
         """The variables of the training decoder as all else here takes them: unstacked, matrices in ``dtype``."""
-        self.empty_state = jax.jit(functools.partial(empty_state, decoder), static_argnums=0)
+        # It takes the variables to be where they are, or the first call of each function would be compiled twice.
+        self.empty_state = jax.jit(
+            lambda batch_size, variables: empty_state(decoder, batch_size), static_argnums=0, keep_unused=True
+        )
         # The state is given up to each call, so that its caches are changed in place.
         self.prefill = jax.jit(functools.partial(prefill, decoder), donate_argnums=1)
         self.decode = jax.jit(
@@ -82,10 +84,8 @@ class Generator:
     def begin(self, prompt: str | Sequence[int], sample: SampleConfig, number: int = 0) -> Text:
         """A text that is to continue ``prompt``, or token ids, as its sample ``number``. Raises UserError."""
         ids = self.tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else list(prompt)
-        V = self.tokenizer.vocab_size
-        wrong = next((index for index in (*ids, *sample.stop_tokens) if not 0 <= index < V), None)
-        if wrong is not None:
-            raise UserError(f"a token must be in [0, {V - 1}], got {wrong}; take those of this model's tokenizer")
+        self._check_tokens("each token of the prompt", ids)
+        self.check_stop_tokens(sample)
         # A foreign tokenizer may have no token for a prompt of spaces.
         prompt_ids = [*self._prefix, *ids] or [self._start]
         context = self.config.context_length
@@ -94,6 +94,16 @@ class Generator:
                 f"the prompt must fit the context of {context} tokens, got {len(prompt_ids)}; shorten the prompt"
             )
         return Text(self.tokenizer, prompt_ids, sample, number, self._end)
+
+    def check_stop_tokens(self, sample: SampleConfig) -> None:
+        """UserError unless ``sample.stop_tokens`` are tokens."""
+        self._check_tokens("each of stop_tokens", sample.stop_tokens)
+
+    def _check_tokens(self, name: str, ids: Sequence[int]) -> None:
+        V = self.tokenizer.vocab_size
+        wrong = next((index for index in ids if not 0 <= index < V), None)
+        if wrong is not None:
+            raise UserError(f"{name} must be in [0, {V - 1}], got {wrong}; take those of this model's tokenizer")
 
     def generate(self, variables: Variables, prompt: str, sample: SampleConfig) -> list[Sample]:
         """``sample.num_samples`` continuations of ``prompt``, or texts from nothing where it is empty.
@@ -107,17 +117,20 @@ class Generator:
 
         What is drawn for a prompt depends on the others by nothing but rounding. Raises UserError before any work.
         """
-        jobs = [
-            (prompt, self.begin(prompt, sample, number)) for prompt in prompts for number in range(sample.num_samples)
-        ]
-        if not jobs:
-            return []
-        size = min(_BATCH, 1 << (len(jobs) - 1).bit_length())
-        batch, waiting = Batch(self, variables, [size]), deque(text for _, text in jobs)
+        begun = [(prompt, number) for prompt in prompts for number in range(sample.num_samples)]
+        texts = [self.begin(prompt, sample, number) for prompt, number in begun]
+        self.finish(variables, texts)
+        return [sample_of(prompt, text) for (prompt, _), text in zip(begun, texts, strict=True)]
+
+    def finish(self, variables: Variables, texts: Sequence[Text]) -> None:
+        """Makes ``texts`` of ``begin`` to their ends, many at a time."""
+        if not texts:
+            return
+        size = min(_BATCH, 1 << (len(texts) - 1).bit_length())
+        batch, waiting = Batch(self, variables, [size]), deque(texts)
         while waiting or batch.texts:
             batch.admit([waiting.popleft() for _ in range(min(batch.num_free, len(waiting)))])
             batch.advance()
-        return [self._sample(prompt, text) for prompt, text in jobs]
 
     def stream(self, variables: Variables, text: Text, *, keep_experts: bool = False) -> Iterator[str]:
         """``text`` of ``begin`` in pieces of whole characters, as they are drawn."""
@@ -128,12 +141,11 @@ class Generator:
             batch.advance(STREAM_STEPS if text.tokens else 1)
             yield text.take()
 
-    def _sample(self, prompt: str, text: Text) -> Sample:
-        assert text.finish_reason is not None
-        whole = self.tokenizer.decode(text.tokens)
-        return Sample(
-            prompt, whole[: stop_in(whole, text.sample.stop)], text.tokens, text.logprobs, text.finish_reason
-        )
+
+def sample_of(prompt: str, text: Text) -> Sample:
+    """What ``text``, which has ended, has become after ``prompt``; takes what it has not given yet."""
+    assert text.finish_reason is not None
+    return Sample(prompt, text.take(), text.tokens, text.logprobs, text.finish_reason)
 
 
 def is_causal(config: ModelConfig) -> bool:

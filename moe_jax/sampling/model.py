@@ -41,6 +41,9 @@ class Model:
         size or more keeps all tokens. Prompts of any lengths are computed together. Raises UserError for a setting out
         of range, and for prompts that are no list of texts or too long.
         """
+        for name, listed, kind in (("stop", stop, "texts"), ("stop_tokens", stop_tokens, "token ids")):
+            if listed is not None and not isinstance(listed, list | tuple):
+                raise UserError(f"{name} must be a list of {kind}, got {listed!r}; write {name}=[...]")
         given: dict[str, Any] = {
             "num_samples": num_samples,
             "max_new_tokens": max_new_tokens,

@@ -14,7 +14,7 @@ def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
     if prompt is None:
         return [""]
     if prompt == "-":
-        return [as_text(sys.stdin.buffer.read(), "--prompt -")]
+        return [_without_line_end(as_text(sys.stdin.buffer.read(), "--prompt -"))]
     check_text(prompt, "--prompt")
     return [prompt]
 
@@ -26,7 +26,7 @@ def _from_file(file: Path) -> list[str]:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"--prompt-file must be a file, got {file}; name one that is there") from None
     if file.suffix != ".jsonl":
-        return [text.removesuffix("\n").removesuffix("\r")]
+        return [_without_line_end(text)]
     prompts = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -42,6 +42,11 @@ def _from_file(file: Path) -> list[str]:
     if not prompts:
         raise UserError(f"--prompt-file {file} has no prompts in it; give at least one line")
     return prompts
+
+
+def _without_line_end(text: str) -> str:
+    """``text`` without the one that ends its last line, as echo and editors put there."""
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def check_text(text: str, name: str) -> None:

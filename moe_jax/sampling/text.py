@@ -40,6 +40,8 @@ class Text:
         """[MoE layers, E] bool for each token, where the batch tells."""
         self.finish_reason: str | None = None
         """None while the text goes on; "stop": the end of a document, or a stop; "length": max_new_tokens."""
+        self.num_read = 0
+        """Tokens that the model had read, prompt included, when it drew the last one."""
         self._ends = {end_token, *sample.stop_tokens}
         self._text, self._shown = TextStream(tokenizer), StopStream(sample.stop)
         self._pieces: list[str] = []
@@ -54,6 +56,7 @@ class Text:
         tokens = row.tokens_S[: self.num_left].tolist()
         size = next((index for index, token in enumerate(tokens) if token in self._ends), len(tokens))
         has_ended = size < len(tokens)
+        self.num_read = len(self.prompt_ids) + len(self.tokens) + size - (not has_ended)
         # A stop may end the text at any token; without one, all of them make one piece.
         parts = [[token] for token in tokens[:size]] if self.sample.stop else [tokens[:size]]
         kept = 0

@@ -87,6 +87,8 @@ class Loop:
         self.eval_step = jax.jit(make_eval_step(decoder), compiler_options=options)
         # Experts that choose tokens choose among later ones too, so that no text can be sampled from them.
         self.generator = Generator(config, data.tokenizer) if is_causal(config.model) else None
+        if self.generator is not None:
+            self.generator.check_stop_tokens(config.sample)
         self.flops_per_token = flops_per_token(state.params, config.model)
         self.trace = Trace(config.train.profile, run.profile)
         self.spikes = SpikeWatch()

@@ -132,17 +132,19 @@ def test_probabilities_are_the_same_alone_and_beside_fifteen_others(rotary):
             np.testing.assert_allclose(one, other, atol=1e-4)
 
 
-def test_a_batch_grows_and_shrinks_and_texts_keep_their_rows(rotary):
-    """Texts come and go at random; each is what it is alone."""
-    generator, variables, _ = rotary
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_a_batch_grows_and_shrinks_and_texts_keep_their_rows(rotary, positions):
+    """Texts of up to three windows come and go at random; each is what it is alone."""
+    changed = dataclasses.replace(CONFIG, positions="learned")
+    generator, variables, _ = rotary if positions == "rotary" else make(changed, end_token=-1)
     random = np.random.default_rng(0)
     batch, waiting, done, removed = Batch(generator, variables, [1, 2, 4]), [], [], []
     for index in range(24):
         sample = SampleConfig(
-            max_new_tokens=int(random.integers(1, 30)),
+            max_new_tokens=int(random.integers(1, 49)),
             temperature=float(random.choice([0.0, 0.7, 1.0])),
             top_k=[None, 3][index % 2],
-            repetition_penalty=[1.0, 1.2][index % 3 == 0],
+            repetition_penalty=[1.0, 1.5][index % 2],
             seed=index,
         )
         waiting.append(generator.begin(random.integers(1, 9, random.integers(1, 17)).tolist(), sample, index % 5))
@@ -167,6 +169,39 @@ def test_a_batch_grows_and_shrinks_and_texts_keep_their_rows(rotary):
             single.advance()
         assert (again.tokens, again.finish_reason) == (text.tokens, text.finish_reason)
         np.testing.assert_allclose(again.logprobs, text.logprobs, atol=1e-4)
+
+
+def test_a_penalty_knows_what_the_window_has_left():
+    config = dataclasses.replace(CONFIG, positions="learned", context_length=M)
+    generator, variables, decoder = make(config, end_token=-1)
+    text = generator.begin(PROMPTS[1], SampleConfig(max_new_tokens=30, temperature=0.0, repetition_penalty=1.6))
+    generator.finish(variables, [text])
+    run = jax.jit(lambda tokens_BL: forward(decoder, variables, tokens_BL).logits_BLV)
+    ids, start = list(PROMPTS[1]), 0
+    while len(ids) < len(PROMPTS[1]) + 30:
+        start = len(ids) - M // 2 if len(ids) - start > M else start
+        window = ids[start:] + [0] * (M - len(ids) + start)
+        logits_V = np.array(run(np.array([window]))[0, len(ids) - start - 1])
+        for token in set(ids):
+            logits_V[token] *= 1 / 1.6 if logits_V[token] > 0 else 1.6
+        ids.append(int(np.argmax(logits_V)))
+    assert text.prompt_ids + text.tokens == ids
+
+
+def test_what_is_warmed_up_is_not_compiled_again():
+    generator = make(CONFIG)[0]
+    # Where a checkpoint puts them.
+    variables = jax.device_put(generator.prepare(make_trained(CONFIG)[1]), jax.devices()[0])
+    batch = Batch(generator, variables, [1, 2])
+    functions = (generator.prefill, generator.decode, generator.take_rows, generator.empty_state)
+    batch.warm_up()
+    before = [function._cache_size() for function in functions]
+    waiting = [generator.begin([1] * length, SampleConfig(max_new_tokens=20)) for length in (1, 16, 5)]
+    while waiting or batch.texts:
+        if waiting and batch.num_free:
+            batch.admit([waiting.pop()])
+        batch.advance(3)
+    assert [function._cache_size() for function in functions] == before
 
 
 def test_bfloat16_holds_matrices_in_two_bytes_and_all_else_in_four(rotary):

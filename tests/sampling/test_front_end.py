@@ -73,6 +73,11 @@ def test_a_setting_that_cannot_be_is_told_and_changes_nothing(rotary, converse):
     assert told[4].startswith("error: /max-new-tokens must be of type int, got 1.5")
 
 
+def test_what_stands_for_a_whole_conversation_is_not_changed_in_it(rotary, converse):
+    _, err, _ = converse(rotary, b"/stop x\nab\n")
+    assert err == "error: /stop cannot be changed in a conversation; leave it, and begin another with --stop\n"
+
+
 def test_exit_leaves(rotary, converse):
     assert converse(rotary, b"ab\nexit\nhgf\n")[0] == text_of(rotary, "ab") + "\n"
 
@@ -143,3 +148,12 @@ def test_experts_of_the_last_answer(rotary, converse):
         name = json.dumps(TOKENIZER.decode(sample.tokens[index : index + 1]), ensure_ascii=False)
         assert line.split() == [name, *chosen]
     assert len(lines) == len(sample.tokens) >= 5
+
+
+def test_a_token_that_begins_a_window_shows_no_experts(converse):
+    made = make(dataclasses.replace(CONFIG, positions="learned"), end_token=-1)
+    out, _, _ = converse(made, b"/max-new-tokens 30\nabc\n/experts\n")
+    # 13 tokens fill the window, and the one after has no place; then 8 more fill it again, and so on.
+    lines = [line.split() for line in out.splitlines()[2:]]
+    assert len(lines) == 30
+    assert [index for index, line in enumerate(lines) if line[-1] == "-"] == [13, 22]

@@ -149,8 +149,19 @@ def test_stop_tokens_end_a_sample_and_are_not_part_of_it(rotary):
         assert sample.tokens == (whole.tokens[: whole.tokens.index(token)] if ends else whole.tokens)
         assert sample.finish_reason == ("stop" if ends else whole.finish_reason)
         assert len(sample.logprobs) == len(sample.tokens)
-    with pytest.raises(UserError, match=r"a token must be in \[0, 12\], got 13; take those of this model's tokenizer"):
-        generator.begin("ab", dataclasses.replace(settings, stop_tokens=(13,)))
+    with pytest.raises(UserError, match=r"each token of the prompt must be in \[0, 12\], got 13; take those of this"):
+        generator.begin([1, 13], settings)
+
+
+def test_a_text_knows_how_much_was_read_for_its_last_token(rotary):
+    generator, variables, _ = rotary
+    settings = SampleConfig(max_new_tokens=14, temperature=1.0, seed=4)
+    texts = [generator.begin("abc", settings, number) for number in range(16)]
+    generator.finish(variables, texts)
+    assert {text.finish_reason for text in texts} == {"stop", "length"}
+    for text in texts:
+        # The token that ended a text was drawn after all of ``tokens`` were read, another one before itself.
+        assert text.num_read == 3 + len(text.tokens) - (text.finish_reason == "length")
 
 
 def test_a_stream_can_be_left_and_begun_again(rotary):

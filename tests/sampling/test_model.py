@@ -52,6 +52,9 @@ def test_what_is_left_out_is_as_the_run_samples(model, rotary):
         (["a" * 17], {}, "the prompt must fit the context of 16 tokens, got 17"),
         (["a"], {"top_p": 1.5}, r"^top_p must be in \[1e-06, 1.0\], got 1.5"),
         (["a"], {"temperature": 0.0001}, r"^temperature must be 0 \(the most likely token\) or at least 0.001"),
+        (["a"], {"stop": "cd"}, r"^stop must be a list of texts, got 'cd'; write stop=\[...\]"),
+        (["a"], {"stop_tokens": 5}, r"^stop_tokens must be a list of token ids, got 5; write stop_tokens=\[...\]"),
+        (["a"], {"stop_tokens": [13]}, r"^each of stop_tokens must be in \[0, 12\], got 13; take those of this"),
         (["a"], {"seed": "0"}, "^seed must be of type int, got '0' of type str"),
     ],
 )

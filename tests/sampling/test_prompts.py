@@ -1,6 +1,8 @@
 """Prompts from files; tests/faults/test_bad_input.py has those that cannot be used."""
 
+import io
 import json
+import sys
 
 import pytest
 
@@ -20,6 +22,11 @@ def test_nothing_is_one_empty_prompt_and_a_text_is_itself():
 def test_a_text_file_is_one_prompt_without_its_last_line_end(tmp_path, content, prompt):
     (tmp_path / "prompt.txt").write_bytes(content.encode())
     assert read_prompts(None, str(tmp_path / "prompt.txt")) == [prompt]
+
+
+def test_standard_input_is_one_prompt_without_its_last_line_end(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"To be\n\n")))
+    assert read_prompts("-", None) == ["To be\n"]
 
 
 def test_json_lines_are_a_prompt_each(tmp_path):
