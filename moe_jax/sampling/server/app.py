@@ -178,9 +178,12 @@ class _Stream(Response):
         call = self._call
         while not call.is_gone:
             is_done = call.is_done
-            gained = b"".join(map(event, self._answer.chunks()))
+            gained = []
+            for chunk in self._answer.chunks():
+                gained.append(event(chunk))
+                await asyncio.sleep(0)  # what a slow reader left is much to write down, and others are to be served
             if gained:
-                yield gained
+                yield b"".join(gained)
             if is_done:
                 yield b"".join(map(event, self._answer.last_chunks())) + DONE
                 return

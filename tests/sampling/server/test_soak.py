@@ -28,6 +28,11 @@ def resident_bytes():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def left_over():
+    gc.collect()
+    return [each for each in gc.get_objects() if type(each) in (Call, Ticket, Text)]
+
+
 class Tally:
     def __init__(self):
         self.answered = self.left = self.refused = 0
@@ -101,7 +106,7 @@ async def soak(server, num_tokens, seed):
 
 
 def run_soak(num_tokens):
-    """(tally, bytes grown, tokens generated, objects left over) of a server that lived through it."""
+    """(tally, bytes grown, tokens generated) of a server that lived through it, and kept nothing."""
     with serving(make_endless(), sizes=(4, 32), max_queue=30) as server:
         asyncio.run(soak(server, 20_000, 0))
         before = resident_bytes()
@@ -110,9 +115,10 @@ def run_soak(num_tokens):
         state = server.server.server_state
         wait_until(lambda: not state.tasks and not state.connections)
         grown = resident_bytes() - before
-        left = [repr(each) for each in gc.get_objects() if type(each) in (Call, Ticket, Text)]
+        # A thread may hold the last one a moment longer, and a call and its tickets hold each other.
+        wait_until(lambda: not left_over())
         assert server.request("GET", "/healthz")[0] == 200
-        return tally, grown, server.service.metrics.generated_tokens, left
+        return tally, grown, server.service.metrics.generated_tokens
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -120,8 +126,7 @@ def run_soak(num_tokens):
 def test_a_soak_loses_no_request_and_no_memory(num_tokens):
     # In a process of its own, whose memory is the server's alone.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        tally, grown, generated, left = pool.apply(run_soak, (num_tokens,))
-    assert left == []
+        tally, grown, generated = pool.apply(run_soak, (num_tokens,))
     assert grown < 20e6
     assert tally.answered > 100
     assert tally.left > 20
