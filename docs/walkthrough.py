@@ -117,7 +117,12 @@ def one_head(query_LA, key_LA, value_LA):
     return weights_LM, weights_LM @ value_LA
 
 
-out_LHA = attend(query_LHA[None], key_LHA[None], value_LHA[None], mask_BLM, None)[0]
+def attention(query_LHA, key_LHA, value_LHA):
+    """The package's, of one sequence: its keys and values have the heads in front."""
+    return attend(query_LHA[None], key_LHA.swapaxes(0, 1)[None], value_LHA.swapaxes(0, 1)[None], mask_BLM, None)[0]
+
+
+out_LHA = attention(query_LHA, key_LHA, value_LHA)
 for head in range(H):
     weights_LM, by_hand_LA = one_head(query_LHA[:, head], key_LHA[:, head], value_LHA[:, head])
     np.testing.assert_allclose(out_LHA[:, head], by_hand_LA, rtol=1e-5, atol=1e-5)
@@ -140,7 +145,7 @@ bar = figure.colorbar(image, ax=axes)
 
 # %%
 changed = [array.at[-1].add(1.0) for array in (query_LHA, key_LHA, value_LHA)]
-changed_LHA = attend(*(array[None] for array in changed), mask_BLM, None)[0]
+changed_LHA = attention(*changed)
 assert (changed_LHA[:-1] == out_LHA[:-1]).all()
 assert not np.allclose(changed_LHA[-1], out_LHA[-1])
 

@@ -37,12 +37,15 @@ from tests.oracles.texts import VERSE
 ROOT = Path(__file__).parents[2]
 
 
-def run(folder, *arguments):
+PAST_CONTEXT = "note: past the context of 128 tokens the oldest tokens left the cache one by one (rotary positions)\n"
+
+
+def run(folder, *arguments, told=""):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(folder / "cache")}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, told)
     return done.stdout
 
 
@@ -54,7 +57,7 @@ def test_a_recipe_reaches_its_loss_and_speaks(tmp_path, recipe, bits_per_byte):
     reached = [line["val/bits_per_byte"] for line in lines if "val/bits_per_byte" in line]
     assert reached[-1] <= bits_per_byte
     assert reached == sorted(reached, reverse=True)
-    text = run(tmp_path, "sample.py", "--workdir", str(tmp_path / "run"), "--max-new-tokens", "400")
+    text = run(tmp_path, "sample.py", "--workdir", str(tmp_path / "run"), "--max-new-tokens", "400", told=PAST_CONTEXT)
     # Speakers in capitals and a colon, on lines of their own, as in the plays.
     assert sum(line.endswith(":") and line.isupper() for line in text.splitlines()) >= 3
 
