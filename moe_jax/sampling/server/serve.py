@@ -102,8 +102,18 @@ class Server(uvicorn.Server):
             print(self._greeting, flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        closing = asyncio.create_task(self._close_idle())
         await super().shutdown(sockets)
+        closing.cancel()
         await asyncio.to_thread(self._service.worker.stop)
+
+    async def _close_idle(self) -> None:
+        """Closes connections that wait for no answer; uvicorn does so once, and waits for those that come then."""
+        while True:
+            for connection in list(self.server_state.connections):
+                if not connection.transport.is_closing():
+                    connection.shutdown()
+            await asyncio.sleep(0.1)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -142,5 +142,9 @@ def serving(made, *, sizes=SIZES, max_queue=32, api_key=None, send_buffer=None):
     finally:
         server.should_exit = True
         thread.join(30)
+        left = [
+            (each.conn.states, each.cycle is not None, each.transport.is_closing(), each.client)
+            for each in server.server_state.connections
+        ]
         worker.stop()
-        assert not thread.is_alive()
+        assert not thread.is_alive(), (left, server.server_state.tasks)

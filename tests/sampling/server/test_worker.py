@@ -222,6 +222,29 @@ def test_a_shutdown_finishes_what_has_begun(made, pace):
             socket.create_connection(("127.0.0.1", server.port))
 
 
+def test_connections_that_come_while_the_server_ends_do_not_hold_it_up(made):
+    for _ in range(5):
+        held, is_over = [], threading.Event()
+
+        def connect(held, is_over, port):
+            while not is_over.is_set():
+                try:
+                    held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+                except OSError:
+                    return  # nothing listens any more
+
+        with serving(made) as server:
+            clients = threading.Thread(target=connect, args=(held, is_over, server.port))
+            clients.start()
+            wait_until(lambda held=held: len(held) > 20)
+            begun = time.monotonic()
+        assert time.monotonic() - begun < 10, "a third of the patience with a request that does not get whole"
+        is_over.set()
+        clients.join()
+        for connection in held:
+            connection.close()
+
+
 def test_a_client_that_leaves_while_the_server_ends(made, pace, monkeypatch):
     """What the worker makes in that time is nobody's, and the event loop that would hand it on is about to close."""
     faults = []
