@@ -5,6 +5,8 @@ import socket
 
 import pytest
 
+from tests.compiling import XLA_FLAGS
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # Before any test module imports jax. A GPU test has to see the GPU.
@@ -15,8 +17,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if not wants_gpu:
         jax.config.update("jax_num_cpu_devices", 8)
-        # The models are tiny, so the time goes into compiling them: skip XLA's costly passes.
         jax.config.update("jax_disable_most_optimizations", True)
+        with pytest.MonkeyPatch.context() as here:  # and not in the commands that tests start as a user does
+            here.setenv("XLA_FLAGS", XLA_FLAGS)
+            jax.devices()  # takes up the flags
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.compiling import QUICKLY
 from tests.oracles.texts import VERSE
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ def environment(home):
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time would go into compiling
+        **QUICKLY,
         "XDG_CACHE_HOME": str(home / "cache"),
         "PYTHONDONTWRITEBYTECODE": "1",
     }

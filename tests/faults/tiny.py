@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 from moe_jax.runs.metrics import read_metrics
+from tests.compiling import QUICKLY
 from tests.faults.faulty import ROOT
 from tests.oracles.texts import VERSE
 
@@ -55,7 +56,7 @@ def start(home, faults, *arguments, cache=None):
         env={
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time would go into compiling
+            **QUICKLY,
             "XDG_CACHE_HOME": str(cache or home / "cache"),
         },
         stdout=subprocess.PIPE,

@@ -20,6 +20,7 @@ from moe_jax.command import EnvironmentFault, UserError
 from moe_jax.sampling.server import __main__ as command
 from moe_jax.sampling.server.app import Service
 from moe_jax.sampling.server.serve import Server, batch_sizes, listen, own_names, read_key
+from tests.compiling import QUICKLY
 from tests.oracles.texts import VERSE
 
 ROOT = Path(__file__).parents[3]
@@ -53,7 +54,7 @@ def environment(home):
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of the time would go into compiling
+        **QUICKLY,
         "XDG_CACHE_HOME": str(home / "cache"),
         "PYTHONPATH": str(ROOT),
         "PYTHONDONTWRITEBYTECODE": "1",
