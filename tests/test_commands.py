@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.compiling import QUICKLY
+from tests.compiling import quick_environment
 from tests.oracles.texts import VERSE
 
 ROOT = Path(__file__).parents[1]
@@ -41,22 +41,12 @@ def home(tmp_path_factory):
     return folder
 
 
-def environment(home):
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        **QUICKLY,
-        "XDG_CACHE_HOME": str(home / "cache"),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-
-
 def command(home, *arguments, stdin=""):
     script, *rest = arguments
     return subprocess.run(
         [sys.executable, ROOT / script, *map(str, rest)],
         cwd=home,
-        env=environment(home),
+        env=quick_environment(home / "cache"),
         input=stdin,
         capture_output=True,
         text=True,
@@ -73,7 +63,7 @@ def interrupt_after_the_first_step(home, workdir):
     with subprocess.Popen(
         [sys.executable, ROOT / "train.py", "--config", home / "tiny.py", "--workdir", workdir],
         cwd=home,
-        env=environment(home),
+        env=quick_environment(home / "cache"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -145,7 +135,7 @@ def test_from_python_and_in_a_conversation_the_text_is_that_of_the_command(home,
     )
     python = subprocess.run(
         [sys.executable, "-c", snippet.replace("runs/moe", str(run[0]))],
-        env={**environment(home), "PYTHONPATH": str(ROOT)},
+        env={**quick_environment(home / "cache"), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         check=False,
@@ -211,7 +201,7 @@ def test_a_conversation_on_a_terminal(home, run):
     with subprocess.Popen(
         [sys.executable, ROOT / "sample.py", *arguments],
         cwd=home,
-        env=environment(home) | {"TERM": "dumb"},
+        env=quick_environment(home / "cache") | {"TERM": "dumb"},
         stdin=theirs,
         stdout=theirs,
         stderr=subprocess.PIPE,
@@ -243,7 +233,7 @@ def test_a_reader_that_goes_away_does_not_end_the_training(home, run):
     with subprocess.Popen(
         [sys.executable, ROOT / "train.py", "--config", home / "tiny.py", *flags],
         cwd=home,
-        env=environment(home),
+        env=quick_environment(home / "cache"),
         stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None

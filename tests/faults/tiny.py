@@ -1,12 +1,11 @@
 """A folder with a tiny recipe, and the commands of this project run in it with faults."""
 
 import json
-import os
 import subprocess
 import sys
 
 from moe_jax.runs.metrics import read_metrics
-from tests.compiling import QUICKLY
+from tests.compiling import quick_environment
 from tests.faults.faulty import ROOT
 from tests.oracles.texts import VERSE
 
@@ -53,12 +52,7 @@ def start(home, faults, *arguments, cache=None):
     return subprocess.Popen(
         [sys.executable, ROOT / "tests" / "faults" / "faulty.py", json.dumps(faults), *map(str, arguments)],
         cwd=home,
-        env={
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            **QUICKLY,
-            "XDG_CACHE_HOME": str(cache or home / "cache"),
-        },
+        env=quick_environment(cache or home / "cache"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

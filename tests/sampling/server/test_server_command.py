@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import importlib.util
 import json
-import os
 import re
 import signal
 import socket
@@ -20,7 +19,7 @@ from moe_jax.command import EnvironmentFault, UserError
 from moe_jax.sampling.server import __main__ as command
 from moe_jax.sampling.server.app import Service
 from moe_jax.sampling.server.serve import Server, batch_sizes, listen, own_names, read_key
-from tests.compiling import QUICKLY
+from tests.compiling import quick_environment
 from tests.oracles.texts import VERSE
 
 ROOT = Path(__file__).parents[3]
@@ -51,14 +50,7 @@ def home(tmp_path_factory):
 
 
 def environment(home):
-    return {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        **QUICKLY,
-        "XDG_CACHE_HOME": str(home / "cache"),
-        "PYTHONPATH": str(ROOT),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
+    return quick_environment(home / "cache") | {"PYTHONPATH": str(ROOT)}
 
 
 def arguments_of(flags):
