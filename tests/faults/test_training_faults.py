@@ -73,7 +73,10 @@ def test_steps_without_a_finite_loss_are_left_out_and_counted(home):
 
 
 @pytest.mark.slow
-def test_too_many_in_a_row_stop_the_run_which_goes_on_from_before(home, straight):
+def test_too_many_in_a_row_stop_the_run_which_goes_on_from_before(home):
+    # The same program as with faults, which rounds in its own way.
+    no_faults = {"not_a_number": {"first": 0, "last": 0}}
+    assert train(home, home / "good", no_faults).returncode == 0
     flags = ("--train.max-skipped-steps", 3)
     result = train(home, home / "bad", {"not_a_number": {"first": 7, "last": 99}}, *flags)
     assert result.returncode == 1
@@ -81,8 +84,8 @@ def test_too_many_in_a_row_stop_the_run_which_goes_on_from_before(home, straight
     assert line.startswith("error: 3 steps in a row, from step 7, had no finite loss and gradient; in step 7 the loss")
     assert "was not finite: the outputs of all layers were finite" in line
     assert saved_steps(home / "bad" / "checkpoints") == [5]
-    assert train(home, home / "bad", {}, *flags).returncode == 0
-    check_same_end(home / "bad", straight)
+    assert train(home, home / "bad", no_faults, *flags).returncode == 0
+    check_same_end(home / "bad", home / "good")
 
 
 @pytest.mark.slow
