@@ -72,19 +72,20 @@ def _ordered(x_V: Array) -> Array:
     return jnp.where(bits_V & sign, ~bits_V, bits_V | sign)
 
 
-def _largest(holds: Callable[[Array], Array]) -> Array:
-    """The largest uint32 for which ``holds``, which is true up to some number and false from there on."""
+def _largest(holds: Callable[[Array], Array], num_bits: int = 32) -> Array:
+    """The largest number of so many bits for which ``holds``, which is true up to some number and then false."""
 
     def set_bit(index: Array, found: Array) -> Array:
-        candidate = found | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
+        candidate = found | (jnp.uint32(1 << (num_bits - 1)) >> index.astype(jnp.uint32))
         return jnp.where(holds(candidate), candidate, found)
 
-    return lax.fori_loop(0, 32, set_bit, jnp.uint32(0))
+    return lax.fori_loop(0, num_bits, set_bit, jnp.uint32(0))
 
 
 def _first(mask_V: Array, count: Array) -> Array:
     """``mask_V`` with only its first ``count`` places left."""
-    place_V = jnp.arange(mask_V.shape[0], dtype=jnp.uint32)
-    # The largest number of places that hold at most so many.
-    end = _largest(lambda end: jnp.sum(mask_V & (place_V < end)) <= count)
+    V = mask_V.shape[0]
+    place_V = jnp.arange(V, dtype=jnp.uint32)
+    # The largest number of places that hold at most so many; any above V are as V.
+    end = _largest(lambda end: jnp.sum(mask_V & (place_V < end)) <= count, V.bit_length())
     return mask_V & (place_V < end)
