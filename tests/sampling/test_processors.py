@@ -153,6 +153,8 @@ def test_greedy_takes_the_most_likely_after_the_penalty():
         ({"top_k": 3}, [0, 4, 2, 3]),
         ({"top_p": 0.65}, [0, 4, 0, 3]),
         ({"min_p": 0.4}, [0, 4, 2, 3]),
+        # Of tokens 1 and 3, which are in the text: logits below 0 are multiplied.
+        ({"penalty": 2.0}, [10, 16, 20, 9]),
         # In this order: of 1, 16, 4 and 9 the first three are left; 25 of 29 are two of them; 9/16 is above 0.5.
         ({"temperature": 0.5, "top_k": 3, "top_p": 0.8, "min_p": 0.5}, [0, 16, 0, 9]),
         ({}, [1, 4, 2, 3]),
@@ -161,7 +163,8 @@ def test_greedy_takes_the_most_likely_after_the_penalty():
 def test_drawn_frequencies_are_the_processed_probabilities(settings, weights):
     count = 50_000
     rows = jnp.broadcast_to(LOGITS, (count, 4))
-    counts = np.bincount(drawn(rows, 3, **settings), minlength=4)
+    seen = jnp.broadcast_to(jnp.array([False, True, False, True]), (count, 4))
+    counts = np.bincount(drawn(rows, 3, seen, **settings), minlength=4)
     expected = count * np.array(weights) / sum(weights)
     assert np.all(counts[expected == 0] == 0)
     counts, expected = counts[expected > 0], expected[expected > 0]
