@@ -18,9 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from moe_jax.command import run, use_huge_pages
-from moe_jax.command_line import load_recipe
+from moe_jax.cli import load_recipe
+from moe_jax.commands.startup import use_huge_pages
 from moe_jax.config import Config
+from moe_jax.errors import run
 
 
 def measure(config: Config, vocab_size: int, steps: int, rounds: int, folder: Path) -> dict[str, float]:
@@ -29,8 +30,8 @@ def measure(config: Config, vocab_size: int, steps: int, rounds: int, folder: Pa
     import numpy as np
 
     from moe_jax.model.decoder import Decoder
-    from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
-    from moe_jax.runs.checkpoint import Checkpoints, Retention
+    from moe_jax.runs.checkpoint.save import Checkpoints, Retention
+    from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
     from moe_jax.training.optimizer import make_optimizer, make_schedule
     from moe_jax.training.state import init_state
     from moe_jax.training.step import make_train_step

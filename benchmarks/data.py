@@ -26,15 +26,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from moe_jax.command import run
-from moe_jax.config import DataConfig, PrepareConfig
-from moe_jax.data import prepare as preparation
-from moe_jax.data.formats import ReadOptions, read_play
-from moe_jax.data.plays import find_plays
-from moe_jax.data.prepare import prepare_folder
-from moe_jax.data.prepared import Corpus, open_prepared, write_meta
+from moe_jax.config import DataConfig
+from moe_jax.data.dataset import Corpus, open_prepared, write_meta
 from moe_jax.data.shards import LENGTHS, Split, file_sha256, lengths_file, shard_file
 from moe_jax.data.tokenizer import build_tokenizer, save_tokenizer
+from moe_jax.errors import run
+from moe_jax.prepare import folder as preparation
+from moe_jax.prepare.folder import prepare_folder
+from moe_jax.prepare.formats import ReadOptions, read_play
+from moe_jax.prepare.plays import find_plays
+from moe_jax.prepare.settings import PrepareConfig
 
 LENGTH, BATCH = 512, 32
 MODES = ("windows", "packed", "padded")
@@ -127,7 +128,7 @@ def make_large(folder: Path, num_tokens: int) -> None:
 
 def loading(folder: Path, rounds: int) -> list[dict[str, Any]]:
     """Start-up and throughput in every mode, in turns."""
-    from moe_jax.data.pipeline import train_batches  # here, for the processes that tokenize import this file too
+    from moe_jax.data.batches import train_batches  # here, for the processes that tokenize import this file too
 
     starts: dict[str, list[float]] = {mode: [] for mode in MODES}
     rates: dict[str, list[float]] = {mode: [] for mode in MODES}

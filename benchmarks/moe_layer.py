@@ -22,8 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from moe_jax.command import UserError, run, use_huge_pages
+from moe_jax.commands.startup import use_huge_pages
 from moe_jax.config import MoEConfig
+from moe_jax.errors import UserError, run
 
 GROUP = 256
 SHAPES = ["128,512,8,2", "256,1024,8,2", "512,512,64,8", "1024,4096,8,2"]

@@ -32,10 +32,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from moe_jax.command import UserError, run
 from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig
+from moe_jax.config.rules import validate
+from moe_jax.errors import UserError, run
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.validation import validate
 
 SHAPE = ("layers", "width", "heads", "experts", "top_k", "expert_width", "context")
 MB = 1e6
@@ -82,7 +82,7 @@ def model_of(case: Case) -> tuple[Any, Any]:
 
     from moe_jax.data.tokenizer import build_tokenizer, load_tokenizer
     from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
-    from moe_jax.sampling.generator import Generator, load_variables
+    from moe_jax.sampling.engine import Generator, load_variables
 
     if case.workdir:
         directory = RunDirectory(Path(case.workdir))

@@ -20,10 +20,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from moe_jax.command import UserError, run, use_huge_pages
-from moe_jax.command_line import load_recipe
+from moe_jax.cli import load_recipe
+from moe_jax.commands.startup import use_huge_pages
 from moe_jax.config import Config
-from moe_jax.validation import validate
+from moe_jax.config.rules import validate
+from moe_jax.errors import UserError, run
 
 
 def with_model(config: Config, moe: dict | None = None, **model: Any) -> Config:
@@ -60,7 +61,7 @@ def prepare_step(config: Config, vocab_size: int) -> tuple[Callable[[], None], f
     import numpy as np
 
     from moe_jax.model.decoder import Decoder
-    from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
+    from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
     from moe_jax.training.flops import count_params
     from moe_jax.training.optimizer import make_optimizer, make_schedule
     from moe_jax.training.state import init_state

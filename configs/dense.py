@@ -9,7 +9,7 @@ evaluations: validation 2.126 bits per byte (4.286 nats per token) at the last s
 import dataclasses
 from pathlib import Path
 
-from moe_jax.command_line import load_recipe
+from moe_jax.cli import load_recipe
 from moe_jax.config import Config
 
 

@@ -5,7 +5,7 @@ kingburrito666/shakespeare-plays, judehunt23/llm-science-exam-training-data-wiki
 ffatty/plaintext-wikipedia-full-english. Unpack them to these names, or put others in their place, and prepare
 them once; --text-key names the column of each CSV file that holds the text (the error lists the columns):
 
-    python -m moe_jax.data.prepare --out data/five_corpora --tokenizer bpe:8192 --errors replace \
+    python -m moe_jax.prepare --out data/five_corpora --tokenizer bpe:8192 --errors replace \
       --input news=text/bbc dialogue=text/avengers.csv plays=plays: physics=text/physics.csv wiki=text/wikipedia \
       --text-key dialogue=dialogue physics=text wiki=text \
       --weights news=2 dialogue=1 plays=2 physics=2 wiki=3

@@ -12,7 +12,7 @@ Random tokens stand in their place, for GPT-2's have no <|unknown|>; targets, ev
 import dataclasses
 from pathlib import Path
 
-from moe_jax.command_line import load_recipe
+from moe_jax.cli import load_recipe
 from moe_jax.config import Config
 
 

@@ -2,12 +2,12 @@ r"""TinyStories (arXiv 2305.07759): 2.1 million stories for children, in packed 
 
 Prepare it once, by name (the extra "hub": pip install 'datasets>=4'; it downloads 1 GB),
 
-    python -m moe_jax.data.prepare --out data/tinystories --tokenizer bpe:2048 --delimiters chat \
+    python -m moe_jax.prepare --out data/tinystories --tokenizer bpe:2048 --delimiters chat \
       --input hf:roneneldan/TinyStories --val-input hf:roneneldan/TinyStories:validation
 
 or from its parquet files (the extra "text": pip install 'pyarrow>=20'),
 
-    python -m moe_jax.data.prepare --out data/tinystories --tokenizer bpe:2048 --delimiters chat \
+    python -m moe_jax.prepare --out data/tinystories --tokenizer bpe:2048 --delimiters chat \
       --input "TinyStories/data/train-*.parquet" --val-input "TinyStories/data/validation-*.parquet"
 
 and train:

@@ -17,7 +17,7 @@ loss are stated: the data set does not come with this package, and no GPU was at
 import dataclasses
 from pathlib import Path
 
-from moe_jax.command_line import load_recipe
+from moe_jax.cli import load_recipe
 from moe_jax.config import Config
 
 

@@ -19,7 +19,7 @@ processor: 7.67 nats before it, 7.47 after. No row is dropped.
 import dataclasses
 from pathlib import Path
 
-from moe_jax.command_line import load_recipe
+from moe_jax.cli import load_recipe
 from moe_jax.config import Config
 
 

@@ -43,11 +43,12 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_jax.config import DataConfig, PrepareConfig
-from moe_jax.data.pipeline import train_batches
-from moe_jax.data.plays import find_plays, render_play
-from moe_jax.data.prepare import prepare_folder
+from moe_jax.config import DataConfig
+from moe_jax.data.batches import train_batches
 from moe_jax.data.tokenizer import build_tokenizer
+from moe_jax.prepare.folder import prepare_folder
+from moe_jax.prepare.plays import find_plays, render_play
+from moe_jax.prepare.settings import PrepareConfig
 
 text = render_play(dict(find_plays())["the-comedy-of-errors"].read_text(encoding="utf-8"))
 print(text[1000:1200])
@@ -382,8 +383,8 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from moe_jax.model.moe.losses import importance_loss, load_balancing_loss, router_z_loss
 from moe_jax.model.moe.routing import top_k_plan
+from moe_jax.model.moe.statistics import importance_loss, load_balancing_loss, router_z_loss
 
 T, D, E, K = 256, 16, 4, 2  # tokens, model width, experts, experts a token
 
@@ -481,15 +482,16 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, PrepareConfig
-from moe_jax.data.pipeline import train_batches
-from moe_jax.data.plays import find_plays, render_play
-from moe_jax.data.prepare import prepare_folder
+from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig
+from moe_jax.data.batches import train_batches
 from moe_jax.model.decoder import Decoder
-from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
-from moe_jax.report.plots import plot_expert_load, plot_loss_curve
+from moe_jax.prepare.folder import prepare_folder
+from moe_jax.prepare.plays import find_plays, render_play
+from moe_jax.prepare.settings import PrepareConfig
+from moe_jax.report.pictures import plot_expert_load, plot_loss_curve
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.runs.metrics import MetricsWriter
+from moe_jax.runs.metrics_file import MetricsWriter
+from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.training.flops import count_params
 from moe_jax.training.metrics import named_metrics, routing_by_layer, step_metrics
 from moe_jax.training.optimizer import make_optimizer, make_schedule
@@ -583,15 +585,16 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, PrepareConfig, TrainConfig
-from moe_jax.data.plays import find_plays, render_play
-from moe_jax.data.prepare import prepare_folder
+from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from moe_jax.model.decoder import Decoder, forward
 from moe_jax.model.unstacked import init_caches
+from moe_jax.prepare.folder import prepare_folder
+from moe_jax.prepare.plays import find_plays, render_play
+from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.sampling.generator import load_generator
+from moe_jax.sampling.engine import load_generator
 from moe_jax.sampling.processors import keep_top_k, keep_top_p, scale_by_temperature
-from moe_jax.training.run import train
+from moe_jax.training.train import train
 
 logits_V = jnp.log(jnp.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04]))
 shaped = {

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from moe_jax.sampling.model import Model
+    from moe_jax.sampling.api import Model
 
 
 def load(
@@ -18,6 +18,6 @@ def load(
     None: as the run was trained.
     """
     # Only here: importing the package stays quick and starts no jax.
-    from moe_jax.sampling.model import load_model
+    from moe_jax.sampling.api import load_model
 
     return load_model(workdir, checkpoint, dtype)

@@ -7,9 +7,24 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
-from moe_jax.command import UserError
+import msgspec
+
+from moe_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def read_json(file: Path, kind: type[T], remedy: str) -> T:
+    """The JSON in ``file`` as ``kind``, any type that msgspec knows, dataclasses among them.
+
+    Raises FileNotFoundError, and UserError, which ends in ``remedy``, where the file is not JSON of that type.
+    """
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{file} is corrupt ({error}); {remedy}") from None
 
 
 @contextlib.contextmanager
@@ -168,3 +183,9 @@ def remove_leftovers(file: Path) -> None:
     for beside in file.parent.glob(f".{file.name}.*"):
         if beside.name.removeprefix(f".{file.name}.").isdecimal():
             beside.unlink(missing_ok=True)
+
+
+def cache_folder(name: str) -> Path:
+    """The folder ``name`` under this user's cache folder (``$XDG_CACHE_HOME/moe_jax`` or ``~/.cache/moe_jax``)."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "moe_jax" / name

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.command import UserError
-from moe_jax.command_line import load_recipe, parse_sample, parse_train
+from moe_jax.cli import load_recipe
+from moe_jax.commands.sample import parse_sample
+from moe_jax.commands.train import parse_train
 from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig
-from moe_jax.sections import settings
-from moe_jax.validation import RANGES, profile_steps, validate
+from moe_jax.config.fields import settings
+from moe_jax.config.rules import RANGES, profile_steps, validate
+from moe_jax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -173,5 +175,5 @@ def test_help_explains_every_setting():
     assert done.returncode == 0
     for name, _, _ in settings(Config()):
         assert f"--{name.replace('_', '-')}" in done.stdout, name
-    source = (REPOSITORY / "moe_jax/config.py").read_text()
+    source = (REPOSITORY / "moe_jax/config/__init__.py").read_text()
     assert source.count('    """') >= len(list(settings(Config()))), "each setting has its line of explanation"

@@ -10,7 +10,6 @@ import numpy as np
 import tiktoken
 import tiktoken.load
 
-from moe_jax.command import UserError
 from moe_jax.data.pieces import in_pieces
 from moe_jax.data.tokenizer import (
     END_OF_TEXT,
@@ -22,6 +21,7 @@ from moe_jax.data.tokenizer import (
     decode_bytes,
     own_specials,
 )
+from moe_jax.errors import UserError
 
 # Words with their leading space, numbers of at most two digits, punctuation, line ends (the pattern of GPT-4's
 # tokenizer, with numbers cut shorter as suits a small vocabulary).

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.command import UserError
 from moe_jax.data.tokenizer import END_OF_TEXT, IM_END, IM_START, PAD, UNKNOWN, Delimiters
+from moe_jax.errors import UserError
 
 # What other people's tokenizers call them; the first that is there counts.
 _NAMES = {

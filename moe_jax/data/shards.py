@@ -13,9 +13,9 @@ from typing import IO
 
 import numpy as np
 
-from moe_jax.command import UserError
-from moe_jax.data.encode import Encoded
+from moe_jax.errors import UserError
 from moe_jax.files import naming
+from moe_jax.prepare.encode import Encoded
 
 LENGTHS = np.dtype(np.uint32)
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from moe_jax.command import UserError
+from moe_jax.errors import UserError
 from moe_jax.files import atomic_write_text
 
 FORMAT_VERSION = 2

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_jax.command import UserError
 from moe_jax.config import Config
+from moe_jax.config.fields import settings
+from moe_jax.config.rules import validate
+from moe_jax.errors import UserError
 from moe_jax.files import atomic_write_text, locked_folder, refuse_locked_folder
-from moe_jax.sections import settings
-from moe_jax.validation import validate
 
 
 @dataclass(frozen=True)

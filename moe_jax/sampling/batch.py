@@ -12,7 +12,7 @@ from moe_jax.sampling.decode import MAX_STEPS, DecodeState, Drawn, Rows
 from moe_jax.sampling.text import DrawnRow, Text
 
 if TYPE_CHECKING:
-    from moe_jax.sampling.generator import Generator
+    from moe_jax.sampling.engine import Generator
 
 STREAM_STEPS = 8
 """Tokens that are drawn at a time for a reader: few enough to read along, many enough to hide the cost of a call."""

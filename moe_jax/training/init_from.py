@@ -3,13 +3,13 @@
 import logging
 from pathlib import Path
 
-from moe_jax.command import UserError
 from moe_jax.config import Config
+from moe_jax.config.fields import settings
 from moe_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from moe_jax.errors import UserError
 from moe_jax.model.decoder import Variables
+from moe_jax.runs.checkpoint.restore import find_checkpoint, restore_items
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.runs.restore import find_checkpoint, restore_items
-from moe_jax.sections import settings
 from moe_jax.training.state import TrainState
 
 log = logging.getLogger("moe_jax")

@@ -9,23 +9,24 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax.command import EnvironmentFault
 from moe_jax.config import Config
-from moe_jax.data.pipeline import TrainBatches, batches_per_epoch, train_batches
-from moe_jax.data.prepared import PreparedData
+from moe_jax.data.batches import TrainBatches, batches_per_epoch, train_batches
+from moe_jax.data.dataset import PreparedData
+from moe_jax.errors import EnvironmentFault
 from moe_jax.model.decoder import Decoder
-from moe_jax.parallel.mesh import put_batch
-from moe_jax.parallel.startup import compiler_options
-from moe_jax.runs.checkpoint import Checkpoints
+from moe_jax.runs.checkpoint.save import Checkpoints
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.log import TrainingBar, training_bar
-from moe_jax.runs.metrics import MetricsWriter
-from moe_jax.sampling.generator import Generator, is_causal
+from moe_jax.runs.metrics_file import MetricsWriter
+from moe_jax.sampling.engine import Generator, is_causal
+from moe_jax.sharding.mesh import put_batch
+from moe_jax.sharding.startup import compiler_options
+from moe_jax.trackers.alarms import CollapseWatch, SpikeWatch
+from moe_jax.trackers.profile import Trace
+from moe_jax.trackers.watchdog import Watchdog
 from moe_jax.training.diagnosis import find_not_finite
-from moe_jax.training.evaluation import Evaluation, bits_per_byte, evaluate, joined
+from moe_jax.training.evaluate import Evaluation, bits_per_byte, evaluate, joined
 from moe_jax.training.flops import flops_per_token, utilisation
-from moe_jax.training.health import CollapseWatch, SpikeWatch
-from moe_jax.training.interrupt import StopRequest
 from moe_jax.training.metrics import (
     Interval,
     expert_load,
@@ -34,10 +35,9 @@ from moe_jax.training.metrics import (
     routing_summary,
 )
 from moe_jax.training.optimizer import make_optimizer, make_schedule
+from moe_jax.training.signals import StopRequest
 from moe_jax.training.state import TrainState, random_record
 from moe_jax.training.step import StepOutput, make_eval_step, make_train_step
-from moe_jax.training.trace import Trace
-from moe_jax.training.watchdog import Watchdog
 
 log = logging.getLogger("moe_jax")
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
-from moe_jax.model.moe.losses import health_metrics
+from moe_jax.model.moe.statistics import health_metrics
 from moe_jax.training.step import RoutingTotals, StepOutput
 
 

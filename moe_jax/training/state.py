@@ -10,9 +10,9 @@ import optax
 from jax.sharding import Mesh
 
 from moe_jax.axes import Array, PyTree
-from moe_jax.command import UserError
+from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
-from moe_jax.parallel.mesh import shardings
+from moe_jax.sharding.mesh import shardings
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -12,8 +12,8 @@ from moe_jax.axes import Array, PyTree
 from moe_jax.config import Config, MoEConfig
 from moe_jax.model.decoder import Decoder, DecoderOutput, Variables, forward
 from moe_jax.model.moe.layer import MoEStatistics
-from moe_jax.model.moe.losses import importance_loss, load_balancing_loss, router_z_loss
 from moe_jax.model.moe.routing import updated_bias
+from moe_jax.model.moe.statistics import importance_loss, load_balancing_loss, router_z_loss
 from moe_jax.training.state import TrainState
 
 

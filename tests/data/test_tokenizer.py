@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.command import UserError
 from moe_jax.data import byte_pairs
 from moe_jax.data.tokenizer import (
     SPECIALS,
@@ -19,6 +18,7 @@ from moe_jax.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
 )
+from moe_jax.errors import UserError
 
 TEXTS = ["To be, or not to be: that is the question.\n" * 20, "Whether 'tis nobler in the mind to suffer\n" * 20]
 HARD = "<|endoftext|>\0\r\n\t 你好 🙂é <|im_start|> naïve 1234567 \u200d\ufeff  x"

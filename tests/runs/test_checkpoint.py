@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from moe_jax.command import EnvironmentFault, UserError
-from moe_jax.runs import checkpoint
-from moe_jax.runs import seal as seal_module
-from moe_jax.runs.checkpoint import Checkpoints, Retention
+from moe_jax.errors import EnvironmentFault, UserError
+from moe_jax.runs.checkpoint import save as checkpoint
+from moe_jax.runs.checkpoint import seal as seal_module
+from moe_jax.runs.checkpoint.restore import read_record, restore_items
+from moe_jax.runs.checkpoint.save import Checkpoints, Retention
+from moe_jax.runs.checkpoint.seal import find_damage, seal
 from moe_jax.runs.layout import saved_steps
-from moe_jax.runs.restore import read_record, restore_items
-from moe_jax.runs.seal import find_damage, seal
 
 
 def mesh_of(count):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.command import UserError
 from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from moe_jax.errors import UserError
 from moe_jax.files import atomic_file, atomic_write_text
 from moe_jax.runs.layout import RunDirectory, check_same_run, latest_run
 

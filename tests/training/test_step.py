@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
+from moe_jax.config.rules import validate
 from moe_jax.model.decoder import Decoder, Variables
-from moe_jax.parallel.mesh import make_mesh, put_batch, use_mesh
+from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.training.diagnosis import find_not_finite, first_bad_gradient
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_eval_step, make_train_step
-from moe_jax.validation import validate
 
 VOCAB, L, BATCH = 23, 12, 16
 CONFIG = Config(

@@ -7,8 +7,8 @@ from typing import Literal
 
 import jax
 
-from moe_jax.command import UserError
 from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.errors import UserError
 
 GroupedMatmul = Literal["blocked", "ragged", "tokamax", "by_row"]
 

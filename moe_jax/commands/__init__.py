@@ -1,0 +1,1 @@
+"""What joins the core and the edges: one file a command."""

@@ -1,0 +1,53 @@
+"""train.py: parse, compose, train."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from moe_jax.cli import config_argument, load_recipe
+from moe_jax.commands.startup import use_huge_pages
+from moe_jax.config import Config
+from moe_jax.config.rules import check_folder, validate
+from moe_jax.errors import UserError
+
+
+def main() -> None:
+    config, workdir = parse_train(sys.argv[1:])
+    use_huge_pages()
+
+    from moe_jax.training.train import train
+
+    train(config, workdir)
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a model; run the same command again to go on where it stopped.
+
+    Together with --config, --help shows the recipe's values.
+    """
+
+    config: str
+    """Recipe to start from: a file with get_config(), such as configs/moe.py; the flags below change it."""
+    workdir: str | None = None
+    """Run directory; None: runs/ and the recipe's name."""
+    settings: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+
+
+def parse_train(arguments: list[str]) -> tuple[Config, Path]:
+    """The validated configuration and the run directory that ``train.py``'s arguments ask for. Raises UserError."""
+    recipe = config_argument(arguments)
+    if not recipe and not {"-h", "--help"} & set(arguments):
+        raise UserError("--config is required: name a recipe, such as --config configs/moe.py")
+    base = load_recipe(Path(recipe)) if recipe else Config()
+    command = tyro.cli(
+        TrainCommand, args=arguments, default=TrainCommand(config=recipe or tyro.MISSING, settings=base)
+    )
+    workdir = Path("runs") / Path(command.config).stem
+    if command.workdir is not None:
+        check_folder("--workdir", command.workdir, "mount the bucket, or copy the run directory there afterwards")
+        workdir = Path(command.workdir)
+    return validate(command.settings), workdir

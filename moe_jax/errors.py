@@ -1,0 +1,90 @@
+"""The user's errors, the exit codes, and the one main guard of every command. Imports no jax."""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+
+class UserError(ValueError):
+    """A mistake of the user's: the message names the rule, the value and the remedy on one line."""
+
+
+class EnvironmentFault(Exception):
+    """A fault of the machine, or a run that cannot go on: the message says what and what to do, on one line."""
+
+
+class Terminated(BaseException):
+    """SIGTERM where there is nothing to save; raised, so that what is half written is removed."""
+
+
+class Interrupted(Exception):
+    """A signal ended the run after its checkpoint was made safe; ``exit_code`` is 128 + the signal's number."""
+
+    def __init__(self, exit_code: int):
+        super().__init__(f"interrupted, exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+# Faults of the machine, not of this program: one line instead of a traceback.
+_ENVIRONMENT_ERRNOS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR}
+    | {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENOMEM}
+)
+
+_FULL = "free some space and run the same command again"
+_REMEDIES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: "allow larger files (ulimit -f) and run the same command again",
+}
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls ``main`` and leaves the process with the exit code that design and README promise.
+
+    0 done; 2 the user's mistake; 1 a fault of the environment (one line) or of ours (traceback); 130 or 143 after
+    SIGINT or SIGTERM.
+    """
+    before = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        main()
+    except UserError as error:
+        _leave(str(error), 2)
+    except EnvironmentFault as error:
+        _leave(str(error), 1)
+    except Interrupted as error:
+        sys.exit(error.exit_code)
+    except Terminated:
+        _leave("terminated before there was anything to save", 143)
+    except KeyboardInterrupt:
+        _leave("interrupted before there was anything to save", 130)
+    except BrokenPipeError:
+        # The reader went away (`python sample.py | head -1`): nothing is wrong with the run.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if error.errno not in _ENVIRONMENT_ERRNOS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
+        _leave(f"{error.strerror}{where}{remedy}", 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _raise_terminated(_number: int, _frame: FrameType | None) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one does not wait
+    raise Terminated
+
+
+def _leave(message: str, exit_code: int) -> None:
+    tell_error(message)
+    sys.exit(exit_code)
+
+
+def tell_error(message: str) -> None:
+    """Prints ``message`` as one line on standard error."""
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)

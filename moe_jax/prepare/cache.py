@@ -1,0 +1,84 @@
+"""The streams that a training run asks for: a prepared folder, or a text that is prepared once and found again.
+
+Imports no jax.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+
+from moe_jax.config import DataConfig
+from moe_jax.data.dataset import FORMAT_VERSION, PreparedData, is_prepared, meta_file, open_prepared
+from moe_jax.data.tokenizer import Delimiters, build_tokenizer, file_of_spec, fingerprint, spec_by_content
+from moe_jax.errors import UserError
+from moe_jax.prepare.folder import prepare_folder
+from moe_jax.prepare.plays import PLAYS
+from moe_jax.prepare.settings import PrepareConfig
+from moe_jax.prepare.sources import find_corpora
+
+log = logging.getLogger("moe_jax")
+
+
+def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "endoftext") -> PreparedData:
+    """The streams of ``data``: a prepared folder, or those of a text, made in the cache where they are not there.
+
+    ``delimiters`` are those of a text's documents; a prepared folder has its own.
+    """
+    if data.path is not None and Path(data.path).is_dir() and is_prepared(Path(data.path)):
+        found = open_prepared(Path(data.path))
+        _check_matches(data, found)
+        return found
+    config = PrepareConfig(
+        input=(PLAYS if data.path is None else data.path,),
+        tokenizer=data.tokenizer or PrepareConfig.tokenizer,
+        val_fraction=data.val_fraction or PrepareConfig.val_fraction,
+        delimiters=delimiters,
+    )
+    try:
+        folder = cache / _cache_key(config)
+    except UserError as error:
+        raise UserError(f"data.path={data.path}: {error}") from None
+    config = dataclasses.replace(config, out=str(folder))
+    if meta_file(folder).exists():
+        try:
+            return open_prepared(folder)
+        except UserError as error:  # damaged: it is a cache, and its text is at hand
+            log.debug(f"{folder} is made anew: {error}")
+    return prepare_folder(config, is_cache=True)
+
+
+def _check_matches(data: DataConfig, found: PreparedData) -> None:
+    """UserError where settings that ask for something by name are not what the folder was prepared with."""
+    settings = found.made_from["settings"]
+    if data.val_fraction is not None and data.val_fraction != settings["val_fraction"]:
+        raise UserError(
+            f"data.val_fraction is {data.val_fraction}, but {data.path} was prepared with {settings['val_fraction']}; "
+            "leave it out, or prepare another folder"
+        )
+    if data.tokenizer is None or data.tokenizer == found.tokenizer.name:
+        return
+    if file_of_spec(data.tokenizer):
+        asked = build_tokenizer(data.tokenizer, (), found.tokenizer.delimiters)
+        if fingerprint(asked) == fingerprint(found.tokenizer):
+            return
+    raise UserError(
+        f"data.tokenizer is {data.tokenizer}, but {data.path} was prepared with {found.tokenizer.name}; leave it out, "
+        "or prepare another folder"
+    )
+
+
+def _cache_key(config: PrepareConfig) -> str:
+    """A hash of what the streams are made from; files count by their content, the embedded plays by their sizes."""
+    (corpus,) = find_corpora(config)
+    digest = hashlib.sha256(
+        json.dumps(
+            [FORMAT_VERSION, spec_by_content(config.tokenizer), config.delimiters, config.val_fraction]
+        ).encode()
+    )
+    for source in corpus.train:
+        size = Path(source.path).stat().st_size if source.name.startswith(PLAYS) else source.sha256()
+        digest.update(os.fsencode(f"\0{source.name}\0{size}"))
+    return digest.hexdigest()[:32]

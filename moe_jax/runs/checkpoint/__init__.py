@@ -1,0 +1,1 @@
+"""Checkpoints: saved beside the training, sealed, restored."""

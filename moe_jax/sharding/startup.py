@@ -1,0 +1,23 @@
+"""Process-wide settings of jax, made by a command before its first computation."""
+
+import jax
+
+from moe_jax.files import cache_folder
+
+
+def enable_compile_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, so that the next start skips most compilation."""
+    folder = cache_folder("compiled")
+    folder.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # The default leaves out what compiles in under a second; a run here has a dozen of those.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def compiler_options(deterministic: bool) -> dict[str, bool] | None:
+    """What ``jax.jit`` is told for the training programs: with ``deterministic``, no GPU kernel that varies by run.
+
+    XLA then neither adds up in the order in which threads arrive nor picks kernels by timing them. Programs for
+    processors and TPUs are deterministic as they are, and not changed by it.
+    """
+    return {"xla_gpu_deterministic_ops": True} if deterministic else None

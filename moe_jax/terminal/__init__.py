@@ -1,0 +1,1 @@
+"""What sample.py does on a terminal."""

@@ -1,0 +1,197 @@
+"""The loss of a split as design and README define a published one."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from moe_jax.config import DataConfig, MeshConfig
+from moe_jax.data.batches import check_data, evaluation_batches
+from moe_jax.data.dataset import PreparedData, is_prepared
+from moe_jax.data.shards import Split
+from moe_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from moe_jax.errors import UserError
+from moe_jax.files import cache_folder
+from moe_jax.model.decoder import Decoder, Variables
+from moe_jax.model.moe.choice import on_this_machine
+from moe_jax.prepare.cache import find_or_prepare
+from moe_jax.runs.checkpoint.restore import read_record, restore_items
+from moe_jax.runs.layout import RunDirectory
+from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
+from moe_jax.sharding.startup import enable_compile_cache
+from moe_jax.training.metrics import routing_by_layer, routing_summary
+from moe_jax.training.state import abstract_state
+from moe_jax.training.step import EvalOutput, RoutingTotals, make_eval_step
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    loss: float
+    """Mean cross-entropy in nats a token."""
+    num_tokens: int
+    """Tokens scored."""
+    num_positions: int
+    """Places of the rows that held them, those of padding too."""
+    routing: RoutingTotals | None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluate(
+    eval_step: Callable[[Variables, dict], EvalOutput],
+    variables: Variables,
+    data: PreparedData,
+    name: str,
+    mesh: Mesh,
+    *,
+    mode: str,
+    context_length: int,
+    batch_size: int,
+    max_tokens: int | None = None,
+) -> dict[str, Evaluation]:
+    """Scores every token of the ``name`` split of each corpus once, without noise, dropout or drops, by corpus.
+
+    Rows are those of ``evaluation_batches``. With ``max_tokens`` only about that many, of each corpus its share.
+    """
+    splits = data.splits(name)
+    total = sum(split.num_tokens for split in splits)
+    found = {}
+    for corpus, split in zip(data.corpora, splits, strict=True):
+        batches = evaluation_batches(
+            split,
+            data.tokenizer,
+            mode,
+            context_length=context_length,
+            batch_size=batch_size,
+            max_tokens=None if max_tokens is None else max(1, max_tokens * split.num_tokens // total),
+        )
+        losses, counts, num_positions, routing = [], [], 0, None
+        for batch in batches:
+            num_positions += int(np.sum(np.any(batch["mask"], axis=1))) * context_length
+            output = jax.device_get(eval_step(variables, put_batch(batch, mesh)))
+            losses.append(float(output.loss))
+            counts.append(int(output.num_tokens))
+            if output.routing is not None:
+                routing = output.routing if routing is None else jax.tree.map(np.add, routing, output.routing)
+        found[corpus.name] = Evaluation(math.fsum(losses) / sum(counts), sum(counts), num_positions, routing)
+    return found
+
+
+def joined(evaluations: Iterable[Evaluation]) -> Evaluation:
+    """The evaluation of all texts together, each token counting once."""
+    parts = list(evaluations)
+    num_tokens = sum(part.num_tokens for part in parts)
+    routing = parts[0].routing and jax.tree.map(lambda *leaves: sum(leaves), *(part.routing for part in parts))
+    num_positions = sum(part.num_positions for part in parts)
+    loss = math.fsum(part.loss * part.num_tokens for part in parts) / num_tokens
+    return Evaluation(loss, num_tokens, num_positions, routing)
+
+
+def bits_per_byte(evaluation: Evaluation, splits: Iterable[Split]) -> float | None:
+    """loss · tokens / (ln 2 · bytes) of whole ``splits``; None where unknown tokens stand for unknown bytes.
+
+    Tokens are those scored, the ends of documents among them; bytes those of the text itself.
+    """
+    splits = list(splits)
+    if any(split.num_unknown for split in splits):
+        return None
+    return evaluation.loss * evaluation.num_tokens / (math.log(2.0) * sum(split.num_bytes for split in splits))
+
+
+def check_same_text(run: RunDirectory, config: DataConfig, data: PreparedData) -> None:
+    """UserError where the run's newest checkpoint was trained on other text: its vocabulary, too, would be another."""
+    record = read_record(run.checkpoints)
+    saved = None if record is None else record["progress"]
+    if saved is not None and saved["data_fingerprint"] != data.fingerprint:
+        text = "the text of the embedded plays" if config.path is None else f"the text of {config.path}"
+        raise UserError(
+            f"{text} is not the one this run was trained on (fingerprint {data.fingerprint}, "
+            f"was {saved['data_fingerprint']}); name the old text, or start a new run in another --workdir"
+        )
+
+
+def evaluate_run(
+    run: RunDirectory, path: str | None, name: Literal["val", "train", "all"], which: Literal["best", "newest"]
+) -> dict[str, Any]:
+    """What ``moe_jax.evaluate`` prints: the scores of a checkpoint on the run's text, or on the one at ``path``.
+
+    Raises UserError, as for a text that has changed, or a prepared folder whose tokens are not those of the run.
+    """
+    config = run.load_config()
+    tokenizer = load_tokenizer(run.tokenizer)
+    data = _text(config.data, path, run, tokenizer)
+    check_data(data, config.data, config.model.context_length)
+    if config.train.compile_cache:
+        enable_compile_cache()
+    splits = ("train", "val") if name == "all" else (name,)
+    # The devices here need not be those of the training.
+    devices = jax.device_count()
+    batch_size = -(-config.data.batch_size // (config.optimizer.accumulation_steps * devices)) * devices
+    mesh = make_mesh(MeshConfig(), batch_size)
+    decoder = Decoder(on_this_machine(config.model), tokenizer.vocab_size)
+    with use_mesh(mesh):
+        items = abstract_state(decoder, optax.identity(), mesh).variables.to_items()
+        variables = Variables.from_items(restore_items(run.checkpoints, which, items))
+        eval_step = jax.jit(make_eval_step(decoder))
+        by_split = [
+            evaluate(
+                eval_step,
+                variables,
+                data,
+                split,
+                mesh,
+                mode=config.data.mode,
+                context_length=config.model.context_length,
+                batch_size=batch_size,
+            )
+            for split in splits
+        ]
+    by_corpus = {corpus: joined(part[corpus] for part in by_split) for corpus in by_split[0]}
+    found = joined(by_corpus.values())
+    scores: dict[str, Any] = {
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "bits_per_byte": bits_per_byte(found, [part for split in splits for part in data.splits(split)]),
+        "tokens": found.num_tokens,
+    }
+    if config.data.mode == "padded":
+        # What others publish of padded rows, once a model has learned to predict padding for certain.
+        scores["loss_over_padding"] = found.loss * found.num_tokens / found.num_positions
+    if len(by_corpus) > 1:
+        scores["loss_by_corpus"] = {name: part.loss for name, part in by_corpus.items()}
+    if found.routing is not None:
+        scores |= routing_summary(found.routing) | routing_by_layer(found.routing)
+    return scores
+
+
+def _text(data: DataConfig, path: str | None, run: RunDirectory, tokenizer: Tokenizer) -> PreparedData:
+    """The run's own text, or the one at ``path``, which is tokenized and split as the run's was."""
+    if path is not None:
+        is_ready = Path(path).is_dir() and is_prepared(Path(path))
+        data = dataclasses.replace(
+            data,
+            path=path,
+            tokenizer=None if is_ready else str(run.tokenizer),
+            val_fraction=None if is_ready else data.val_fraction,
+        )
+    try:
+        found = find_or_prepare(data, cache_folder("data"), tokenizer.delimiters)
+    except UserError as error:
+        raise UserError(str(error).replace("data.path=", "--data ") if path is not None else str(error)) from None
+    if path is None:
+        check_same_text(run, data, found)
+    elif fingerprint(found.tokenizer) != fingerprint(tokenizer):
+        raise UserError(
+            f"{path} has tokens of another tokenizer ({found.tokenizer.name}) than {run.path} ({tokenizer.name}); "
+            f"prepare it with --tokenizer {run.tokenizer} --delimiters {tokenizer.delimiters}"
+        )
+    return found

@@ -1,0 +1,265 @@
+"""Text in: every format, damaged files, inputs and corpora."""
+
+import csv
+import gzip
+import io
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from moe_jax.errors import Interrupted, UserError
+from moe_jax.prepare import formats
+from moe_jax.prepare.formats import ReadOptions
+from moe_jax.prepare.settings import PrepareConfig
+from moe_jax.prepare.sources import DEFAULT_CORPUS, Documents, Source, find_corpora
+
+STORIES = ['She said "hi",\nand left.', "Second, with é and 🙂.", "A NUL \0 and a tab\t.", "x" * 5000 + " end"]
+PLAIN = [STORIES[0], STORIES[1], STORIES[3]]
+
+
+def jsonl(stories):
+    return "".join(json.dumps({"id": index, "text": text}) + "\n\n" for index, text in enumerate(stories)).encode()
+
+
+def table(stories, delimiter):
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter=delimiter)
+    writer.writerow(["id", "text"])
+    writer.writerows(enumerate(stories))
+    return file.getvalue().encode()
+
+
+def parquet(stories, **columns):
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": stories, **columns}), file, row_group_size=2)
+    return file.getvalue()
+
+
+FILES = {
+    "a.jsonl": jsonl(STORIES),
+    "a.jsonl.gz": gzip.compress(jsonl(STORIES)),
+    "a.jsonl.zst": zstandard.compress(jsonl(STORIES[:2])) + zstandard.compress(jsonl(STORIES[2:])),
+    "a.parquet": parquet(STORIES),
+    "a.csv": table(PLAIN, ","),
+    "a.tsv": table(PLAIN, "\t"),
+    "A.JSONL": jsonl(STORIES),
+    "a.ndjson": jsonl(STORIES),
+    "a.csv.gz": gzip.compress(table(PLAIN, ",")),
+    "a.txt": b"\xef\xbb\xbf" + "<|sep|>".join(PLAIN).encode(),
+}
+
+
+def read(file, name=None, limit=None, **options):
+    """The documents of one file, from their pieces."""
+    found: dict[str, str] = {}
+    for piece in Documents([Source(name or file.name, str(file), True)], ReadOptions(**options), limit):
+        found[piece.name] = found.get(piece.name, "") + piece.text
+    return list(found.values())
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 7])
+@pytest.mark.parametrize("name", FILES)
+def test_every_format_gives_its_documents(tmp_path, monkeypatch, name, chunk):
+    monkeypatch.setattr(formats, "_CHUNK", chunk << 3 if name.endswith("zst") else chunk)
+    (tmp_path / name).write_bytes(FILES[name])
+    expected = PLAIN if name.startswith(("a.csv", "a.tsv", "a.txt")) else STORIES
+    assert read(tmp_path / name, separator="<|sep|>") == expected
+    assert read(tmp_path / name, separator="<|sep|>", limit=2) == expected[:2]
+
+
+def test_a_data_set_of_the_hub_by_the_name_of_a_local_one(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-00000.parquet").write_bytes(parquet(STORIES, story=STORIES[::-1]))
+    (tmp_path / "data" / "validation-00000.parquet").write_bytes(parquet(["held out"], story=["too"]))
+    name = f"hf:{tmp_path}"
+    assert read(_Named(name)) == STORIES
+    assert read(_Named(name), text_key="story") == STORIES[::-1]
+    assert read(_Named(name + ":validation")) == ["held out"]
+    with pytest.raises(
+        UserError, match=r"hf:.* has no column tale; prepare it with --text-key and one of text, story"
+    ):
+        read(_Named(name), text_key="tale")
+    with pytest.raises(UserError, match=r"the data set hf:.*none cannot be loaded .* check its name"):
+        read(_Named(f"hf:{tmp_path}/none"))
+
+
+class _Named(str):
+    @property
+    def name(self):
+        return str(self)
+
+
+def test_white_space_is_no_document_and_long_ones_come_in_pieces(tmp_path):
+    long = "word " * 200_000
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["", " \n", long, "end"]))
+    pieces = list(Documents([Source("a.jsonl", str(tmp_path / "a.jsonl"), True)], ReadOptions(), None))
+    assert len(pieces) > 3
+    assert "".join(piece.text for piece in pieces[:-1]) == long
+    assert [piece.is_first for piece in pieces] == [True] + [False] * (len(pieces) - 2) + [True]
+    assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 2) + [True, True]
+    assert [piece.document for piece in pieces] == [0] * (len(pieces) - 1) + [1]
+    (tmp_path / "a.txt").write_text(" " * 600_000 + "x")
+    assert read(tmp_path / "a.txt") == [" " * 600_000 + "x"]
+
+
+BROKEN = {
+    "a.txt": [
+        (b"ab\xffcd", r"a.txt is not UTF-8 text \(byte 2\); convert it, or prepare it with --errors replace"),
+        (b"ok " * 10 + b"\xc3", r"a.txt is not UTF-8 text \(byte 30\)"),
+        ("text".encode("utf-16"), r"not UTF-8 text \(byte 0\)"),
+        (b"ab\0cd", r"a NUL byte at 2"),
+    ],
+    "a.jsonl": [
+        (b'{"text": "a"}\n{"txt": "b"}\n', r"a.jsonl, line 2 has no key text \(txt\); mend the line, or prepare it"),
+        (b'{"text": "a"}\n{"text": \n', r"line 2 is not JSON"),
+        (b'{"text": "\xff"}\n', r"line 1 is not UTF-8 text \(its byte 10\)"),
+        (b'{"text": 5}\n', r"line 1: text must be a string, got int"),
+        (b'["text"]\n', r"line 1 has no key text \(got list\)"),
+        (b'{"text": "\\ud83d"}\n', r"half of a surrogate pair at character 0"),
+    ],
+    "a.jsonl.gz": [
+        (gzip.compress(jsonl(STORIES))[:-20], r"a.jsonl.gz is damaged or cut short"),
+        (b"no gzip", r"is damaged or cut short"),
+    ],
+    "a.jsonl.zst": [
+        (zstandard.compress(jsonl(STORIES))[:-3], r"a.jsonl.zst is damaged or cut short"),
+        (b"no zstd", r"is damaged or cut short"),
+    ],
+    "a.parquet": [
+        (FILES["a.parquet"][:-30], r"a.parquet is no whole parquet file"),
+        (parquet(STORIES)[:40] + b"\0" * 40 + parquet(STORIES)[80:], r"a.parquet is no whole parquet file"),
+        (parquet([1, 2]), r"the column text must hold text, got int64"),
+    ],
+    "a.csv": [
+        (b"id,story\n1,x\n", r"a.csv has no column text; prepare it with --text-key and one of id, story"),
+        (b"id,text\n1,a\n1,b,c\n", r"a.csv, line 3: a row must have the header's 2 fields, got 3"),
+        (b'id,text\n1,"a\n', r"a.csv, line 2: unexpected end of data"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [(name, content, words) for name, cases in BROKEN.items() for content, words in cases],
+)
+def test_what_is_broken_is_refused_with_its_place(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read(tmp_path / name)
+
+
+def test_bytes_that_are_no_text_are_replaced_when_asked(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"ab\xffcd\0")
+    assert read(tmp_path / "a.txt", errors="replace") == ["ab\N{REPLACEMENT CHARACTER}cd\0"]
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\ud83db"}\n{"text": "\xff"}\n')
+    assert read(tmp_path / "a.jsonl", errors="replace") == ["a\N{REPLACEMENT CHARACTER}b", "\N{REPLACEMENT CHARACTER}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "remedy"),
+    [
+        ("a.parquet", "pyarrow", "pip install 'pyarrow"),
+        ("a.jsonl.zst", "zstandard", "pip install 'zstandard"),
+        ("hf:x", "datasets", "pip install 'datasets"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch, name, module, remedy):
+    import sys
+
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "a.parquet").write_bytes(FILES["a.parquet"])
+    (tmp_path / "a.jsonl.zst").write_bytes(FILES["a.jsonl.zst"])
+    with pytest.raises(UserError, match=f"needs the package {module}; run {remedy}"):
+        read(_Named(name) if name.startswith("hf:") else tmp_path / name)
+
+
+def corpora(*inputs, **settings):
+    return find_corpora(PrepareConfig(input=tuple(map(str, inputs)), **settings))
+
+
+def test_files_folders_globs_and_named_corpora(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "sub/a.md", "c.jsonl.gz", "d.png", "odd"):
+        (tmp_path / name).write_bytes(b"text")
+    (folder,) = corpora(tmp_path)
+    assert folder.name == DEFAULT_CORPUS
+    assert [source.name for source in folder.train] == ["b.txt", "c.jsonl.gz", "sub/a.md"]
+    (by_glob,) = corpora(tmp_path / "**" / "*.md")
+    assert [source.name for source in by_glob.train] == [str(tmp_path / "sub" / "a.md")]
+    # A file that is named is text, whatever its name.
+    assert read(tmp_path / "odd") == ["text"]
+    news, verse = corpora(
+        f"news={tmp_path / 'b.txt'}",
+        f"verse={tmp_path / 'sub'}",
+        f"news={tmp_path / 'odd'}",
+        weights=("news=1", "verse=2.5"),
+        text_key=("verse=line",),
+        val_input=(f"verse={tmp_path / 'odd'}",),
+    )
+    assert [source.name for source in news.train] == ["b.txt", "odd"]
+    assert (news.weight, verse.weight) == (1.0, 2.5)
+    assert (news.options.text_key, verse.options.text_key) == ("text", "line")
+    assert ([source.name for source in news.val], [source.name for source in verse.val]) == ([], ["odd"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"input": ("none.txt",)}, "the input none.txt does not exist"),
+        ({"input": ("*.none",)}, "matches no file"),
+        ({"input": (".",)}, "holds no file of a known format"),
+        ({"input": ("a=x.text",), "weights": ("b=1",)}, "--weights names the corpus b, which --input does not"),
+        ({"input": ("a=x.text", "b=x.text"), "weights": ("b=1",)}, "--weights must be NAME=NUMBER .* lacks a"),
+        ({"input": ("a=x.text",), "weights": ("a=0",)}, "--weights a=0 must be a number above 0"),
+        ({"input": ("a=x.text",), "weights": ("a=no",)}, "--weights a=no must be a number above 0"),
+        ({"input": ("x.text", "x.text")}, "two sources called x.text"),
+        ({"input": ("x.text",), "text_key": ("a=b",)}, "--text-key names the corpus a"),
+        ({"input": ("",)}, "an input is an empty name"),
+        ({"input": ("a=",)}, "an input is an empty name"),
+        ({"input": ("x.json",)}, "x.json is of no known format"),
+        ({"input": ("tokenizer=x.text",)}, "a corpus cannot be called tokenizer"),
+        ({"input": ("x.text",), "val_input": ("./x.text",)}, "--val-input and --input of text both name"),
+    ],
+)
+def test_inputs_that_cannot_be_are_refused(tmp_path, monkeypatch, settings, words):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.text", "x.json"):
+        (tmp_path / name).write_text("x")
+    with pytest.raises(UserError, match=words):
+        find_corpora(PrepareConfig(**settings))
+
+
+def test_a_zstd_file_of_a_long_window(tmp_path):
+    settings = zstandard.ZstdCompressionParameters.from_level(3, window_log=28)
+    content = jsonl([*STORIES, "x" * 300_000])
+    stream = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(stream.compress(content) + stream.flush())
+    assert read(tmp_path / "a.jsonl.zst")[:4] == STORIES
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_a_long_blank_document_is_none_in_any_format(tmp_path, name):
+    blank = " " * 600_000
+    (tmp_path / name).write_bytes(jsonl([blank, "end"]) if name == "a.jsonl" else (blank + "<|sep|>end").encode())
+    assert read(tmp_path / name, separator="<|sep|>") == ["end"]
+
+
+def test_an_interruption_while_a_data_set_loads_is_one(monkeypatch):
+    def stop(*_, **__):
+        raise Interrupted(130)
+
+    monkeypatch.setattr(datasets, "load_dataset", stop)
+    with pytest.raises(Interrupted):
+        read(_Named("hf:x"))
+
+    def fail(*_, **__):
+        raise ValueError
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"hf:x cannot be loaded \(ValueError\); check its name"):
+        read(_Named("hf:x"))

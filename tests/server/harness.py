@@ -1,0 +1,150 @@
+"""A server in a thread of this process, on a tiny model, and what tests send to it."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import socket
+import threading
+import time
+from unittest import mock
+
+from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.data.tokenizer import ByteTokenizer
+from moe_jax.sampling.batch import Batch
+from moe_jax.server.app import LOOPBACK, Service
+from moe_jax.server.requests import Limits
+from moe_jax.server.serve import Server, listen
+from moe_jax.server.worker import Worker
+from tests.sampling.tiny import make
+
+BYTES = ByteTokenizer("endoftext")
+MODEL = ModelConfig(
+    context_length=64,
+    num_layers=1,
+    embed_dim=16,
+    num_heads=2,
+    init_std=0.4,
+    moe=MoEConfig(num_experts=4, expert_dim=8),
+)
+SIZES = (1, 4)
+
+
+def make_endless():
+    """(generator, variables) of a model of bytes that does not end a text by itself."""
+    return make(MODEL, BYTES, end_token=-1)[:2]
+
+
+class Pace:
+    """What a batch waits for before each turn, so that a test sees a server at work."""
+
+    gate = threading.Event()
+    delay = 0.0
+
+
+class PacedBatch(Batch):
+    def advance(self, steps):
+        Pace.gate.wait()
+        time.sleep(Pace.delay)
+        super().advance(steps)
+
+
+class Running:
+    """A server that answers on ``port``."""
+
+    def __init__(self, service, port, server):
+        self.service, self.port, self.server = service, port, server
+        self.url = f"http://127.0.0.1:{port}"
+
+    def request(self, method, path, content=None, headers=None):
+        """(status, headers, body) of one request on a connection of its own; ``content`` is sent as JSON."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        body = content if isinstance(content, bytes | None) else json.dumps(content).encode()
+        try:
+            connection.request(method, path, body, {"Content-Type": "application/json"} | (headers or {}))
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+        finally:
+            connection.close()
+
+    def complete(self, **fields):
+        """(status, object) of a completion."""
+        status, _, body = self.request("POST", "/v1/completions", {"model": "tiny", **fields})
+        return status, json.loads(body)
+
+    def open(self, content):
+        """A socket on which a completion has been asked for."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        self.send(connection, content)
+        return connection
+
+    def send(self, connection, content):
+        """Asks for a completion on ``connection``."""
+        body = json.dumps({"model": "tiny"} | content).encode()
+        head = (
+            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        connection.sendall(head.encode() + body)
+
+    def metric(self, name):
+        """The value of one line of /metrics; 0 where it is not there yet."""
+        _, _, body = self.request("GET", "/metrics")
+        found = [line.split()[-1] for line in body.decode().splitlines() if line.startswith(name + " ")]
+        return float(found[0]) if found else 0.0
+
+    def count(self, endpoint, status):
+        """Requests of ``endpoint`` that were answered with ``status``."""
+        return self.metric(f'moe_jax_requests_total{{endpoint="{endpoint}",status="{status}"}}')
+
+    @property
+    def is_idle(self):
+        worker = self.service.worker
+        return worker.queue_length == 0 and worker.num_running == 0 and not worker._leaving
+
+
+def events(body):
+    """The objects of an event stream, and whether its last line is [DONE]."""
+    # What came in several chunks of HTTP has their sizes in it.
+    lines = [line for line in body.decode().replace("\r\n", "\n").split("\n") if line.startswith("data: ")]
+    contents = [line.removeprefix("data: ") for line in lines]
+    is_done = contents[-1] == "[DONE]"
+    return [json.loads(content) for content in contents[: len(contents) - is_done]], is_done
+
+
+def wait_until(is_true, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, "it does not happen"
+        time.sleep(0.005)
+
+
+@contextlib.contextmanager
+def serving(made, *, sizes=SIZES, max_queue=32, api_key=None, send_buffer=None):
+    """A ``Running`` server, which has ended after it; ``send_buffer`` is how many bytes the kernel keeps for it."""
+    generator, variables = made
+    Pace.gate.set()
+    with mock.patch("moe_jax.server.worker.Batch", PacedBatch):
+        worker = Worker(generator, variables, sizes, max_queue)
+        worker.start()
+    limits = Limits("tiny", generator.tokenizer.vocab_size, 64, 2000, max_queue)
+    service = Service(generator, worker, limits, 4096, api_key)
+    server = Server(service, LOOPBACK)
+    listener = listen("127.0.0.1", 0)
+    if send_buffer is not None:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    port = listener.getsockname()[1]
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    thread.start()
+    wait_until(lambda: server.started)
+    try:
+        yield Running(service, port, server)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        left = [
+            (each.conn.states, each.cycle is not None, each.transport.is_closing(), each.client)
+            for each in server.server_state.connections
+        ]
+        worker.stop()
+        assert not thread.is_alive(), (left, server.server_state.tasks)

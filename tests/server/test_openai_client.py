@@ -1,0 +1,111 @@
+"""OpenAI's own client, as programs use it."""
+
+import asyncio
+
+import openai
+import pytest
+
+from tests.server.harness import serving, wait_until
+
+
+@pytest.fixture
+def client(server):
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "moe_jax"
+    with pytest.raises(openai.NotFoundError) as raised:
+        client.models.retrieve("other")
+    assert raised.value.code == "model_not_found"
+
+
+def test_a_completion(client):
+    answer = client.completions.create(model="tiny", prompt="ab", max_tokens=10, seed=1, logprobs=2, n=2, user="me")
+    assert (answer.object, answer.model, len(answer.choices)) == ("text_completion", "tiny", 2)
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+    for choice in answer.choices:
+        assert choice.finish_reason in ("stop", "length")
+        assert len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) == len(choice.logprobs.text_offset)
+        assert all(len(top) + ("\ufffd" in top) >= 2 for top in choice.logprobs.top_logprobs)
+
+
+def test_a_stream(client):
+    fields = {"model": "tiny", "prompt": "ab", "max_tokens": 40, "seed": 3}
+    whole = client.completions.create(**fields)
+    *chunks, last = client.completions.create(**fields, stream=True, stream_options={"include_usage": True})
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert last.usage == whole.usage
+
+
+def test_what_other_open_servers_take(client):
+    extra = {"top_k": 1, "min_p": 0.1, "repetition_penalty": 1.1, "stop_token_ids": [0]}
+    first, second = (
+        client.completions.create(model="tiny", prompt="ab", seed=seed, extra_body=extra).choices[0].text
+        for seed in (1, 2)
+    )
+    assert first == second  # of one token there is no choice
+
+
+def test_mistakes(client):
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.completions.create(model="tiny", prompt="ab", temperature=3)
+    assert raised.value.param == "temperature"
+    with pytest.raises(openai.BadRequestError, match="there is no field guided_json"):
+        client.completions.create(model="tiny", prompt="ab", extra_body={"guided_json": {}})
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="gpt-3.5-turbo-instruct", prompt="ab")
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "ab"}])
+
+
+def test_a_stream_that_is_closed_frees_its_place(client, server, pace):
+    pace.delay = 0.005
+    stream = client.completions.create(model="tiny", prompt="ab", max_tokens=2000, stream=True)
+    next(iter(stream))
+    assert server.service.worker.num_running == 1
+    stream.close()
+    wait_until(lambda: server.is_idle)
+
+
+def test_many_at_once(server):
+    async def ask():
+        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+            asked = (
+                client.completions.create(model="tiny", prompt="ab", max_tokens=9, temperature=0) for _ in range(20)
+            )
+            return [answer.choices[0].text for answer in await asyncio.gather(*asked)]
+
+    assert len(set(asyncio.run(ask()))) == 1
+
+
+def test_a_full_queue_is_tried_again(server, pace):
+    """The client's own patience: it reads Retry-After."""
+    pace.gate.clear()
+    held = server.open({"prompt": "a", "n": 4, "max_tokens": 5})
+    wait_until(lambda: server.service.worker.num_running == 4)
+    others = server.open({"prompt": "a", "n": 32, "max_tokens": 5})
+    wait_until(lambda: server.service.worker.queue_length == 32)
+    arguments = {"model": "tiny", "prompt": "ab", "max_tokens": 5}
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.RateLimitError):
+            client.completions.create(**arguments)
+        pace.gate.set()
+        assert client.with_options(max_retries=5).completions.create(**arguments).choices
+    held.close()
+    others.close()
+    wait_until(lambda: server.is_idle)
+
+
+def test_the_key(made):
+    with serving(made, sizes=(1,), api_key=b"secret") as server:
+        for key, is_right in (("secret", True), ("secreT", False)):
+            with openai.OpenAI(base_url=server.url + "/v1", api_key=key, max_retries=0) as client:
+                if is_right:
+                    assert client.completions.create(model="tiny", prompt="ab", max_tokens=2).choices
+                else:
+                    with pytest.raises(openai.AuthenticationError):
+                        client.models.list()

@@ -1,0 +1,262 @@
+"""The command as a user runs it: a process that is started, spoken to and ended by a signal."""
+
+import contextlib
+import http.client
+import importlib.util
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from moe_jax.errors import EnvironmentFault, UserError
+from moe_jax.server import __main__ as command
+from moe_jax.server.app import Service
+from moe_jax.server.serve import Server, batch_sizes, listen, own_names, read_key
+from tests.compiling import quick_environment
+from tests.oracles.texts import VERSE
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+from moe_jax.config import *
+
+def get_config():
+    return Config(
+        model=ModelConfig(context_length=16, num_layers=1, embed_dim=16, num_heads=2,
+                          moe=MoEConfig(num_experts=4, expert_dim=16)),
+        data=DataConfig(path={text!r}, tokenizer="char", batch_size=4),
+        optimizer=OptimizerConfig(warmup_steps=0),
+        train=TrainConfig(num_steps=1, log_every=1),
+        sample=SampleConfig(max_new_tokens=1),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a run of one step in runs/tiny."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / "verse.txt").write_text(VERSE * 50)
+    (folder / "tiny.py").write_text(RECIPE.format(text=str(folder / "verse.txt")))
+    arguments = [sys.executable, ROOT / "train.py", "--config", "tiny.py"]
+    subprocess.run(arguments, cwd=folder, env=environment(folder), check=True, capture_output=True, timeout=240)
+    return folder
+
+
+def environment(home):
+    return quick_environment(home / "cache") | {"PYTHONPATH": str(ROOT)}
+
+
+def arguments_of(flags):
+    return [sys.executable, "-m", "moe_jax.server", *map(str, flags)]
+
+
+@contextlib.contextmanager
+def started(home, *flags):
+    """(process, port) of a server that is ready."""
+    with subprocess.Popen(
+        arguments_of(flags),
+        cwd=home,
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = re.fullmatch(r"serving \S*runs/tiny as (\w+) at http://\S+:(\d+)\n", line)
+            assert found, (line, process.stderr.read())
+            yield process, int(found[2])
+        finally:
+            process.kill()
+
+
+def ask(port, *, host="localhost", **fields):
+    """A response whose head has come; the rest is there to be read."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    headers = {"Content-Type": "application/json", "Host": host, "Connection": "close"}
+    connection.request("POST", "/v1/completions", json.dumps({"model": "tiny", **fields}), headers)
+    return connection.getresponse()
+
+
+def test_a_signal_ends_it_once_all_is_done(home):
+    with started(home, "--workdir", "runs/tiny", "--port", 0, "--max-batch", 1) as (process, port):
+        # One place, so that nearly all of them wait.
+        assert ask(port, host="evil.example").status == 400
+        stream = ask(port, prompt="the", n=60, max_tokens=200, stream=True)
+        whole = []
+        thread = threading.Thread(target=lambda: whole.append(json.load(ask(port, prompt="a", n=60, max_tokens=200))))
+        thread.start()
+        first = stream.readline()
+        assert first.startswith(b"data: {")
+        while b"moe_jax_queue_length 6" not in metrics(port):  # 60 or more
+            assert not whole
+        process.send_signal(signal.SIGTERM)
+        received = first + stream.read()
+        assert received.endswith(b"data: [DONE]\n\n")
+        assert received.count(b'"finish_reason": "') == 60
+        thread.join(60)
+        assert len(whole[0]["choices"]) == 60
+        assert process.wait(30) == 0
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+        assert process.stderr.read() == "finishing what has begun; a second signal leaves at once\n"
+
+
+def metrics(port):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", "/metrics")
+    content = connection.getresponse().read()
+    connection.close()
+    return content
+
+
+def test_on_all_addresses_it_warns_and_a_second_signal_ends_it_at_once(home):
+    flags = ("--host", "0.0.0.0", "--port", 0, "--max-batch", 1, "--name", "tiny")
+    with started(home, *flags) as (process, port):
+        stream = ask(port, host="some.name", prompt="the", n=256, max_tokens=4096, stream=True)
+        assert (stream.status, stream.readline()[:6]) == (200, b"data: ")
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == "note: serving runs/tiny, the run that changed last\n"
+        assert process.stderr.readline().startswith("warning: anyone who reaches 0.0.0.0 may use this server; give")
+        assert process.stderr.readline().startswith("finishing what has begun")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == -signal.SIGTERM
+        stream.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_starts_ends_it_at_once(home, number):
+    with subprocess.Popen(
+        arguments_of(("--port", 0)),
+        cwd=home,
+        env=environment(home),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr.readline() == "note: serving runs/tiny, the run that changed last\n"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(2)  # it loads or compiles
+        process.send_signal(number)
+        assert process.wait(20) == -number
+        assert (process.stdout.read(), process.stderr.read()) == ("", "")
+
+
+def refused(home, *flags, **variables):
+    """(exit code, standard error) of a server that does not start."""
+    result = subprocess.run(
+        arguments_of(flags),
+        cwd=home,
+        env=environment(home) | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.stdout == ""
+    return result.returncode, result.stderr
+
+
+def test_a_port_in_use(home):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, told = refused(home, "--workdir", "runs/tiny", "--port", port)
+    assert (code, told) == (
+        1,
+        f"error: cannot listen at 127.0.0.1 port {port}: Address already in use; give another --port, or 0 for any "
+        "that is free\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--port", 70000), "error: --port must be in [0, 65535], got 70000\n"),
+        (("--max-batch", 0), "error: --max-batch must be in [1, 1024], got 0\n"),
+        (("--workdir", "nothing"), "error: nothing is not a run directory (it has no config.json); train one with"),
+        (("--name", ""), "error: --name must be printable text, got ''\n"),
+        (
+            ("--host", "no.such.name.invalid"),
+            "error: --host must be a name or an address of this machine, got no.such",
+        ),
+        (("--host", "203.0.113.1"), "error: --host must be a name or an address of this machine, got 203.0.113.1\n"),
+        (
+            ("--api-key-file", "nothing"),
+            "error: --api-key-file nothing does not exist; name the file that has the key",
+        ),
+    ],
+)
+def test_mistakes_are_one_line(home, flags, message):
+    code, told = refused(home, "--workdir", "runs/tiny", *flags)
+    assert code == 2
+    assert told.startswith(message)
+    assert told.count("\n") == 1
+
+
+def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
+    file = tmp_path / "key"
+    monkeypatch.delenv("MOE_JAX_API_KEY", raising=False)
+    assert read_key(None) is None
+    monkeypatch.setenv("MOE_JAX_API_KEY", "from-environment")
+    assert read_key(None) == b"from-environment"
+    file.write_text("from-file\n")
+    assert read_key(str(file)) == b"from-file"
+    for content in (b"", b"\n", b"two words", b"a\nb", "schlüssel".encode(), b"\xff", b"\x00"):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="must") as raised:
+            read_key(str(file))
+        assert "words" not in str(raised.value)
+    monkeypatch.setenv("MOE_JAX_API_KEY", "")
+    with pytest.raises(UserError, match="the environment variable MOE_JAX_API_KEY must hold a key"):
+        read_key(None)
+
+
+def test_without_the_extra_it_says_what_to_install(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
+    monkeypatch.setattr(sys, "argv", ["server"])
+    with pytest.raises(UserError, match=r"needs starlette and uvicorn; pip install 'moe_jax\[server\]'"):
+        command.main()
+
+
+@pytest.mark.parametrize(
+    ("host", "address", "names"),
+    [
+        (None, "127.0.0.1", ("localhost", "127.0.0.1", "[::1]")),
+        ("127.0.0.1", "127.0.0.1", ("localhost", "127.0.0.1", "[::1]")),
+        ("localhost", "127.0.0.1", ("localhost", "127.0.0.1", "[::1]")),
+        ("::1", "::1", ("localhost", "127.0.0.1", "[::1]")),
+        ("my.name", "127.0.1.1", ("localhost", "127.0.0.1", "[::1]", "my.name", "127.0.1.1")),
+        ("::ffff:127.0.0.1", "::ffff:127.0.0.1", ("localhost", "127.0.0.1", "[::1]", "[::ffff:127.0.0.1]")),
+        ("0.0.0.0", "0.0.0.0", None),
+        ("::", "::", None),
+        ("my.name", "192.0.2.7", None),
+        ("fe80::1%eth0", "fe80::1%eth0", None),
+    ],
+)
+def test_a_server_on_this_machine_alone_has_names(host, address, names):
+    assert own_names(host, address) == names
+
+
+def test_a_port_that_another_server_takes_while_this_one_loads(made):
+    with listen("127.0.0.1", 0) as listener, socket.socket() as other:
+        port = listener.getsockname()[1]
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        service = Service(made[0], mock.Mock(), mock.Mock(), 4096)
+        with pytest.raises(EnvironmentFault) as raised:
+            Server(service, None).run(sockets=[listener])
+    remedy = "give another --port, or 0 for any that is free"
+    assert str(raised.value) == f"cannot listen at 127.0.0.1 port {port}: Address already in use; {remedy}"
+
+
+def test_batch_sizes():
+    assert [batch_sizes(largest) for largest in (1, 2, 3, 16)] == [(1,), (1, 2), (1, 2, 3), (1, 2, 4, 8, 16)]

@@ -1,0 +1,55 @@
+"""Prompts from files; tests/faults/test_bad_input.py has those that cannot be used."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.terminal.prompts import read_prompts
+
+
+def test_nothing_is_one_empty_prompt_and_a_text_is_itself():
+    assert read_prompts(None, None) == [""]
+    assert read_prompts("ROMEO:\n", None) == ["ROMEO:\n"]
+
+
+@pytest.mark.parametrize(
+    ("content", "prompt"),
+    [("To be", "To be"), ("To be\n", "To be"), ("To be\r\n", "To be"), ("a\n\n", "a\n"), ("", "")],
+)
+def test_a_text_file_is_one_prompt_without_its_last_line_end(tmp_path, content, prompt):
+    (tmp_path / "prompt.txt").write_bytes(content.encode())
+    assert read_prompts(None, str(tmp_path / "prompt.txt")) == [prompt]
+
+
+def test_standard_input_is_one_prompt_without_its_last_line_end(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"To be\n\n")))
+    assert read_prompts("-", None) == ["To be\n"]
+
+
+def test_json_lines_are_a_prompt_each(tmp_path):
+    prompts = ["ROMEO:", "a\nb", "", "é"]
+    lines = [json.dumps({"prompt": prompt, "other": 1}) for prompt in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n\n".join(lines))
+    assert read_prompts(None, str(tmp_path / "prompts.jsonl")) == prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"prompt": "a"}\n{"prompt"', r"prompts.jsonl:2 is not JSON .*; correct the line"),
+        (b'{"text": "a"}', r'prompts.jsonl:1 must be an object with a text as "prompt", got'),
+        (b'{"prompt": 5}', r"must be an object with a text"),
+        (b'["a"]', r"must be an object with a text"),
+        (b'{"prompt": "\\ud800"}', r"prompts.jsonl:1: prompt must be UTF-8 text"),
+        (b"\xff", r"--prompt-file .*prompts.jsonl must be UTF-8 text, got another byte at 0"),
+        (b"\n \n", r"has no prompts in it"),
+        (b"[" * 100_000, r"prompts.jsonl:1 is not JSON"),
+    ],
+)
+def test_what_is_no_prompt_is_told_with_its_line(tmp_path, content, words):
+    (tmp_path / "prompts.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read_prompts(None, str(tmp_path / "prompts.jsonl"))

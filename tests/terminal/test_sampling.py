@@ -1,0 +1,159 @@
+"""A conversation line by line, through a pipe; tests/test_commands.py has one on a terminal."""
+
+import dataclasses
+import io
+import json
+import signal
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.config import Config, SampleConfig, TrainConfig
+from moe_jax.model.decoder import forward
+from moe_jax.runs.layout import RunDirectory
+from moe_jax.sampling.text import Text
+from moe_jax.terminal import sampling as front_end
+from tests.sampling.tiny import CONFIG, TOKENIZER, make
+
+SETTINGS = SampleConfig(max_new_tokens=12, temperature=1.0, seed=1)
+
+
+@pytest.fixture
+def converse(tmp_path, monkeypatch, capsys):
+    """A function: (made, bytes of standard input) to (standard output, standard error, generated_text.txt)."""
+
+    def run(made, lines):
+        directory = RunDirectory(tmp_path)
+        directory.save_config(Config(train=TrainConfig(compile_cache=False)))
+        monkeypatch.setattr(front_end, "load_generator", lambda run, which, dtype: made[:2])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
+        front_end.converse(directory, "best", None, SETTINGS)
+        printed = capsys.readouterr()
+        return printed.out, printed.err, directory.generated_text.read_text()
+
+    return run
+
+
+def text_of(made, prompt):
+    generator, variables, _ = made
+    return generator.generate(variables, prompt, SETTINGS)[0].text
+
+
+def test_each_line_is_continued_and_nothing_else_printed(rotary, converse):
+    # An empty line is continued from nothing; a file may come from Windows, and need not end its last line.
+    out, err, written = converse(rotary, b"ab\n\r\nhgf")
+    assert out == "".join(text_of(rotary, prompt) + "\n" for prompt in ("ab", "", "hgf"))
+    assert err == ""
+    assert written == "hgf" + text_of(rotary, "hgf") + "\n"
+
+
+def test_settings_are_changed_between_lines(rotary, converse):
+    lines = b"/temperature 0\nab\n/top-k 3\n/seed\n/temperature 2\n//a\n"
+    out, err, written = converse(rotary, lines)
+    generator, variables, _ = rotary
+    greedy = dataclasses.replace(SETTINGS, temperature=0)
+    hot = dataclasses.replace(SETTINGS, temperature=2, top_k=3)
+    first = generator.generate(variables, "ab", greedy)[0].text
+    assert out == first + "\n" + generator.generate(variables, "/a", hot)[0].text + "\n"
+    assert err == "/temperature is 0\n/top-k is 3\n/seed is 1\n/temperature is 2\n"
+    assert written.startswith("/a")
+
+
+def test_a_setting_that_cannot_be_is_told_and_changes_nothing(rotary, converse):
+    lines = b"/temprature 2\n/temperature hot\n/top-p 7\n/top-k none\n/max-new-tokens 1.5\nab\n"
+    out, err, _ = converse(rotary, lines)
+    assert out == text_of(rotary, "ab") + "\n"
+    told = err.splitlines()
+    assert told[0] == "error: there is no setting /temprature; did you mean /temperature?"
+    assert told[1].startswith("error: /temperature must be of type float, got 'hot'")
+    assert told[2] == "error: /top-p must be in [1e-06, 1.0], got 7"
+    assert told[3] == "/top-k is None"
+    assert told[4].startswith("error: /max-new-tokens must be of type int, got 1.5")
+
+
+def test_what_stands_for_a_whole_conversation_is_not_changed_in_it(rotary, converse):
+    _, err, _ = converse(rotary, b"/stop x\nab\n")
+    assert err == "error: /stop cannot be changed in a conversation; leave it, and begin another with --stop\n"
+
+
+def test_exit_leaves(rotary, converse):
+    assert converse(rotary, b"ab\nexit\nhgf\n")[0] == text_of(rotary, "ab") + "\n"
+
+
+def test_a_prompt_that_cannot_be_used_is_told_and_the_next_is_asked_for(rotary, converse):
+    out, err, _ = converse(rotary, b"a" * 17 + b"\n\xff\nab\n")
+    assert out == text_of(rotary, "ab") + "\n"
+    assert err == (
+        "error: the prompt must fit the context of 16 tokens, got 17; shorten the prompt\n"
+        "error: the prompt must be UTF-8 text, got another byte at 0; give text\n"
+    )
+
+
+class Interrupted:
+    """A generator whose user presses Ctrl-C while the second piece is made."""
+
+    config = CONFIG
+
+    def begin(self, prompt, sample):
+        return Text(TOKENIZER, TOKENIZER.encode(prompt).tolist(), sample, 0, -1)
+
+    def stream(self, variables, text, keep_experts):
+        yield "one "
+        if len(text.prompt_ids) == 4:
+            signal.raise_signal(signal.SIGINT)
+        yield "two "
+        yield "three"
+
+
+def test_ctrl_c_ends_the_text_and_not_the_conversation(converse):
+    before = signal.getsignal(signal.SIGINT)
+    out, err, written = converse((Interrupted(), None), b"abcd\nabc\n")
+    assert out == "one two \none two three\n"
+    assert (err, written) == ("", "abcone two three\n")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("positions", "words"),
+    [
+        ("rotary", "the oldest tokens left the cache one by one (rotary positions)"),
+        ("learned", "the text was cut to its last half and read anew whenever it was full (learned positions)"),
+    ],
+)
+def test_what_happens_past_the_context_is_told_once(converse, positions, words):
+    made = make(dataclasses.replace(CONFIG, positions=positions))
+    _, err, _ = converse(made, b"/max-new-tokens 40\n/seed 3\n" + b"hgfedcbahgfedcba\n" * 2)
+    assert err.splitlines()[2:] == [f"note: past the context of 16 tokens {words}"]
+
+
+def test_experts_of_the_last_answer(rotary, converse):
+    generator, variables, decoder = rotary
+    out, err, _ = converse(rotary, b"/experts\nabc\n/experts\n")
+    assert err == "error: /experts shows the experts of the last answer, and there is none yet; give a prompt first\n"
+    (sample,) = generator.generate(variables, "abc", SETTINGS)
+    text, header, *lines = out.splitlines()
+    assert text == sample.text
+    assert header.strip() == "experts, a column for each MoE layer"
+    ids = [*TOKENIZER.encode("abc").tolist(), *sample.tokens]
+    run = jax.jit(lambda mask_BL: forward(decoder, variables, np.array([ids]), token_mask_BL=mask_BL))
+
+    def load(size):
+        """The oracle: rows that a full forward of so many tokens sends to each layer's experts."""
+        return np.asarray(run(np.arange(len(ids))[None] < size).statistics.router.load_E)[:, 0]
+
+    for index, line in enumerate(lines):
+        chosen = ["+".join(map(str, np.flatnonzero(layer_E))) for layer_E in load(4 + index) - load(3 + index)]
+        name = json.dumps(TOKENIZER.decode(sample.tokens[index : index + 1]), ensure_ascii=False)
+        assert line.split() == [name, *chosen]
+    assert len(lines) == len(sample.tokens) >= 5
+
+
+def test_a_token_that_begins_a_window_shows_no_experts(converse):
+    made = make(dataclasses.replace(CONFIG, positions="learned"), end_token=-1)
+    out, _, _ = converse(made, b"/max-new-tokens 30\nabc\n/experts\n")
+    # 13 tokens fill the window, and the one after has no place; then 8 more fill it again, and so on.
+    lines = [line.split() for line in out.splitlines()[2:]]
+    assert len(lines) == 30
+    assert [index for index, line in enumerate(lines) if line[-1] == "-"] == [13, 22]

@@ -1,0 +1,98 @@
+"""Exit codes and the one line that goes with them."""
+
+import errno
+import os
+import platform
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_jax import errors
+from moe_jax.commands.startup import use_huge_pages
+from moe_jax.files import cache_folder
+
+
+def run(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        errors.run(main)
+    return caught.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (errors.UserError("a rule,\n got a value"), 2, "error: a rule, got a value\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "f"),
+            1,
+            "error: No space left on device: f; free some space and run the same command again\n",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "d"), 1, "error: Permission denied: d\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted before there was anything to save\n"),
+        (errors.Interrupted(143), 143, ""),
+    ],
+)
+def test_each_end_has_its_exit_code_and_one_line(error, code, line, capsys):
+    assert run(error, capsys) == (code, line)
+
+
+def test_our_own_faults_keep_their_traceback():
+    def main():
+        raise KeyError("a fault of ours")
+
+    with pytest.raises(KeyError):
+        errors.run(main)
+
+
+def test_success_returns():
+    calls = []
+    errors.run(lambda: calls.append("main"))
+    assert calls == ["main"]
+
+
+def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder("data") == tmp_path / "moe_jax" / "data"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(cache_folder("data")) == "/home/someone/.cache/moe_jax/data"
+
+
+@pytest.fixture
+def restarts(monkeypatch):
+    """What use_huge_pages restarts this process with, on a machine where huge pages are to be had."""
+    calls = []
+    monkeypatch.setattr(os, "execv", lambda program, arguments: calls.append((program, arguments)))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "--config", "a recipe.py"])
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(Path, "exists", lambda self: True)
+    monkeypatch.setattr(Path, "read_text", lambda self: "always [madvise] never")
+    monkeypatch.setenv("GLIBC_TUNABLES", "")
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    return calls
+
+
+def test_huge_pages_are_asked_for_by_one_restart_with_the_same_arguments(restarts):
+    use_huge_pages()
+    assert restarts == [(sys.executable, [sys.executable, "train.py", "--config", "a recipe.py"])]
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.hugetlb=1"
+    use_huge_pages()
+    assert len(restarts) == 1
+
+
+@pytest.mark.parametrize("why_not", ["set by the user", "old glibc", "another libc", "switched off"])
+def test_huge_pages_are_left_alone_where_they_are_not_to_be_had(restarts, monkeypatch, why_not):
+    if why_not == "set by the user":
+        monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
+    elif why_not == "old glibc":
+        monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31"))
+    elif why_not == "another libc":
+        monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    else:
+        monkeypatch.setattr(Path, "read_text", lambda self: "always madvise [never]")
+    use_huge_pages()
+    assert restarts == []

@@ -1,0 +1,164 @@
+"""What moe_jax.evaluate prints of a run: the loss of its own log, that of other texts, and what it refuses."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moe_jax.errors import UserError
+from moe_jax.files import cache_folder
+from moe_jax.prepare.cache import find_or_prepare
+from moe_jax.prepare.folder import prepare_folder
+from moe_jax.prepare.settings import PrepareConfig
+from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.metrics_file import read_metrics
+from moe_jax.training.evaluate import evaluate_run
+from moe_jax.training.train import train
+from tests.oracles.texts import VERSE
+
+ROOT = Path(__file__).parents[2]
+
+
+def last_evaluation(run):
+    return [line for line in read_metrics(run.metrics_file) if "val/loss" in line][-1]
+
+
+def test_it_finds_the_loss_that_the_run_logged(finished):
+    logged = last_evaluation(finished)
+    scores = evaluate_run(finished, None, "val", "newest")
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        assert scores[name] == pytest.approx(logged[f"val/{name}"], rel=1e-6)
+    assert scores["moe/load"] == logged["moe/load"]
+    assert scores["tokens"] == 450
+    assert "loss_over_padding" not in scores
+
+
+def test_a_run_of_another_machine_is_scored_here(finished, tmp_path):
+    shutil.copytree(finished.path, tmp_path / "copy")
+    run = RunDirectory(tmp_path / "copy")
+    config = run.load_config()
+    moe = dataclasses.replace(config.model.moe, dispatch="sorted", grouped_matmul="tokamax")
+    run.save_config(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)))
+    here = evaluate_run(run, None, "val", "newest")
+    assert here["loss"] == pytest.approx(last_evaluation(run)["val/loss"], rel=1e-6)
+
+
+def test_the_best_checkpoint_is_the_default_of_what_is_best(finished):
+    losses = [line["val/loss"] for line in read_metrics(finished.metrics_file) if "val/loss" in line]
+    assert evaluate_run(finished, None, "val", "best")["loss"] == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_another_text_is_tokenized_as_the_runs_was(finished, tmp_path):
+    text = tmp_path / "other.txt"
+    text.write_text("lazy dogs jump over foxes; " * 200)
+    raw = evaluate_run(finished, str(text), "val", "best")
+    made = PrepareConfig(
+        input=(str(text),), tokenizer=str(finished.tokenizer), val_fraction=0.1, out=str(tmp_path / "made")
+    )
+    prepare_folder(made)
+    assert evaluate_run(finished, made.out, "val", "best") == raw
+    assert raw["loss"] > last_evaluation(finished)["val/loss"] + 0.5
+    assert raw["tokens"] < evaluate_run(finished, made.out, "train", "best")["tokens"]
+
+
+def test_a_text_is_delimited_and_split_as_the_runs_was(change, tmp_path):
+    text = tmp_path / "verse.txt"
+    text.write_text(VERSE * 60)
+    prepare_folder(
+        PrepareConfig(
+            input=(str(text),), tokenizer="char", delimiters="chat", val_fraction=0.3, out=str(tmp_path / "made")
+        )
+    )
+    config = change(
+        data={"path": str(tmp_path / "made"), "tokenizer": None, "val_fraction": 0.3},
+        optimizer={"warmup_steps": 0},
+        train={"num_steps": 1},
+    )
+    train(config, tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    own = evaluate_run(run, None, "val", "newest")
+    assert evaluate_run(run, str(text), "val", "newest") == own
+    trained_on = evaluate_run(run, None, "train", "newest")
+    every = evaluate_run(run, str(text), "all", "newest")
+    assert every["tokens"] == own["tokens"] + trained_on["tokens"]
+    mean = (own["loss"] * own["tokens"] + trained_on["loss"] * trained_on["tokens"]) / every["tokens"]
+    assert every["loss"] == pytest.approx(mean, rel=1e-9)
+    assert every["bits_per_byte"] == pytest.approx(every["loss"] * every["tokens"] / (60 * len(VERSE) * math.log(2)))
+
+
+def test_a_text_that_has_changed_since_is_refused(change, tmp_path):
+    text = tmp_path / "verse.txt"
+    text.write_text(VERSE * 20)
+    config = change(data={"path": str(text)}, optimizer={"warmup_steps": 0}, train={"num_steps": 1})
+    train(config, tmp_path / "run")
+    text.write_text(VERSE[::-1] * 20)
+    with pytest.raises(UserError, match="is not the one this run was trained on"):
+        evaluate_run(RunDirectory(tmp_path / "run"), None, "val", "newest")
+
+
+def test_a_text_that_is_not_there_is_told_by_the_flag_of_this_command(finished):
+    with pytest.raises(UserError, match=r"^--data nowhere.txt: "):
+        evaluate_run(finished, "nowhere.txt", "val", "best")
+
+
+def test_tokens_of_another_tokenizer_are_refused(finished, tmp_path):
+    (tmp_path / "verse.txt").write_text(VERSE * 20)
+    made = PrepareConfig(input=(str(tmp_path / "verse.txt"),), tokenizer="byte", out=str(tmp_path / "made"))
+    prepare_folder(made)
+    words = rf"another tokenizer \(byte\) than .*; prepare it with --tokenizer {finished.path}"
+    with pytest.raises(UserError, match=words):
+        evaluate_run(finished, made.out, "val", "best")
+
+
+def test_rows_of_documents_are_scored_without_their_padding_and_with_it(change, tmp_path):
+    folder = tmp_path / "stories"
+    folder.mkdir()
+    for index in range(40):
+        (folder / f"{index}.txt").write_text(VERSE[: 5 + index])
+    config = change(
+        data={"path": str(folder), "mode": "padded"}, optimizer={"warmup_steps": 0}, train={"num_steps": 2}
+    )
+    train(config, tmp_path / "run")
+    run = RunDirectory(tmp_path / "run")
+    interval = read_metrics(run.metrics_file)[0]
+    assert interval["train/positions_per_second"] > interval["train/tokens_per_second"]
+    scores = evaluate_run(run, None, "val", "newest")
+    assert scores["loss"] == pytest.approx(last_evaluation(run)["val/loss"], rel=1e-6)
+    # A document's characters and its end are scored, up to 16 of them in a row of 16 places.
+    (split,) = find_or_prepare(config.data, cache_folder("data")).splits("val")
+    lengths = np.asarray(split.lengths())
+    assert scores["tokens"] == lengths.sum()
+    filled = lengths.sum() / (16 * np.ceil(lengths / 16).sum())
+    assert scores["loss_over_padding"] == pytest.approx(scores["loss"] * filled, rel=1e-9)
+
+
+def test_the_command_prints_one_json_object(finished, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(finished.path)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+
+    def evaluate(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "moe_jax.evaluate", *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+
+    done = evaluate("--split", "train")
+    assert (done.returncode, done.stderr) == (0, "note: scoring runs/mine, the run that changed last\n")
+    scores = json.loads(done.stdout)
+    assert (done.stdout.count("\n"), scores["tokens"]) == (1, 4050)
+    refused = evaluate("--workdir", "runs/other")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("error: runs/other is not a run directory")
+    assert refused.stderr.count("\n") == 1
