@@ -61,9 +61,9 @@ def test_every_number_stands_with_its_range():
         ("model.moe.top_k", 0, "model.moe.top_k must be at least 1, got 0"),
         ("model.num_heads", 3, "model.num_heads must divide model.embed_dim=128, got 3"),
         ("model.num_kv_heads", 3, "model.num_kv_heads must divide model.num_heads=4, got 3"),
-        ("model.num_kv_heads", "3", "model.num_kv_heads must be of type int, got '3' of type str"),
+        ("model.num_kv_heads", "3", "model.num_kv_heads must be of type int or None, got '3' of type str"),
         ("model.num_heads", 128, "needs an even head width"),
-        ("model.moe.every", 3, "model.moe.every must divide num_layers - first_dense = 4, got 3"),
+        ("model.moe.every", 3, "model.moe.every must divide num_layers - first_dense=4, got 3"),
         ("model.moe.first_dense", 4, "model.moe.first_dense must be below model.num_layers=4, got 4"),
         ("model.moe.capacity_factor", 0.0, "model.moe.capacity_factor must be at least"),
         ("model.moe.router", "topk", "model.moe.router must be one of top_k, noisy_top_k, switch, expert_choice"),
@@ -118,7 +118,7 @@ def test_a_type_of_several_names_the_first_and_takes_the_others():
     hint = int | None | typing.Literal["all"]
     for value in (3, None, "all"):
         check_type("n", hint, value)
-    assert error_of(check_type, "n", hint, "x") == "n must be of type int, got 'x' of type str"
+    assert error_of(check_type, "n", hint, "x") == "n must be of type int or None, got 'x' of type str"
 
 
 def test_an_error_names_a_setting_of_sampling_as_it_was_given():
