@@ -49,6 +49,7 @@ WITHOUT_JAX = (
     "prepare/folder",
     "runs/layout",
     "runs/opened",
+    "runs/progress",
     "server/arguments",
     "server/metrics",
     "server/requests",
