@@ -90,7 +90,7 @@ def module_name(file: Path) -> str:
     return ".".join(file.relative_to(ROOT).with_suffix("").parts)
 
 
-MOVING = ("data.shards", "runs.metrics_file", "sampling.api", "training.evaluate", "training.loop", "training.train")
+MOVING = ("data.shards", "sampling.api", "training.evaluate", "training.loop", "training.train")
 
 
 @pytest.mark.parametrize("file", [file for file in SOURCES if not module_name(file).endswith(MOVING)], ids=module_name)
