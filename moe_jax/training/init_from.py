@@ -8,6 +8,7 @@ from moe_jax.config.fields import settings
 from moe_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Variables
+from moe_jax.model.moe.routing import ROUTERS
 from moe_jax.runs.checkpoint.restore import find_checkpoint, restore_items
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.training.state import TrainState
@@ -32,7 +33,7 @@ def check_source(config: Config, tokenizer: Tokenizer, run: RunDirectory) -> Non
         )
     try:
         saved = source.load_config()
-        items = ("params", "router_state") if saved.model.moe.router == "sigmoid_bias" else ("params",)
+        items = ("params", "router_state") if ROUTERS[saved.model.moe.router].has_state else ("params",)
         find_checkpoint(source.checkpoints, "best", items)
     except UserError as error:
         raise UserError(f"train.init_from {source.path}: {error}") from None
