@@ -82,6 +82,7 @@ def model_of(case: Case) -> tuple[Any, Any]:
 
     from moe_jax.data.tokenizer import build_tokenizer, load_tokenizer
     from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
+    from moe_jax.model.moe.backends import this_machine, with_dispatch
     from moe_jax.sampling.engine import Generator, load_variables
 
     if case.workdir:
@@ -92,7 +93,8 @@ def model_of(case: Case) -> tuple[Any, Any]:
     generator = Generator(
         case.config, build_tokenizer("char", [bytes(range(48, 113)).decode()]), case.dtype, end_token=-1
     )
-    decoder = Decoder(generator.config, generator.tokenizer.vocab_size)
+    model = with_dispatch(generator.config, 2, train=False, machine=this_machine(), as_set=False)
+    decoder = Decoder(model, generator.tokenizer.vocab_size)
     params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     return generator, generator.prepare(Variables(nn.unbox(params), initial_expert_bias(case.config.model)))
 
@@ -150,7 +152,7 @@ def bytes_of_step(case: Case, generator: Any, variables: Any) -> float:
     """Bytes that one token for each text has to read."""
     import jax
 
-    from moe_jax.model.unstacked import init_caches
+    from moe_jax.model.attention import init_caches
 
     moe = generator.config.moe
     # The mean number of experts that B tokens choose, of K each and all equally likely.
@@ -174,13 +176,15 @@ def with_torch(case: Case, generator: Any, variables: Any, num_tokens: int) -> C
     import numpy as np
 
     from moe_jax.model.decoder import Decoder, forward
+    from moe_jax.model.moe.backends import this_machine, with_dispatch
 
     sys.path.insert(0, str(Path(__file__).parent))
     torch_decoder = importlib.import_module("torch_decoder")
     if not torch_decoder.is_of_this_kind(generator.config):
         return None
     prompt_BL = prompts_of(case, generator.tokenizer.vocab_size)
-    decoder = Decoder(generator.config, generator.tokenizer.vocab_size, unstacked=True)
+    model = with_dispatch(generator.config, prompt_BL.size, train=False, machine=this_machine(), as_set=False)
+    decoder = Decoder(model, generator.tokenizer.vocab_size, unstacked=True)
     logits_BLV = np.asarray(jax.jit(lambda ids: forward(decoder, variables, ids).logits_BLV)(prompt_BL))
     draw = torch_decoder.loop(generator.config, variables.params, prompt_BL, logits_BLV, SAMPLE.temperature)
 

@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.axes import Array
-from moe_jax.model.attention import LayerCache
+from moe_jax.model.attention import LayerCache, init_caches
 from moe_jax.model.decoder import Decoder, Variables, forward
-from moe_jax.model.unstacked import init_caches
 from moe_jax.sampling.processors import (
     keep_min_p,
     keep_top_k,

@@ -1,7 +1,6 @@
 """The front end of sampling: text in, text out."""
 
 import dataclasses
-import functools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,16 +11,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
+from moe_jax.axes import Array
 from moe_jax.config import Config, ModelConfig, SampleConfig
 from moe_jax.data.tokenizer import Tokenizer, document_end, document_start, load_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
-from moe_jax.model.moe.choice import on_this_machine
-from moe_jax.model.unstacked import cast_matrices, unstack
+from moe_jax.model.decoder import Decoder, Variables, cast_matrices, initial_expert_bias, unstack
+from moe_jax.model.moe.backends import this_machine, with_dispatch
+from moe_jax.model.moe.routing import ROUTERS
+from moe_jax.runs.checkpoint.restore import restore_items
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.runs.opened import open_run
 from moe_jax.sampling.batch import STREAM_STEPS, Batch
-from moe_jax.sampling.decode import decode, empty_state, prefill, take_rows
+from moe_jax.sampling.decode import DecodeState, Drawn, Rows, decode, empty_state, prefill, take_rows
 from moe_jax.sampling.text import Text
 
 _BATCH = 32
@@ -59,26 +59,39 @@ class Generator:
                 "a model of model.moe.router=expert_choice cannot be sampled from: its experts choose among all "
                 "tokens of a text, later ones included; train one with another router"
             )
-        self.config = model = dataclasses.replace(on_this_machine(model), dtype=dtype or model.dtype)
+        self.config = model = dataclasses.replace(model, dtype=dtype or model.dtype)
         self.tokenizer = tokenizer
         self._start = document_start(tokenizer)
         self._end = document_end(tokenizer) if end_token is None else end_token
         # A window starts anywhere in a text, and so does a prompt; other rows have documents from their start.
         self._prefix = [] if config.data.mode == "windows" else [self._start]
-        decoder = Decoder(model, tokenizer.vocab_size, unstacked=True)
+        machine = this_machine()
+
+        def decoder_for(num_tokens: int) -> Decoder:
+            here = with_dispatch(model, num_tokens, train=False, machine=machine, as_set=False)
+            return Decoder(here, tokenizer.vocab_size, unstacked=True)
+
+        def read(variables: Variables, state: DecodeState, text_PL: Array, *inputs: Array) -> DecodeState:
+            return prefill(decoder_for(text_PL.size), variables, state, text_PL, *inputs)
+
+        def draw(
+            variables: Variables, state: DecodeState, rows: Rows, *inputs: Array, num_top: int, keep_experts: bool
+        ) -> tuple[Drawn, DecodeState]:
+            decoder = decoder_for(state.position_B.size)
+            told = {"num_top": num_top, "keep_experts": keep_experts}
+            return decode(decoder, variables, state, rows, *inputs, end_token=self._end, **told)
+
         self.prepare = jax.jit(lambda variables: cast_matrices(unstack(variables, model), model))
         """The variables of the training decoder as all else here takes them: unstacked, matrices in ``dtype``."""
         # It takes the variables to be where they are, or the first call of each function would be compiled twice.
         self.empty_state = jax.jit(
-            lambda batch_size, variables: empty_state(decoder, batch_size), static_argnums=0, keep_unused=True
+            lambda batch_size, variables: empty_state(decoder_for(batch_size), batch_size),
+            static_argnums=0,
+            keep_unused=True,
         )
         # The state is given up to each call, so that its caches are changed in place.
-        self.prefill = jax.jit(functools.partial(prefill, decoder), donate_argnums=1)
-        self.decode = jax.jit(
-            functools.partial(decode, decoder, end_token=self._end),
-            donate_argnums=1,
-            static_argnames=("num_top", "keep_experts"),
-        )
+        self.prefill = jax.jit(read, donate_argnums=1)
+        self.decode = jax.jit(draw, donate_argnums=1, static_argnames=("num_top", "keep_experts"))
         self.take_rows = jax.jit(take_rows)
 
     def begin(self, prompt: str | Sequence[int], sample: SampleConfig, number: int = 0) -> Text:
@@ -150,7 +163,7 @@ def sample_of(prompt: str, text: Text) -> Sample:
 
 def is_causal(config: ModelConfig) -> bool:
     """Whether the logits after a token depend on it and earlier ones only, as sampling needs."""
-    return not config.moe.num_experts or config.moe.router != "expert_choice"
+    return not config.moe.num_experts or ROUTERS[config.moe.router].is_causal
 
 
 def load_generator(
@@ -166,12 +179,12 @@ def load_generator(
 
 def load_variables(run: RunDirectory, which: Literal["best", "newest"]) -> Variables:
     """The "best" or "newest" variables of a training run, those of its decoder. Raises UserError."""
-    opened = open_run(run.path, which)
-    decoder = Decoder(on_this_machine(opened.config.model), opened.tokenizer.vocab_size)
+    model = with_dispatch(run.load_config().model, 1, train=False, machine=this_machine(), as_set=False)
+    decoder = Decoder(model, load_tokenizer(run.tokenizer).vocab_size)
     shapes = jax.eval_shape(lambda: _initial_variables(decoder).to_items())
     device = SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-    return Variables.from_items(opened.restore(abstract))
+    return Variables.from_items(restore_items(run.checkpoints, which, abstract))
 
 
 def _initial_variables(decoder: Decoder) -> Variables:

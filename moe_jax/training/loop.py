@@ -8,24 +8,23 @@ import time
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from rich.console import Console
 
 from moe_jax.config import Config
 from moe_jax.data.batches import TrainBatches, batches_per_epoch, train_batches
 from moe_jax.data.dataset import PreparedData
 from moe_jax.errors import EnvironmentFault
 from moe_jax.model.decoder import Decoder
-from moe_jax.runs.checkpoint.record import Record
+from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.runs.checkpoint.save import Checkpoints
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.runs.progress import Progress as Bar
+from moe_jax.runs.log import TrainingBar, training_bar
+from moe_jax.runs.metrics_file import MetricsWriter
 from moe_jax.sampling.engine import Generator, is_causal
 from moe_jax.sharding.mesh import put_batch
 from moe_jax.sharding.startup import compiler_options
 from moe_jax.trackers.alarms import CollapseWatch, SpikeWatch
 from moe_jax.trackers.profile import Trace
 from moe_jax.trackers.watchdog import Watchdog
-from moe_jax.trackers.writer import MetricsWriter
 from moe_jax.training.diagnosis import find_not_finite
 from moe_jax.training.evaluate import Evaluation, bits_per_byte, evaluate, joined
 from moe_jax.training.flops import flops_per_token, utilisation
@@ -62,6 +61,17 @@ class Progress:
     """Spent in steps: without start-up, compilation, evaluation and saving."""
 
 
+def make_decoders(config: Config, vocab_size: int) -> tuple[Decoder, Decoder]:
+    """The decoder of the training step and that of evaluation, each with the backend for its batches."""
+    num_tokens = config.data.batch_size // config.optimizer.accumulation_steps * config.model.context_length
+    machine = this_machine()
+    train, evaluation = (
+        Decoder(with_dispatch(config.model, num_tokens, train=train, machine=machine), vocab_size)
+        for train in (True, False)
+    )
+    return train, evaluation
+
+
 class Loop:
     """One start of a run, from the state it is given to the last step, an early stop or a signal."""
 
@@ -78,7 +88,7 @@ class Loop:
     ):
         self.config, self.run_directory, self.mesh, self.data = config, run, mesh, data
         self.state, self.progress, self.checkpoints, self.writer = state, progress, checkpoints, writer
-        decoder = Decoder(config.model, data.tokenizer.vocab_size)
+        decoder, eval_decoder = make_decoders(config, data.tokenizer.vocab_size)
         self.schedule = make_schedule(config.optimizer, config.train.num_steps)
         optimizer = make_optimizer(config.optimizer, self.schedule)
         options = compiler_options(config.train.deterministic)
@@ -86,7 +96,7 @@ class Loop:
         self.train_step = jax.jit(
             make_train_step(config, decoder, optimizer), donate_argnums=0, compiler_options=options
         )
-        self.eval_step = jax.jit(make_eval_step(decoder), compiler_options=options)
+        self.eval_step = jax.jit(make_eval_step(eval_decoder), compiler_options=options)
         # Experts that choose tokens choose among later ones too, so that no text can be sampled from them.
         self.generator = Generator(config, data.tokenizer) if is_causal(config.model) else None
         if self.generator is not None:
@@ -107,9 +117,7 @@ class Loop:
         train, first = self.config.train, self.first
         batches = self._batches(self.progress.next_batch)
         watchdog = Watchdog(train.watchdog, self.run_directory.stacks)
-        with batches, watchdog, Bar(Console(), log) as bar:
-            bar.start("training", train.num_steps, first)
-            bar.describe("compiling")
+        with batches, watchdog, training_bar(train.num_steps, first) as bar:
             unread: StepOutput | None = None
             clock = time.perf_counter()
             for step in range(first, train.num_steps):
@@ -167,7 +175,7 @@ class Loop:
         patience = self.config.train.patience
         return patience is not None and self.progress.evaluations_without_gain >= patience
 
-    def _read(self, output: StepOutput | None, bar: Bar, done: int) -> None:
+    def _read(self, output: StepOutput | None, bar: TrainingBar, done: int) -> None:
         """Merges a step's metrics into the interval's; waits until the device has computed it."""
         if output is None:
             return
@@ -175,7 +183,7 @@ class Loop:
         num_tokens = int(output.num_targets)
         if done > self.first + 1:  # the first step of a start compiles, and is not timed
             self.interval.time(num_tokens)
-        bar.update(done, f"step {done}/{self.config.train.num_steps}: loss {output.loss:.4f}", num_tokens)
+        bar.update(done, float(output.loss), num_tokens)
         if not output.is_finite:
             self._count_skipped(done)
             return
@@ -239,7 +247,7 @@ class Loop:
         mfu = utilisation(flops_per_second, devices.flat[0].device_kind, devices.size)
         return speed if mfu is None else speed | {"train/mfu": mfu}
 
-    def _evaluate(self, done: int, bar: Bar) -> float:
+    def _evaluate(self, done: int, bar: TrainingBar) -> float:
         """Scores the validation split and as many tokens of the training split, and samples a text."""
         bar.describe("evaluating")
         by_corpus = self._score("val", None)
@@ -278,6 +286,7 @@ class Loop:
             text = self.generator.generate(self.generator.prepare(self.state.variables), "", sample)
             self.writer.write_text(done, "sample", text[0].text)
             log.info("sample:\n" + text[0].text.strip())
+        bar.describe("training")
         return val.loss
 
     def _score(self, name: str, max_tokens: int | None) -> dict[str, Evaluation]:
@@ -297,15 +306,18 @@ class Loop:
         self.progress.next_batch = done
         self.progress.interval = self.interval.to_json()
         self.writer.sync()
-        record = Record(
-            step=done,
+        record = {
+            "progress": dataclasses.asdict(self.progress),
+            "random": random_record(self.config.train.seed),
+            "config": self.config.to_dict(),
+        }
+        self.checkpoints.save(
+            done,
+            self.state.checkpoint_items(),
+            record,
             val_loss=val_loss,
             for_good=self._is_for_good(done),
-            progress=dataclasses.asdict(self.progress),
-            random=random_record(self.config.train.seed),
-            config=self.config.to_dict(),
         )
-        self.checkpoints.save(record, self.state.checkpoint_items())
 
     def _save_at_last(self, done: int, val_loss: float | None) -> None:
         """Waits for the last save, which has a second try. EnvironmentFault where that fails too."""

@@ -8,6 +8,7 @@ from moe_jax.config import Config, ModelConfig, MoEConfig
 from moe_jax.data.tokenizer import build_tokenizer
 from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
 from moe_jax.sampling.engine import Generator
+from tests.oracles.moe import on_cpu
 
 TOKENIZER = build_tokenizer("char", ["abcdefgh"])
 CONFIG = ModelConfig(
@@ -22,7 +23,7 @@ CONFIG = ModelConfig(
 
 def make_trained(config, tokenizer=TOKENIZER):
     """(training decoder, its variables) of a model of ``config``."""
-    decoder = Decoder(config, tokenizer.vocab_size)
+    decoder = Decoder(on_cpu(config), tokenizer.vocab_size)
     params = nn.unbox(jax.jit(decoder.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32)))["params"]
     return decoder, Variables(params, initial_expert_bias(config))
 
@@ -31,4 +32,4 @@ def make(config, tokenizer=TOKENIZER, end_token=None):
     """(generator, its variables, the decoder that takes them) of a model of ``config``."""
     generator = Generator(Config(model=config), tokenizer, end_token=end_token)
     variables = generator.prepare(make_trained(config, tokenizer)[1])
-    return generator, variables, Decoder(generator.config, tokenizer.vocab_size, unstacked=True)
+    return generator, variables, Decoder(on_cpu(generator.config), tokenizer.vocab_size, unstacked=True)
