@@ -8,7 +8,7 @@ import pytest
 from moe_jax.errors import UserError
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.metrics_file import MetricsWriter, read_metrics
-from moe_jax.trackers.trackers import TensorBoard
+from moe_jax.trackers.tensorboard import TensorBoard
 from tests.oracles.events import events
 
 
