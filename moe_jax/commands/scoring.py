@@ -48,7 +48,7 @@ def score(opened: OpenedRun, path: str | None, split: Split) -> dict[str, Any]:
     batch_size = -(-config.data.batch_size // (config.optimizer.accumulation_steps * devices)) * devices
     mesh = make_mesh(MeshConfig(), batch_size)
     num_tokens = batch_size * config.model.context_length
-    model = with_dispatch(opened.model, num_tokens, train=False, machine=this_machine())
+    model = with_dispatch(config.model, num_tokens, train=False, machine=this_machine(), as_set=False)
     decoder = Decoder(model, tokenizer.vocab_size)
     with use_mesh(mesh):
         items = abstract_state(decoder, optax.identity(), mesh).variables.to_items()
