@@ -473,6 +473,7 @@ from pathlib import Path
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+from moe_jax.trackers.writer import MetricsWriter
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.data.batches import train_batches
@@ -484,12 +485,11 @@ from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.report.pictures import plot_expert_load, plot_loss_curve
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
-from moe_jax.trackers.writer import MetricsWriter
 from moe_jax.training.flops import count_params
 from moe_jax.training.metrics import named_metrics, routing_by_layer, step_metrics
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import init_state
-from moe_jax.training.step import make_train_step
+from moe_jax.training.step import train_step
 
 folder = tempfile.TemporaryDirectory()
 text = render_play(dict(find_plays())["the-comedy-of-errors"].read_text(encoding="utf-8"))
@@ -532,7 +532,7 @@ assert total - active > total / 3, "more than two thirds are experts'"
 # cross-entropy of the next token plus the weighted losses of part 5; the loss it reports is the cross-entropy alone.
 
 # %%
-train_step = jax.jit(make_train_step(config, decoder, optimizer), donate_argnums=0)
+one_step = jax.jit(functools.partial(train_step, config, decoder, optimizer), donate_argnums=0)
 run = RunDirectory(Path(folder.name, "run"))
 run.path.mkdir()
 losses_S, share_NE = [], np.zeros((2, 4))
@@ -542,7 +542,7 @@ with (
     MetricsWriter(run, None) as writer,
 ):
     for step in range(1, 101):
-        state, output = train_step(state, put_batch(next(batches), mesh))
+        state, output = one_step(state, put_batch(next(batches), mesh))
         losses_S.append(float(output.loss))
         load = routing_by_layer(output.routing)
         share_NE += np.array(load["moe/load"]) / 100
@@ -579,6 +579,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+from moe_jax.commands.training import train
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from moe_jax.model.attention import init_caches
 from moe_jax.model.decoder import Decoder, forward
@@ -589,7 +590,6 @@ from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.sampling.engine import load_generator
 from moe_jax.sampling.processors import keep_top_k, keep_top_p, scale_by_temperature
-from moe_jax.training.train import train
 
 logits_V = jnp.log(jnp.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04]))
 shaped = {

@@ -21,6 +21,7 @@ import pyarrow.parquet
 import pytest
 
 from moe_jax.cli import load_recipe
+from moe_jax.commands.training import train
 from moe_jax.config import Config, MeshConfig
 from moe_jax.config.rules import check
 from moe_jax.files import cache_folder
@@ -32,7 +33,6 @@ from moe_jax.runs.layout import RunDirectory, saved_steps
 from moe_jax.runs.metrics_file import read_metrics
 from moe_jax.sampling.engine import load_generator
 from moe_jax.training.flops import count_params
-from moe_jax.training.train import train
 from tests.oracles.texts import VERSE
 
 ROOT = Path(__file__).parents[2]

@@ -1,6 +1,7 @@
 """The optimizer step: accumulation, devices and the meaning of its losses."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.training.diagnosis import find_not_finite, first_bad_gradient
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import init_state
-from moe_jax.training.step import make_eval_step, make_train_step
+from moe_jax.training.step import eval_step, train_step
 from tests.oracles.moe import on_cpu
 
 VOCAB, L, BATCH = 23, 12, 16
@@ -54,7 +55,7 @@ def two_steps(config, devices=1, made=None):
     mesh = make_mesh(MeshConfig(data=devices), BATCH // config.optimizer.accumulation_steps)
     with use_mesh(mesh):
         state = init_state(decoder, optimizer, mesh, seed=0)
-        step = jax.jit(make_train_step(config, decoder, optimizer))
+        step = jax.jit(functools.partial(train_step, config, decoder, optimizer))
         state, first = step(state, put_batch(made, mesh))
         state, second = step(state, put_batch(made, mesh))
     return jax.device_get((state.variables, (first, second)))
@@ -105,7 +106,7 @@ def one_step():
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe))
     decoder = Decoder(on_cpu(config.model, train=True), VOCAB)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
-    step = jax.jit(make_train_step(config, decoder, optimizer))
+    step = jax.jit(functools.partial(train_step, config, decoder, optimizer))
     mesh = make_mesh(MeshConfig(data=1), BATCH)
 
     def make(state):
@@ -212,7 +213,8 @@ def test_the_reported_loss_is_the_language_model_loss_alone():
         optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
         params = init_state(decoder, optimizer, mesh, seed=0).params
         logits = jax.jit(decoder.apply)({"params": params}, batch()["inputs"]).logits_BLV
-        evaluated = jax.jit(make_eval_step(decoder))(Variables(params), {**batch(), "mask": np.ones((BATCH, L), bool)})
+        everything = {**batch(), "mask": np.ones((BATCH, L), bool)}
+        evaluated = jax.jit(functools.partial(eval_step, decoder))(Variables(params), everything)
     log_probs = jax.nn.log_softmax(logits)
     expected = -np.mean(np.take_along_axis(np.asarray(log_probs), batch()["targets"][..., None], axis=-1))
     np.testing.assert_allclose(first.loss, expected, rtol=1e-5)
@@ -230,10 +232,10 @@ def test_evaluation_scores_only_what_the_mask_says():
     mask = np.zeros((BATCH, L), bool)
     mask[:3] = True
     mask[3, :5] = True
-    eval_step = jax.jit(make_eval_step(decoder))
-    full = eval_step(Variables(params), {**batch(), "mask": mask})
+    score = jax.jit(functools.partial(eval_step, decoder))
+    full = score(Variables(params), {**batch(), "mask": mask})
     poisoned = {name: np.where(mask, value, 7) for name, value in batch().items()}
-    again = eval_step(Variables(params), {**poisoned, "mask": mask})
+    again = score(Variables(params), {**poisoned, "mask": mask})
     assert int(full.num_tokens) == 3 * L + 5
     np.testing.assert_allclose(full.loss, again.loss, rtol=1e-6)
     np.testing.assert_array_equal(full.routing.load_NE, again.routing.load_NE)
