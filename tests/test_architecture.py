@@ -41,8 +41,8 @@ WITHOUT_JAX = (
     "files",
     "commands/train",
     "commands/sample",
-    "data/byte_pairs",
-    "data/hugging_face",
+    "data/dataset",
+    "data/tokenizer_file",
     "data/rows",
     "prepare/cache",
     "prepare/folder",
@@ -87,7 +87,7 @@ def module_name(file: Path) -> str:
     return ".".join(file.relative_to(ROOT).with_suffix("").parts)
 
 
-MOVING = ("data.shards", "runs.metrics_file", "sampling.api", "training.evaluate", "training.loop", "training.train")
+MOVING = ("runs.metrics_file", "sampling.api", "training.evaluate", "training.loop", "training.train")
 
 
 @pytest.mark.parametrize("file", [file for file in SOURCES if not module_name(file).endswith(MOVING)], ids=module_name)

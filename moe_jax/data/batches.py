@@ -11,9 +11,8 @@ import grain
 import numpy as np
 
 from moe_jax.config import DataConfig
-from moe_jax.data.dataset import PreparedData
+from moe_jax.data.dataset import PreparedData, Split, TokenStream
 from moe_jax.data.rows import PackedRows, Parts, ShuffledRows, cut_documents
-from moe_jax.data.shards import Split, TokenStream
 from moe_jax.data.tokenizer import UNKNOWN, Tokenizer, document_end
 from moe_jax.errors import UserError
 

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from moe_jax.config import DataConfig
 from moe_jax.data.dataset import FORMAT_VERSION, PreparedData, is_prepared, meta_file, open_prepared
-from moe_jax.data.tokenizer import Delimiters, build_tokenizer, file_of_spec, fingerprint, spec_by_content
+from moe_jax.data.tokenizer import Delimiters
+from moe_jax.data.tokenizer_file import fingerprint
 from moe_jax.errors import UserError
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import PLAYS
 from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.prepare.sources import find_corpora
+from moe_jax.prepare.tokenizer import build_tokenizer, file_of_spec, spec_by_content
 
 log = logging.getLogger("moe_jax")
 
@@ -52,7 +54,7 @@ def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "end
 
 def _check_matches(data: DataConfig, found: PreparedData) -> None:
     """UserError where settings that ask for something by name are not what the folder was prepared with."""
-    settings = found.made_from["settings"]
+    settings = found.made_from.settings
     if data.val_fraction is not None and data.val_fraction != settings["val_fraction"]:
         raise UserError(
             f"data.val_fraction is {data.val_fraction}, but {data.path} was prepared with {settings['val_fraction']}; "

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax.config import Config, ModelConfig, SampleConfig
-from moe_jax.data.tokenizer import Tokenizer, document_end, document_start, load_tokenizer
+from moe_jax.data.tokenizer import Tokenizer, document_end, document_start
+from moe_jax.data.tokenizer_file import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
 from moe_jax.model.moe.choice import on_this_machine

@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 
 from moe_jax.config import DataConfig, MeshConfig
 from moe_jax.data.batches import check_data, evaluation_batches
-from moe_jax.data.dataset import PreparedData, is_prepared
-from moe_jax.data.shards import Split
-from moe_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from moe_jax.data.dataset import PreparedData, Split, is_prepared
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer_file import fingerprint, load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import cache_folder
 from moe_jax.model.decoder import Decoder, Variables

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from moe_jax.config import Config
 from moe_jax.config.fields import settings
-from moe_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer_file import fingerprint, load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Variables
 from moe_jax.runs.checkpoint.restore import find_checkpoint, restore_items

@@ -13,7 +13,7 @@ from moe_jax.config import Config
 from moe_jax.config.rules import validate
 from moe_jax.data.batches import batches_per_epoch, check_data
 from moe_jax.data.dataset import PreparedData
-from moe_jax.data.tokenizer import save_tokenizer
+from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.errors import Interrupted, UserError
 from moe_jax.files import cache_folder, remove_leftovers
 from moe_jax.model.decoder import Decoder

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from moe_jax.cli import load_recipe
-from moe_jax.data.tokenizer import build_tokenizer, save_tokenizer
+from moe_jax.data.tokenizer_file import save_tokenizer
+from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.runs.checkpoint.seal import seal
 from tests.oracles.runs import write_run
 from tests.oracles.texts import VERSE
@@ -380,7 +381,7 @@ BAD_INPUT = [
     mistake(f"{PREPARE} --separator ''", "--separator must have at least one character", slow=True),
     mistake(f"{PREPARE} --tokenizer word", "--tokenizer must be char, byte, bpe:VOCAB", slow=True),
     mistake(f"{PREPARE} --tokenizer bpe:100", "needs VOCAB in [300, 262144], got 100"),
-    mistake(f"{PREPARE} --tokenizer words", "words/tokenizer.json is corrupt (it has no 'version')"),
+    mistake(f"{PREPARE} --tokenizer words", "words/tokenizer.json is corrupt (Object missing required field"),
     mistake(f"{PREPARE} --tokenizer folder", "there is no tokenizer at folder/tokenizer.json; name a tokenizer.json"),
     mistake(
         f"{PREPARE} --tokenizer deep",

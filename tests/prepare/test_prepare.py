@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig
-from moe_jax.data import shards
 from moe_jax.data.dataset import open_prepared
-from moe_jax.data.tokenizer import build_tokenizer, document_end, document_start, save_tokenizer
+from moe_jax.data.tokenizer import document_end, document_start
+from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.prepare import encode, folder
+from moe_jax.prepare import encode, folder, shards
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.settings import PrepareConfig
+from moe_jax.prepare.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,34 +92,42 @@ def test_twice_the_same_bytes_whatever_the_number_of_processes(config, tmp_path,
     assert os.stat(tmp_path / "out" / "meta.json").st_mtime_ns == before, "what is there is not made again"
 
 
-@pytest.mark.parametrize("at", [0, 1, 3, 10, 20])
-def test_an_interrupted_preparation_is_completed(config, tmp_path, monkeypatch, at):
-    monkeypatch.setattr(encode, "_TASK_CHARACTERS", 1000)
-    monkeypatch.setattr(folder, "BLOCK_CHARACTERS", 4000)
-    prepare_folder(config)
-    other = dataclasses.replace(config, out=str(tmp_path / "other"))
-    real, written = folder.SplitWriter.write, []
+WRITE = folder.SplitWriter.write
+
+
+def stop_after(monkeypatch, number):
+    """Interrupts a preparation after so many tasks; returns a list of those that were written."""
+    written = []
 
     def write(self, encoded):
-        real(self, encoded)
-        written.append(encoded.block)
-        if len(written) > at:
+        WRITE(self, encoded)
+        written.append(encoded)
+        if len(written) == number:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(folder.SplitWriter, "write", write)
+    return written
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 10, 20])
+def test_an_interrupted_preparation_is_completed(config, tmp_path, monkeypatch, at):
+    monkeypatch.setattr(encode, "_TASK_CHARACTERS", 1000)
+    monkeypatch.setattr(folder, "COMMIT_TASKS", 4)
+    written = stop_after(monkeypatch, None)
+    prepare_folder(config)
+    num_tasks = len(written)
+    assert num_tasks > 30
+    other = dataclasses.replace(config, out=str(tmp_path / "other"))
+    written = stop_after(monkeypatch, at + 1)
     with pytest.raises(KeyboardInterrupt):
         prepare_folder(other)
     assert not (tmp_path / "other" / "meta.json").exists()
     with pytest.raises(UserError, match=r"was interrupted; run the same .* command again"):
         find_or_prepare(DataConfig(path=other.out), tmp_path / "unused")
-    monkeypatch.setattr(
-        folder.SplitWriter, "write", lambda self, encoded: (written.append(encoded), real(self, encoded))
-    )
-    first = written[-1]
+    written = stop_after(monkeypatch, None)
     prepare_folder(other)
     assert files_of(other.out) == files_of(config.out)
-    resumed = written[at + 1].block
-    assert resumed == first, "blocks that were finished are not tokenized again"
+    assert len(written) == num_tasks - at // 4 * 4, "what was on disk for good is not tokenized again"
 
 
 def test_an_interrupted_preparation_does_not_go_on_with_something_else(config, stories, monkeypatch):
@@ -140,8 +149,8 @@ def test_a_killed_preparation_is_completed_and_leaves_no_process(config, tmp_pat
     out = tmp_path / "killed"
     program = (
         "import sys, time; from moe_jax import errors; from moe_jax.prepare import __main__, encode, folder\n"
-        "encode._TASK_CHARACTERS = 1000; folder.BLOCK_CHARACTERS = 4000; real = folder.SplitWriter.write\n"
-        "def write(self, encoded): real(self, encoded); print(encoded.block, flush=True); time.sleep(0.02)\n"
+        "encode._TASK_CHARACTERS = 1000; folder.COMMIT_TASKS = 4; real = folder.SplitWriter.write\n"
+        "def write(self, encoded): real(self, encoded); print(encoded.split, flush=True); time.sleep(0.02)\n"
         "folder.SplitWriter.write = write\n"
         "if __name__ == '__main__': errors.run(__main__.main)\n"
     )
@@ -373,21 +382,13 @@ def test_unknown_characters_are_counted(tmp_path):
 
 
 def interrupted(config, monkeypatch, at=6):
-    """A preparation of several blocks that stopped within one."""
+    """The folder of a preparation that stopped between two commits."""
     monkeypatch.setattr(encode, "_TASK_CHARACTERS", 1000)
-    monkeypatch.setattr(folder, "BLOCK_CHARACTERS", 4000)
-    real, written = folder.SplitWriter.write, []
-
-    def write(self, encoded):
-        real(self, encoded)
-        written.append(encoded)
-        if len(written) > at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folder.SplitWriter, "write", write)
-        with pytest.raises(KeyboardInterrupt):
-            prepare_folder(config)
+    monkeypatch.setattr(folder, "COMMIT_TASKS", 4)
+    stop_after(monkeypatch, at + 1)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_folder(config)
+    stop_after(monkeypatch, None)
     return Path(config.out)
 
 
