@@ -11,12 +11,13 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from rich.console import Console
 
 from moe_jax.data.dataset import (
     FORMAT_VERSION,
@@ -38,13 +39,13 @@ from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokenizer_file import fingerprint, load_tokenizer, save_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import atomic_write_text, locked_folder
-from moe_jax.prepare.bars import Bars
 from moe_jax.prepare.encode import encode_all, in_tasks
 from moe_jax.prepare.scan import CorpusPlan, made_from, scan_corpus, tokenizer_texts
 from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.prepare.shards import SplitCounts, SplitWriter
-from moe_jax.prepare.sources import Piece, changed, find_corpora
+from moe_jax.prepare.sources import changed, find_corpora
 from moe_jax.prepare.tokenizer import build_tokenizer, needs_texts
+from moe_jax.runs.progress import Progress
 
 COMMIT_TASKS = 128
 """Tasks, of half a million characters each, after which what was made of them is durable."""
@@ -62,7 +63,7 @@ class Done:
 
 
 @dataclass
-class Progress:
+class _Unfinished:
     """What an unfinished preparation knows of itself."""
 
     made_from: MadeFrom
@@ -85,8 +86,8 @@ def prepare_folder(config: PrepareConfig, *, is_cache: bool = False) -> Prepared
     tokenizer = None
     if not needs_texts(config.tokenizer):
         tokenizer = build_tokenizer(config.tokenizer, (), config.delimiters)
-    with Bars() as bars:
-        plans = [scan_corpus(corpus, config, bars) for corpus in sources]
+    with Progress(Console(stderr=True)) as bar:
+        plans = [scan_corpus(corpus, config, bar) for corpus in sources]
         origin = made_from(config, plans)
         with locked_folder(out, "--out", "preparing", wait=is_cache):
             for leftover in _leftovers(out):  # of a kill while a file was written
@@ -94,21 +95,21 @@ def prepare_folder(config: PrepareConfig, *, is_cache: bool = False) -> Prepared
             try:
                 if meta_file(out).exists():
                     return _prepared_before(out, origin, plans)
-                progress = _resume(out, origin)
+                unfinished = _resume(out, origin)
             except UserError:
                 if not is_cache:
                     raise
-                progress = None
+                unfinished = None
                 meta_file(out).unlink(missing_ok=True)
-            if progress is None:
+            if unfinished is None:
                 if tokenizer is None:
-                    bars.start(f"building the tokenizer {config.tokenizer}")
-                    tokenizer = build_tokenizer(config.tokenizer, tokenizer_texts(plans, config), config.delimiters)
-                progress = Progress(origin, fingerprint(tokenizer), {})
+                    texts = tokenizer_texts(plans, config, bar)
+                    tokenizer = build_tokenizer(config.tokenizer, texts, config.delimiters)
+                unfinished = _Unfinished(origin, fingerprint(tokenizer), {})
                 save_tokenizer(tokenizer, out / "tokenizer")
-                progress.save(out)
+                unfinished.save(out)
             tokenizer = load_tokenizer(out / "tokenizer")
-            corpora = [_write_corpus(plan, config, tokenizer, progress, bars) for plan in plans]
+            corpora = [_write_corpus(plan, config, tokenizer, unfinished, bar) for plan in plans]
             write_meta(out, tokenizer, _with_weights(corpora, plans), origin)
             progress_file(out).unlink()
     return open_prepared(out)
@@ -125,15 +126,15 @@ def _leftovers(out: Path) -> list[str]:
     return [name for name in os.listdir(out) if re.fullmatch(r"\.(meta|progress)\.json\.\d+", name)]
 
 
-def _resume(out: Path, origin: MadeFrom) -> Progress | None:
+def _resume(out: Path, origin: MadeFrom) -> _Unfinished | None:
     """What an interrupted preparation left; None where there was none. UserError where it was of something else."""
     if not progress_file(out).exists():
         return None
-    progress = read_typed(progress_file(out), Progress, "remove the folder and prepare again")
-    _check_same(progress.made_from, origin, out)
-    if fingerprint(load_tokenizer(out / "tokenizer")) != progress.tokenizer_sha256:
+    unfinished = read_typed(progress_file(out), _Unfinished, "remove the folder and prepare again")
+    _check_same(unfinished.made_from, origin, out)
+    if fingerprint(load_tokenizer(out / "tokenizer")) != unfinished.tokenizer_sha256:
         raise UserError(f"the tokenizer in {out} was changed; remove the folder and prepare again")
-    return progress
+    return unfinished
 
 
 def _prepared_before(out: Path, origin: MadeFrom, plans: list[CorpusPlan]) -> PreparedData:
@@ -165,23 +166,17 @@ def _check_same(before: MadeFrom, now: MadeFrom, out: Path) -> None:
 
 
 def _write_corpus(
-    plan: CorpusPlan, config: PrepareConfig, tokenizer: Tokenizer, progress: Progress, bars: Bars
+    plan: CorpusPlan, config: PrepareConfig, tokenizer: Tokenizer, unfinished: _Unfinished, bar: Progress
 ) -> Corpus:
     """The second pass over a corpus, from the first task whose tokens are not on disk."""
     out, name = Path(config.out), plan.sources.name
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    done = progress.done.setdefault(name, Done())
+    done = unfinished.done.setdefault(name, Done())
     processes = config.processes or len(os.sched_getaffinity(0))
     if config.processes is None and plan.num_characters < _PARALLEL_CHARACTERS:
         processes = 1
-    bars.start(f"tokenizing {name}", plan.num_characters)
-
-    def pieces() -> Iterator[tuple[str, Piece]]:
-        for split, piece in plan.pieces(config):
-            bars.advance(len(piece.text))
-            yield split, piece
-
-    tasks = itertools.islice(in_tasks(pieces()), done.tasks, None)
+    bar.start(f"tokenizing {name}", plan.num_characters)
+    tasks = itertools.islice(in_tasks(plan.pieces(config, bar)), done.tasks, None)
     settings = {"parse_specials": config.parse_specials, "processes": processes}
     with contextlib.ExitStack() as stack:
         writers = {}
@@ -192,7 +187,7 @@ def _write_corpus(
         def commit() -> None:
             for writer in writers.values():
                 writer.commit()
-            progress.save(out)
+            unfinished.save(out)
 
         for encoded in encode_all(tasks, tokenizer, out / "tokenizer", dtype, **settings):
             writers[encoded.split].write(encoded)

@@ -6,6 +6,7 @@ Imports no jax.
 import dataclasses
 import hashlib
 import os
+import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ import numpy as np
 
 from moe_jax.data.dataset import FORMAT_VERSION, MadeFrom
 from moe_jax.errors import UserError
-from moe_jax.prepare.bars import Bars
 from moe_jax.prepare.plays import PLAYS
 from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.prepare.sources import CorpusSources, Documents, Piece, changed
 from moe_jax.prepare.tokenizer import spec_by_content
+from moe_jax.runs.progress import Progress
 
 
 class InputScan:
@@ -137,17 +138,17 @@ class CorpusPlan:
     val_scan: InputScan
     held_out: HeldOut
 
-    def pieces(self, config: PrepareConfig) -> Iterator[tuple[str, Piece]]:
+    def pieces(self, config: PrepareConfig, bar: Progress) -> Iterator[tuple[str, Piece]]:
         """(split, piece) of everything, in the order of the input."""
         documents = Documents(self.sources.train, self.sources.options, config.max_documents)
+        val_documents = Documents(self.sources.val, self.sources.options, config.val_documents)
         try:
-            yield from self.held_out.assign(self._as_scanned(documents))
-            for piece in Documents(self.sources.val, self.sources.options, config.val_documents):
-                yield "val", piece
+            yield from self.held_out.assign(self._as_scanned(_shown(documents, bar)))
+            yield from (("val", piece) for piece in _shown(val_documents, bar))
         except FileNotFoundError:
             raise changed(self.sources.name) from None
 
-    def _as_scanned(self, documents: Documents) -> Iterator[Piece]:
+    def _as_scanned(self, documents: Iterable[Piece]) -> Iterator[Piece]:
         for piece in documents:
             if piece.document >= self.scan.num_documents:
                 raise changed(self.sources.name)
@@ -176,19 +177,28 @@ class CorpusPlan:
         }
 
 
-def scan_corpus(corpus: CorpusSources, config: PrepareConfig, bars: Bars) -> CorpusPlan:
+def _shown(pieces: Iterable[Piece], bar: Progress) -> Iterator[Piece]:
+    """``pieces``, counted on ``bar``."""
+    done = bar.done
+    for piece in pieces:
+        yield piece
+        done += len(piece.text)
+        if done - bar.done >= 1 << 18:  # an update costs more than a short document
+            bar.update(done, f"{done / 1e6:,.0f} M characters")
+
+
+def scan_corpus(corpus: CorpusSources, config: PrepareConfig, bar: Progress) -> CorpusPlan:
     """The first pass over a corpus. UserError where something in it cannot be read or has no text."""
     stamps = corpus.stamps()
     train, val = InputScan(config.seed), InputScan(config.seed)
-    bars.start(f"reading {corpus.name}")
+    bar.start(f"reading {corpus.name}", None)
     for scan, sources, limit in (
         (train, corpus.train, config.max_documents),
         (val, corpus.val, config.val_documents),
     ):
         documents = Documents(sources, corpus.options, limit)
-        for piece in documents:
+        for piece in _shown(documents, bar):
             scan.add(piece)
-            bars.advance(len(piece.text))
         for source in documents.empty_sources:
             if source.is_chosen:
                 raise UserError(f"{source.path} has no text in it; name a file with something to learn from")
@@ -197,7 +207,7 @@ def scan_corpus(corpus: CorpusSources, config: PrepareConfig, bars: Bars) -> Cor
                 f"the inputs of {corpus.name} have no text in them; name files with something to learn from"
             )
         if documents.empty_sources:
-            bars.say(f"{len(documents.empty_sources)} files of {corpus.name} without text are left out")
+            print(f"{len(documents.empty_sources)} files of {corpus.name} without text are left out", file=sys.stderr)
     if corpus.val:
         held_out = HeldOut(np.zeros(train.num_documents, bool))
     else:
@@ -213,13 +223,14 @@ def made_from(config: PrepareConfig, plans: list[CorpusPlan]) -> MadeFrom:
     return MadeFrom(FORMAT_VERSION, settings, {plan.sources.name: plan.origin() for plan in plans})
 
 
-def tokenizer_texts(plans: list[CorpusPlan], config: PrepareConfig) -> Iterator[str]:
+def tokenizer_texts(plans: list[CorpusPlan], config: PrepareConfig, bar: Progress) -> Iterator[str]:
     """The training text, or for bpe:VOCAB about ``tokenizer_sample`` characters of it, spread evenly."""
     total = sum(plan.num_characters for plan in plans)
+    bar.start(f"building the tokenizer {config.tokenizer}", total)
     share = 1.0 if config.tokenizer == "char" else min(1.0, config.tokenizer_sample / total)
     wanted = taken = 0.0
     for plan in plans:
-        for split, piece in plan.pieces(config):
+        for split, piece in plan.pieces(config, bar):
             if split == "train":
                 wanted += share * len(piece.text)
                 if share == 1.0 or wanted > taken:
