@@ -85,8 +85,8 @@ def _content(file: Path) -> bytes:
         return file.read_bytes()
     except FileNotFoundError:
         raise UserError(
-            f"there is no tokenizer at {file}; name a tokenizer.json or a folder that has one, or char, byte, "
-            "bpe:VOCAB (such as bpe:2048), gpt2 or cl100k"
+            f"there is no tokenizer at {file}; name a tokenizer.json, a folder that has one, "
+            "or char, byte, bpe:VOCAB (such as bpe:2048), gpt2 or cl100k"
         ) from None
 
 

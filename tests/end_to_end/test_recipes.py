@@ -22,7 +22,7 @@ import pytest
 
 from moe_jax.cli import load_recipe
 from moe_jax.config import Config, MeshConfig
-from moe_jax.config.rules import validate
+from moe_jax.config.rules import check
 from moe_jax.files import cache_folder
 from moe_jax.model.decoder import Decoder
 from moe_jax.prepare.cache import find_or_prepare
@@ -168,7 +168,7 @@ VOCABULARY = {
 @pytest.mark.parametrize("recipe", sorted(file.stem for file in (ROOT / "configs").glob("*.py")))
 def test_the_docstring_of_a_recipe_counts_its_parameters(recipe):
     file = ROOT / "configs" / f"{recipe}.py"
-    config = validate(load_recipe(file))
+    config = check(load_recipe(file))
     decoder = Decoder(config.model, VOCABULARY[config.data.path or config.data.tokenizer])
     params = jax.eval_shape(lambda: nn.unbox(decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]))
     counts = count_params(params, config.model.moe)
@@ -215,7 +215,7 @@ def test_stories_by_name_are_those_of_the_parquet_files(tmp_path, monkeypatch):
     for place, arguments in enumerate(prepare_commands("tinystories")):
         # The hub's name stands for a local data set of the same files.
         arguments = [item.replace("roneneldan/TinyStories", "./TinyStories") for item in arguments]
-        config = dataclasses.replace(parse_prepare(arguments, ""), out=str(tmp_path / str(place)))
+        config = dataclasses.replace(parse_prepare(arguments), out=str(tmp_path / str(place)))
         made.append(prepare_folder(config))
     assert made[0].fingerprint == made[1].fingerprint
 
@@ -232,7 +232,7 @@ def test_the_text_of_a_recipe_is_made_by_its_command(tmp_path, monkeypatch, reci
         # Whole plays would take most of this test's time: other text stands for them.
         (tmp_path / "plays.txt").write_text(VERSE * 400)
         arguments = [item.replace("bpe:8192", "bpe:512").replace("=plays:", "=plays.txt") for item in arguments]
-    data = prepare_folder(parse_prepare(arguments, ""))
+    data = prepare_folder(parse_prepare(arguments))
     config = load_recipe(ROOT / "configs" / f"{recipe}.py")
     assert Path(str(config.data.path)).resolve() == data.folder.resolve(), "the recipe reads what its command makes"
     if recipe == "five_corpora":
