@@ -12,6 +12,9 @@ def in_pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
     A cut is made where byte-pair encodings divide words anyway, so the tokens of the pieces are those of the whole: at
     a single space or line end between two characters that are none. A stretch of ``size`` characters without such a
     place is cut at its end. Where the cuts are depends on the text alone, not on the chunks.
+
+    >>> list(in_pieces(["one two", " three"], size=9))
+    ['one two', ' three']
     """
     held = ""
     for chunk in chunks:

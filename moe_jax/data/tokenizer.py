@@ -129,7 +129,11 @@ def document_end(tokenizer: Tokenizer) -> int:
 
 
 def encode_with_specials(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """The ids of ``text``, where the spellings of the tokenizer's special tokens stand for those tokens."""
+    """The ids of ``text``, where the spellings of the tokenizer's special tokens stand for those tokens.
+
+    >>> encode_with_specials(ByteTokenizer("chat"), "hi<|im_end|>").tolist()
+    [104, 105, 258]
+    """
     parts = [
         np.array([tokenizer.spellings[part]]) if index % 2 else tokenizer.encode(part)
         for index, part in enumerate(re.split(_any_special(tokenizer), text))

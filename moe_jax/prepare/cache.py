@@ -18,7 +18,7 @@ from moe_jax.errors import UserError
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import PLAYS
 from moe_jax.prepare.settings import PrepareConfig
-from moe_jax.prepare.sources import find_corpora
+from moe_jax.prepare.sources import CorpusSources, find_corpora
 from moe_jax.prepare.tokenizer import build_tokenizer, file_of_spec, spec_by_content
 
 log = logging.getLogger("moe_jax")
@@ -40,9 +40,10 @@ def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "end
         delimiters=delimiters,
     )
     try:
-        folder = cache / _cache_key(config)
+        (corpus,) = find_corpora(config)
     except UserError as error:
         raise UserError(f"data.path={data.path}: {error}") from None
+    folder = cache / _cache_key(config, corpus)
     config = dataclasses.replace(config, out=str(folder))
     if meta_file(folder).exists():
         try:
@@ -72,14 +73,10 @@ def _check_matches(data: DataConfig, found: PreparedData) -> None:
     )
 
 
-def _cache_key(config: PrepareConfig) -> str:
+def _cache_key(config: PrepareConfig, corpus: CorpusSources) -> str:
     """A hash of what the streams are made from; files count by their content, the embedded plays by their sizes."""
-    (corpus,) = find_corpora(config)
-    digest = hashlib.sha256(
-        json.dumps(
-            [FORMAT_VERSION, spec_by_content(config.tokenizer), config.delimiters, config.val_fraction]
-        ).encode()
-    )
+    settings = [FORMAT_VERSION, spec_by_content(config.tokenizer), config.delimiters, config.val_fraction]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for source in corpus.train:
         size = Path(source.path).stat().st_size if source.name.startswith(PLAYS) else source.sha256()
         digest.update(os.fsencode(f"\0{source.name}\0{size}"))

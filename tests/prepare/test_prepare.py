@@ -15,7 +15,7 @@ import pytest
 
 from moe_jax.config import DataConfig
 from moe_jax.data.dataset import open_prepared
-from moe_jax.data.tokenizer import document_end, document_start
+from moe_jax.data.tokenizer import document_start
 from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.prepare import encode, folder, shards
@@ -44,6 +44,13 @@ def stories(tmp_path):
 @pytest.fixture
 def config(stories, tmp_path):
     return PrepareConfig(input=(str(stories[0]),), out=str(tmp_path / "out"), tokenizer="bpe:300", shard_tokens=2000)
+
+
+def made(folder, text, **settings):
+    """What is prepared from a file of ``text``; a token a byte."""
+    (folder / "a.txt").write_text(text)
+    config = PrepareConfig(input=(str(folder / "a.txt"),), out=str(folder / "out"), tokenizer="byte")
+    return prepare_folder(dataclasses.replace(config, **settings))
 
 
 def documents_of(split, tokenizer):
@@ -142,6 +149,10 @@ def test_an_interrupted_preparation_does_not_go_on_with_something_else(config, s
     stories[0].write_text(json.dumps({"text": "another text " * 9}) + "\n")
     with pytest.raises(UserError, match="the input of text is another"):
         prepare_folder(config)
+    # As an older version left it.
+    (Path(config.out) / "progress.json").write_text('{"made_from": {}, "tokenizer_sha256": "", "counts": {}}')
+    with pytest.raises(UserError, match=r"progress.json is corrupt \(.*\); remove the folder and prepare again"):
+        prepare_folder(config)
 
 
 def test_a_killed_preparation_is_completed_and_leaves_no_process(config, tmp_path, monkeypatch):
@@ -208,27 +219,20 @@ def test_limits_and_given_validation_files(config, stories, tmp_path):
 
 
 def test_specials_in_the_text_when_asked(tmp_path):
-    (tmp_path / "chat.txt").write_text("<|im_start|>hi<|im_end|>|")
-    asked = PrepareConfig(
-        input=(str(tmp_path / "chat.txt"),), out=str(tmp_path / "out"), tokenizer="byte", parse_specials=True
-    )
-    data = prepare_folder(asked)
-    (train,) = data.splits("train")
-    specials = data.tokenizer.specials
-    assert train.stream().read(0, 5).tolist() == [
-        specials["<|endoftext|>"], specials["<|im_start|>"], *b"hi", specials["<|im_end|>"]
-    ]  # fmt: skip
+    (tmp_path / "b.txt").write_text("<|im_start|>yo<|im_end|>")
+    data = made(
+        tmp_path, "<|im_start|>hi<|im_end|>", val_input=(str(tmp_path / "b.txt"),), parse_specials=True
+    )  # fmt: skip
+    (train,), specials = data.splits("train"), data.tokenizer.specials
+    expected = [specials["<|endoftext|>"], specials["<|im_start|>"], *b"hi", specials["<|im_end|>"]]
+    assert train.stream().read(0, 5).tolist() == expected
+    # They are no bytes of text.
+    assert [data.splits(name)[0].num_bytes for name in ("train", "val")] == [2, 2]
 
 
 def test_the_sample_of_a_tokenizer_is_spread_over_the_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text(
-        "".join(json.dumps({"text": chr(ord("a") + index // 100) * 50}) + "\n" for index in range(1000))
-    )
-    data = prepare_folder(
-        PrepareConfig(
-            input=(str(tmp_path / "a.jsonl"),), out=str(tmp_path / "out"), tokenizer="bpe:300", tokenizer_sample=2000
-        )
-    )
+    text = "|".join(chr(ord("a") + index // 100) * 50 for index in range(1000))
+    data = made(tmp_path, text, separator="|", tokenizer="bpe:300", tokenizer_sample=2000)
     # Every one of the ten letters was seen often enough for a token of several of it.
     assert all(len(data.tokenizer.encode(letter * 50)) < 20 for letter in "abcdefghij")
 
@@ -371,14 +375,10 @@ def test_a_damaged_cache_is_made_anew(stories, tmp_path, damage, _):
 
 
 def test_unknown_characters_are_counted(tmp_path):
-    (tmp_path / "a.txt").write_text("abc" * 100 + "ééé")
-    data = prepare_folder(
-        PrepareConfig(input=(str(tmp_path / "a.txt"),), out=str(tmp_path / "out"), tokenizer="char", val_fraction=0.01)
-    )
-    (val,) = data.splits("val")
+    data = made(tmp_path, "abc" * 100 + "ééé", tokenizer="char", val_fraction=0.01)
+    (val,), unknown = data.splits("val"), data.tokenizer.unknown_id
     assert val.num_unknown == 3
-    assert val.stream().read(0, 4).tolist() == [document_start(data.tokenizer)] + 3 * [data.tokenizer.unknown_id]
-    assert document_end(data.tokenizer) == document_start(data.tokenizer)
+    assert val.stream().read(0, 4).tolist() == [document_start(data.tokenizer), unknown, unknown, unknown]
 
 
 def interrupted(config, monkeypatch, at=6):
@@ -414,10 +414,8 @@ def test_what_a_kill_leaves_of_a_file_being_written_is_removed(config, tmp_path)
 
 def test_a_document_of_more_tokens_than_its_length_can_hold_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "LENGTHS", np.dtype(np.uint8))
-    (tmp_path / "a.txt").write_text("x" * 300)
-    config = PrepareConfig(input=(str(tmp_path / "a.txt"),), out=str(tmp_path / "out"), tokenizer="byte")
     with pytest.raises(UserError, match="a document must have at most 255 tokens, got 286; divide"):
-        prepare_folder(config)
+        made(tmp_path, "x" * 300)
 
 
 def test_a_cache_folder_that_cannot_be_written_costs_only_time(config, tmp_path, monkeypatch):
@@ -465,7 +463,7 @@ def test_names_of_ours_are_ours_whatever_lies_in_the_working_folder(config, tmp_
 
 def test_names_of_files_that_are_no_unicode(config, tmp_path):
     (tmp_path / "texts").mkdir()
-    for name in (b"caf\xe9.txt", b"tea.txt", b"milk.txt"):
+    for name in (b"caf\xe9.txt", b"tea.txt", b"milk.txt"):  # the first is not UTF-8, and meta.json has it
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/texts/" + name)).write_text("a text of some length " * 9)
     data = prepare_folder(dataclasses.replace(config, input=(str(tmp_path / "texts"),), val_documents=1))
     assert data.splits("train")[0].num_documents == 2
@@ -492,28 +490,7 @@ def test_text_that_a_foreign_tokenizer_loses_ends_bits_per_byte(tmp_path, model,
     (tmp_path / "tokenizer.json").write_text(
         json.dumps({"version": "1.0", "added_tokens": [end], "decoder": {"type": "Fuse"}, "model": model})
     )
+    settings = {"tokenizer": str(tmp_path / "tokenizer.json"), "val_fraction": 0.2, "parse_specials": parse_specials}
     for text, is_lost in (("ab" * 50, False), ("abz" * 50, True)):
-        (tmp_path / "a.txt").write_text(text)
-        out = str(tmp_path / f"out {is_lost}")
-        config = PrepareConfig(input=(str(tmp_path / "a.txt"),), out=out, tokenizer=str(tmp_path / "tokenizer.json"))
-        assert (
-            prepare_folder(dataclasses.replace(config, val_fraction=0.2, parse_specials=parse_specials))
-            .splits("val")[0]
-            .num_unknown
-            > 0
-        ) == is_lost
-
-
-def test_specials_that_are_parsed_are_no_bytes_of_text(tmp_path):
-    (tmp_path / "a.txt").write_text("<|im_start|>hi<|im_end|>")
-    (tmp_path / "b.txt").write_text("<|im_start|>yo<|im_end|>")
-    data = prepare_folder(
-        PrepareConfig(
-            input=(str(tmp_path / "a.txt"),),
-            val_input=(str(tmp_path / "b.txt"),),
-            out=str(tmp_path / "out"),
-            tokenizer="byte",
-            parse_specials=True,
-        )
-    )
-    assert [data.splits(name)[0].num_bytes for name in ("train", "val")] == [2, 2]
+        data = made(tmp_path, text, out=str(tmp_path / f"out {is_lost}"), **settings)
+        assert (data.splits("val")[0].num_unknown > 0) == is_lost
