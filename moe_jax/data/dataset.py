@@ -120,7 +120,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class MadeFrom:
-    """All that the files of a folder depend on. Where it is the same, they are."""
+    """Everything that the files of a folder depend on: if it is equal, so are they."""
 
     version: int
     settings: dict[str, Any]

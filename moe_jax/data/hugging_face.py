@@ -30,7 +30,7 @@ class HuggingFaceTokenizer:
     is_lossless = False  # normalizers and vocabularies without all bytes lose text, and no flag of the file says so
 
     def __init__(self, content: str, delimiters: Delimiters, source: str):
-        """Raises UserError where ``content``, read from ``source``, is no tokenizer or names no end of text."""
+        """Raises UserError where ``content``, read from ``source``, is not a tokenizer or has no end of text."""
         try:
             import tokenizers
         except ImportError:

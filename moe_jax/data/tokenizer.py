@@ -15,7 +15,7 @@ UNKNOWN, PAD = "<|unknown|>", "<|pad|>"
 SPECIALS = (END_OF_TEXT, IM_START, IM_END, UNKNOWN, PAD)
 """Of our own tokenizers: their last ids, in this order."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""How unknown characters and bytes that are no UTF-8 are decoded."""
+"""What unknown characters and invalid UTF-8 decode to."""
 
 Delimiters = Literal["endoftext", "chat"]
 
@@ -142,7 +142,7 @@ def encode_with_specials(tokenizer: Tokenizer, text: str) -> np.ndarray:
 
 
 def without_specials(tokenizer: Tokenizer, text: str) -> str:
-    """What of ``text`` is no spelling of a special token."""
+    """``text`` without the spellings of special tokens."""
     return re.sub(_any_special(tokenizer), "", text)
 
 

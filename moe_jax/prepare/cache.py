@@ -1,7 +1,4 @@
-"""The streams that a training run asks for: a prepared folder, or a text that is prepared once and found again.
-
-Imports no jax.
-"""
+"""The data of a run: a prepared folder, or a text that is prepared once and found again. Imports no jax."""
 
 import dataclasses
 import hashlib
@@ -25,9 +22,10 @@ log = logging.getLogger("moe_jax")
 
 
 def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "endoftext") -> PreparedData:
-    """The streams of ``data``: a prepared folder, or those of a text, made in the cache where they are not there.
+    """The prepared folder that ``data`` names, or that of a text, made in ``cache`` unless it is there.
 
-    ``delimiters`` are those of a text's documents; a prepared folder has its own.
+    ``delimiters`` are those of a text's documents; a prepared folder has its own. UserError where the text or the
+    tokenizer does not exist, before any work, or where the folder was prepared with other settings.
     """
     if data.path is not None and Path(data.path).is_dir() and is_prepared(Path(data.path)):
         found = open_prepared(Path(data.path))
@@ -48,8 +46,8 @@ def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "end
     if meta_file(folder).exists():
         try:
             return open_prepared(folder)
-        except UserError as error:  # damaged: it is a cache, and its text is at hand
-            log.debug(f"{folder} is made anew: {error}")
+        except UserError as error:  # damaged, but the text to make it from is there
+            log.debug(f"{folder} is made again: {error}")
     return prepare_folder(config, is_cache=True)
 
 

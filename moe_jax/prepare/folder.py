@@ -78,7 +78,7 @@ class _Unfinished:
 def prepare_folder(config: PrepareConfig, *, is_cache: bool = False) -> PreparedData:
     """Makes or completes the prepared folder ``config.out``. UserError on bad input, before anything is written.
 
-    Where another process is at it, or what is there is damaged, raises UserError; a cache waits, and is made anew.
+    If another process works in it, or it is damaged, raises UserError; a cache waits, and is made again.
     """
     out = Path(config.out)
     _check_out(out)
@@ -127,7 +127,7 @@ def _leftovers(out: Path) -> list[str]:
 
 
 def _resume(out: Path, origin: MadeFrom) -> _Unfinished | None:
-    """What an interrupted preparation left; None where there was none. UserError where it was of something else."""
+    """What an interrupted preparation left; None if there was none. UserError if it was one of something else."""
     if not progress_file(out).exists():
         return None
     unfinished = read_typed(progress_file(out), _Unfinished, "remove the folder and prepare again")

@@ -67,12 +67,12 @@ def read_csv(file: Path, options: ReadOptions) -> Iterator[Part]:
             if len(row) != len(header):
                 raise UserError(
                     f"{file}, line {rows.line_num}: a row must have the header's {len(header)} fields, "
-                    f"got {len(row)}; mend the row"
+                    f"got {len(row)}; correct the row"
                 )
             yield row[column], True
     except csv.Error as error:
         raise UserError(
-            f"{file}, line {rows.line_num}: {error}; mend the file, or quote its fields as CSV demands"
+            f"{file}, line {rows.line_num}: {error}; correct the file, or quote its fields as CSV demands"
         ) from None
 
 
@@ -102,7 +102,7 @@ def read_parquet(file: Path, options: ReadOptions) -> Iterator[Part]:
         # Arrow raises OSError without a number for damaged pages; with one it is the machine's fault.
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise UserError(f"{file} is no whole parquet file ({error}); copy or download it again") from None
+        raise UserError(f"{file} is not a whole parquet file ({error}); copy or download it again") from None
 
 
 def read_hub(name: str, options: ReadOptions) -> Iterator[Part]:
@@ -256,16 +256,16 @@ def _text_of_line(line: bytes, place: str, options: ReadOptions) -> str:
         raise UserError(f"{place} is not JSON ({error}); every line must be one object") from None
     if not isinstance(value, dict) or key not in value:
         keys = ", ".join(value) if isinstance(value, dict) else f"got {type(value).__name__}"
-        raise UserError(f"{place} has no key {key} ({keys}); mend the line, or prepare it with another --text-key")
+        raise UserError(f"{place} has no key {key} ({keys}); correct the line, or prepare it with another --text-key")
     text = value[key]
     if not isinstance(text, str):
-        raise UserError(f"{place}: {key} must be a string, got {type(text).__name__}; mend the line")
+        raise UserError(f"{place}: {key} must be a string, got {type(text).__name__}; correct the line")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
         if options.errors == "strict":
             raise UserError(
-                f"{place}: {key} has half of a surrogate pair at character {error.start}; mend it, or prepare "
+                f"{place}: {key} has half of a surrogate pair at character {error.start}; correct it, or prepare "
                 "it with --errors replace"
             ) from None
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

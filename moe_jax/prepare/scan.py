@@ -40,7 +40,7 @@ class InputScan:
             name = piece.name.removeprefix(PLAYS) + self._salt
             self._ranks.append(int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big"))
             self._sizes.append(0)
-            self._digest.update(b"\xff")  # no byte of UTF-8: tells where a document begins
+            self._digest.update(b"\xff")  # never in UTF-8: marks where a document begins
         self._sizes[-1] += len(piece.text)
 
     @property

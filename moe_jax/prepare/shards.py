@@ -29,7 +29,7 @@ class SplitCounts:
 
 
 class SplitWriter:
-    """Appends to a split. What was written after the last ``commit`` is not there for the next writer."""
+    """Appends to a split; begins by removing what was written after the last ``commit``."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int, counts: SplitCounts):
         self._folder, self._name, self._dtype, self._shard_tokens = folder, name, dtype, shard_tokens

