@@ -490,8 +490,8 @@ from moe_jax.prepare.plays import find_plays, render_play
 from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.report.pictures import plot_expert_load, plot_loss_curve
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.runs.metrics_file import MetricsWriter
 from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
+from moe_jax.trackers.writer import MetricsWriter
 from moe_jax.training.flops import count_params
 from moe_jax.training.metrics import named_metrics, routing_by_layer, step_metrics
 from moe_jax.training.optimizer import make_optimizer, make_schedule

@@ -18,7 +18,6 @@ from moe_jax.model.decoder import Decoder
 from moe_jax.runs.checkpoint.record import Record
 from moe_jax.runs.checkpoint.save import Checkpoints
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.runs.metrics_file import MetricsWriter
 from moe_jax.runs.progress import Progress as Bar
 from moe_jax.sampling.engine import Generator, is_causal
 from moe_jax.sharding.mesh import put_batch
@@ -26,6 +25,7 @@ from moe_jax.sharding.startup import compiler_options
 from moe_jax.trackers.alarms import CollapseWatch, SpikeWatch
 from moe_jax.trackers.profile import Trace
 from moe_jax.trackers.watchdog import Watchdog
+from moe_jax.trackers.writer import MetricsWriter
 from moe_jax.training.diagnosis import find_not_finite
 from moe_jax.training.evaluate import Evaluation, bits_per_byte, evaluate, joined
 from moe_jax.training.flops import flops_per_token, utilisation

@@ -24,11 +24,11 @@ from moe_jax.runs.checkpoint.record import Saved, newest_sound
 from moe_jax.runs.checkpoint.save import Checkpoints, Retention
 from moe_jax.runs.layout import RunDirectory, check_same_run
 from moe_jax.runs.log import start_log
-from moe_jax.runs.metrics_file import MetricsWriter
 from moe_jax.sampling.engine import is_causal
 from moe_jax.sharding.mesh import make_mesh, use_mesh
 from moe_jax.sharding.startup import enable_compile_cache
 from moe_jax.trackers.trackers import check_trackers, open_trackers
+from moe_jax.trackers.writer import MetricsWriter
 from moe_jax.training.evaluate import check_same_text
 from moe_jax.training.flops import count_params, flops_per_token
 from moe_jax.training.init_from import check_source, load_into

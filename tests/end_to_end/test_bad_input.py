@@ -198,7 +198,7 @@ BAD_INPUT = [
     mistake(f"{TRAIN} --train.keep-every 0", "train.keep_every must be at least 1, got 0"),
     mistake(f"{TRAIN} --train.watchdog 1", "train.watchdog must be"),
     mistake(f"{TRAIN} --train.max-skipped-steps 0", "train.max_skipped_steps must be at least 1, got 0"),
-    mistake(f"{TRAIN} --data.tokenizer word", "there is no tokenizer at word; name a tokenizer.json"),
+    mistake(f"{TRAIN} --workdir new --data.tokenizer word", "there is no tokenizer at word; name a tokenizer.json"),
     box(f"{TRAIN} --model.num-layer 3", "--model.num-layers"),
     box(f"{TRAIN} --model.num-layers three", "'three'"),
     box(f"{TRAIN} --model.num-layers", "Missing value for argument '--model.num-layers'"),

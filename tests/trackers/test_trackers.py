@@ -15,9 +15,9 @@ from moe_jax.config import Config, TrainConfig
 from moe_jax.config.fields import settings
 from moe_jax.errors import UserError
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.runs.metrics_file import MetricsWriter
 from moe_jax.trackers import trackers
 from moe_jax.trackers.trackers import check_trackers, open_trackers
+from moe_jax.trackers.writer import MetricsWriter
 
 CONFIG = Config(train=TrainConfig(trackers=("mlflow",), mlflow_experiment="tests"))
 
