@@ -80,9 +80,10 @@ def model_of(case: Case) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from moe_jax.data.tokenizer import build_tokenizer, load_tokenizer
+    from moe_jax.data.tokenizer_file import load_tokenizer
     from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
     from moe_jax.model.moe.backends import this_machine, with_dispatch
+    from moe_jax.prepare.tokenizer import build_tokenizer
     from moe_jax.sampling.engine import Generator, load_variables
 
     if case.workdir:

@@ -45,10 +45,10 @@ import numpy as np
 
 from moe_jax.config import DataConfig
 from moe_jax.data.batches import train_batches
-from moe_jax.data.tokenizer import build_tokenizer
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import find_plays, render_play
 from moe_jax.prepare.settings import PrepareConfig
+from moe_jax.prepare.tokenizer import build_tokenizer
 
 text = render_play(dict(find_plays())["the-comedy-of-errors"].read_text(encoding="utf-8"))
 print(text[1000:1200])

@@ -12,6 +12,10 @@ MODULES = (
     "model.moe.plan",
     "model.moe.routing",
     "model.moe.statistics",
+    "data.batches",
+    "data.pieces",
+    "data.rows",
+    "data.tokenizer",
 )
 
 

@@ -10,7 +10,7 @@ import jax
 from clu import parameter_overview
 
 from moe_jax.config import Config
-from moe_jax.data.tokenizer import save_tokenizer
+from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.errors import Interrupted, UserError
 from moe_jax.files import cache_folder, remove_leftovers
 from moe_jax.prepare.cache import find_or_prepare

@@ -13,7 +13,8 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax.axes import Array
 from moe_jax.config import Config, ModelConfig, SampleConfig
-from moe_jax.data.tokenizer import Tokenizer, document_end, document_start, load_tokenizer
+from moe_jax.data.tokenizer import Tokenizer, document_end, document_start
+from moe_jax.data.tokenizer_file import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Variables, cast_matrices, initial_expert_bias, unstack
 from moe_jax.model.moe.backends import this_machine, with_dispatch

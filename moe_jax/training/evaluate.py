@@ -9,8 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.data.batches import evaluation_batches
-from moe_jax.data.dataset import PreparedData
-from moe_jax.data.shards import Split
+from moe_jax.data.dataset import PreparedData, Split
 from moe_jax.model.decoder import Variables
 from moe_jax.model.moe.statistics import RoutingTotals
 from moe_jax.sharding.mesh import put_batch

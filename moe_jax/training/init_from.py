@@ -4,7 +4,8 @@ from pathlib import Path
 
 from moe_jax.config import Config
 from moe_jax.config.fields import settings
-from moe_jax.data.tokenizer import Tokenizer, fingerprint
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer_file import fingerprint
 from moe_jax.errors import UserError
 from moe_jax.model.moe.routing import ROUTERS
 from moe_jax.runs.layout import RunDirectory

@@ -4,8 +4,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from moe_jax.data.tokenizer import build_tokenizer, save_tokenizer
+from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.model.decoder import Decoder, Variables
+from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.runs.checkpoint.record import Record
 from moe_jax.runs.checkpoint.save import Checkpoints, Retention
 from moe_jax.runs.layout import RunDirectory

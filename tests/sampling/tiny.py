@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import Config, ModelConfig, MoEConfig
-from moe_jax.data.tokenizer import build_tokenizer
 from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
+from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.sampling.engine import Generator
 from tests.oracles.moe import on_cpu
 
