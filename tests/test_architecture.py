@@ -47,6 +47,7 @@ WITHOUT_JAX = (
     "prepare/cache",
     "prepare/folder",
     "runs/layout",
+    "runs/opened",
     "server/arguments",
     "server/metrics",
     "server/requests",
