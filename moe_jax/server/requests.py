@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_jax.config import SampleConfig
 from moe_jax.config.fields import unknown_name
-from moe_jax.config.rules import validate_sample
+from moe_jax.config.rules import check_sample
 from moe_jax.errors import UserError
 
 Prompt = str | tuple[int, ...]
@@ -228,7 +228,7 @@ def _sample(values: dict[str, Any], limits: Limits) -> SampleConfig:
         return named[-1]
 
     try:
-        return validate_sample(dataclasses.replace(_DEFAULTS, **given), name_of)
+        return check_sample(dataclasses.replace(_DEFAULTS, **given), name_of)
     except UserError as error:
         message = _cut(str(error), 300)
         raise RequestError(
