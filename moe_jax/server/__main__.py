@@ -11,10 +11,11 @@ from moe_jax import errors
 
 
 def main() -> None:
+    from moe_jax.cli import parse
     from moe_jax.runs.layout import RunDirectory, latest_run
-    from moe_jax.server.arguments import parse_server
+    from moe_jax.server.arguments import ServerCommand
 
-    arguments = parse_server(sys.argv[1:], __doc__ or "")
+    arguments = parse(ServerCommand, sys.argv[1:], "python -m moe_jax.server")
     if not all(map(importlib.util.find_spec, ("starlette", "uvicorn"))):
         remedy = "pip install 'moe_jax[server]', or pip install starlette uvicorn"
         raise errors.UserError(f"the server needs starlette and uvicorn; {remedy}")

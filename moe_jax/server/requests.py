@@ -232,7 +232,7 @@ def _sample(values: dict[str, Any], limits: Limits) -> SampleConfig:
     except UserError as error:
         message = _cut(str(error), 300)
         raise RequestError(
-            message if ";" in message else f"{message}; change it", named[0] if named else None
+            message if ";" in message else f"{message}; change it", named[-1] if named else None
         ) from None
 
 
