@@ -67,7 +67,7 @@ def test_mistakes_are_told(model, prompts, settings, words):
 def test_loading_what_is_not_there(tmp_path):
     with pytest.raises(UserError, match="is not a run directory"):
         moe_jax.load(tmp_path)
-    with pytest.raises(UserError, match="^dtype must be one of float32, bfloat16; got 'float16'"):
+    with pytest.raises(UserError, match=r"^dtype must be one of float32, bfloat16; got 'float16'"):
         moe_jax.load(tmp_path, dtype="float16")
     with pytest.raises(UserError, match="checkpoint must be one of best, newest; got 'last'"):
         moe_jax.load(str(tmp_path), "last")
