@@ -18,6 +18,11 @@ class TextStream:
 
     The bytes of one character may be spread over several tokens: they are held back until it is whole, or the text
     ends. A foreign tokenizer that changes earlier text when more follows is streamed as the text first stood.
+
+    >>> from moe_jax.data.tokenizer import ByteTokenizer
+    >>> stream = TextStream(ByteTokenizer("endoftext"))
+    >>> [stream.add([token]) for token in "né".encode()]
+    ['n', '', 'é']
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -48,7 +53,11 @@ class TextStream:
 
 
 def stop_in(text: str, stops: Sequence[str]) -> int | None:
-    """Where the stop begins that is whole first, and of those the longest; None where there is none in ``text``."""
+    """Where the stop begins that is whole first, and of those the longest; None where there is none in ``text``.
+
+    >>> stop_in("no END here", ["END", "here"])
+    3
+    """
     found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     return min(found)[1] if found else None
 
