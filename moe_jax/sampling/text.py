@@ -138,9 +138,16 @@ class Text:
         """None while the text goes on; "stop": the end of a document, or a stop; "length": max_new_tokens."""
         self.num_read = 0
         """Tokens that the model had read, prompt included, when it drew the last one."""
+        self.window_start = 0
+        """The place in the text of the model's position 0: moves on where learned positions are used up."""
         self._ends = {end_token, *sample.stop_tokens}
         self._text, self._shown = TextStream(tokenizer), StopStream(sample.stop)
         self._pieces: list[str] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, prompt included."""
+        return len(self.prompt_ids) + len(self.tokens)
 
     @property
     def num_left(self) -> int:
@@ -152,7 +159,7 @@ class Text:
         tokens = drawn.tokens_BS[row, : min(steps, self.num_left)].tolist()
         size = next((index for index, token in enumerate(tokens) if token in self._ends), len(tokens))
         has_ended = size < len(tokens)
-        self.num_read = len(self.prompt_ids) + len(self.tokens) + size - (not has_ended)
+        self.num_read = self.length + size - (not has_ended)
         # A stop may end the text at any token; without one, all of them make one piece.
         parts = [[token] for token in tokens[:size]] if self.sample.stop else [tokens[:size]]
         kept = 0
