@@ -243,23 +243,20 @@ assert masked.statistics.num_tokens == T - 2
 # %% [markdown]
 # ## 4. Dispatch and capacity
 #
-# A *row* is a token on its way to one of its experts. The dispatcher brings rows to experts and the weighted results
+# A *row* is a token on its way to one of its experts. The backend brings rows to experts and the weighted results
 # back. The naive way is a loop over tokens and choices, one row at a time.
 
 # %%
-import functools
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
 from moe_jax.config import MoEConfig
-from moe_jax.model.moe.dispatch import einsum_dispatch, gather_dispatch, sorted_dispatch
-from moe_jax.model.moe.experts import ExpertWeights, expert_mlp
-from moe_jax.model.moe.grouped import ragged_mlp
-from moe_jax.model.moe.plan import expert_capacity, place
-from moe_jax.model.moe.routing import top_k_plan
+from moe_jax.model.mlp import ExpertWeights
+from moe_jax.model.moe.backends import BACKENDS
+from moe_jax.model.moe.plan import place
+from moe_jax.model.moe.routing import expert_capacity, top_k_plan
 
 T, D, F, E, K = 16, 8, 32, 4, 2  # tokens, model width, expert width, experts, experts a token
 keys = jax.random.split(jax.random.key(0), 4)
@@ -284,20 +281,15 @@ def one_by_one(kept_TK):
 
 # %% [markdown]
 # Fast ways move all rows at once. `einsum` gives every expert C slots and multiplies by one-hot masks [T, E, C]: the
-# clearest, at a cost that grows with T². `gather` reads rows into the same slots by index. `sorted` lays the rows one
-# expert after the other, as many as there are, and needs no slots. With C = T nothing is dropped, and all agree.
+# clearest, at a cost that grows with T². `gather` reads rows into the same slots by index. `blocked` sorts the rows,
+# one expert after the other, as many as there are, and needs no slots. With C = T nothing is dropped, and all agree.
 #
-# Dispatchers take groups of tokens, one a sequence: [G, T, D]; here is one group.
+# Backends take groups of tokens, one a sequence: [G, T, D]; here is one group.
 
 # %%
 groups = jax.tree.map(lambda leaf: leaf[None], (x_TD, plan))
-experts = functools.partial(expert_mlp, weights, activation="relu")
-sorted_experts = functools.partial(ragged_mlp, weights, activation="relu")
-for y_GTD, kept_GTK in (
-    einsum_dispatch(*groups, E, T, experts),
-    gather_dispatch(*groups, E, T, experts),
-    sorted_dispatch(*groups, E, 1, sorted_experts),
-):
+for name in ("einsum", "gather", "blocked"):
+    y_GTD, kept_GTK = BACKENDS[name].run(*groups, weights, "relu", T)
     assert kept_GTK.all()
     np.testing.assert_allclose(y_GTD[0], one_by_one(kept_GTK[0]), rtol=1e-4, atol=1e-5)
 
@@ -312,8 +304,8 @@ assert np.ceil(T * K / E * 0.75) == C
 assert expert_capacity(moe, T, train=False) == T, "in evaluation nothing is dropped"
 
 placement = place(plan.expert_TK, E, C)
-for dispatch in (einsum_dispatch, gather_dispatch):
-    y_GTD, kept_GTK = dispatch(*groups, E, C, experts)
+for name in ("einsum", "gather"):
+    y_GTD, kept_GTK = BACKENDS[name].run(*groups, weights, "relu", C)
     assert (kept_GTK[0] == placement.kept_TK).all()
     np.testing.assert_allclose(y_GTD[0], one_by_one(placement.kept_TK), rtol=1e-4, atol=1e-5)
 assert placement.kept_TK[:C].all(), "an expert is full only after C tokens"
@@ -361,12 +353,12 @@ assert (place(jnp.asarray(first_TK), E, 2).kept_TK == keep(first_TK, 2, by_token
 # The same of the real thing, whatever the last token becomes: outputs and kept rows before it stay as they are.
 
 # %%
-y_GTD, kept_GTK = gather_dispatch(*groups, E, C, experts)
+y_GTD, kept_GTK = BACKENDS["gather"].run(*groups, weights, "relu", C)
 for seed in range(5):
     other_TD = x_TD.at[-1].set(jax.random.normal(jax.random.key(seed), (D,)))
     other_plan = top_k_plan(other_TD @ jax.random.normal(keys[3], (D, E)), K)
     other = jax.tree.map(lambda leaf: leaf[None], (other_TD, other_plan))
-    other_GTD, other_GTK = gather_dispatch(*other, E, C, experts)
+    other_GTD, other_GTK = BACKENDS["gather"].run(*other, weights, "relu", C)
     assert (other_GTK[0, :-1] == kept_GTK[0, :-1]).all()
     np.testing.assert_allclose(other_GTD[0, :-1], y_GTD[0, :-1], rtol=1e-6)
 
@@ -485,6 +477,7 @@ import numpy as np
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.data.batches import train_batches
 from moe_jax.model.decoder import Decoder
+from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import find_plays, render_play
 from moe_jax.prepare.settings import PrepareConfig
@@ -526,7 +519,8 @@ assert unigram_entropy < math.log(V)
 
 # %%
 mesh = make_mesh(config.mesh, config.data.batch_size)
-decoder = Decoder(config.model, V)
+num_tokens = config.data.batch_size * config.model.context_length
+decoder = Decoder(with_dispatch(config.model, num_tokens, train=True, machine=this_machine()), V)
 optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, num_steps=100))
 state = init_state(decoder, optimizer, mesh, seed=0)
 total, active = count_params(state.params, moe)
@@ -586,8 +580,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
+from moe_jax.model.attention import init_caches
 from moe_jax.model.decoder import Decoder, forward
-from moe_jax.model.unstacked import init_caches
+from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import find_plays, render_play
 from moe_jax.prepare.settings import PrepareConfig
@@ -650,7 +645,7 @@ assert len(sample.tokens) == config.sample.max_new_tokens or sample.finish_reaso
 # token only. Token by token through the cache gives the logits of one full pass.
 
 # %%
-decoder = Decoder(generator.config, generator.tokenizer.vocab_size, unstacked=True)
+decoder = generator.programs.decoder_for(num_tokens=1)
 prompt = "ANTIPHOLUS OF SYRACUSE:\nThe"
 settings = dataclasses.replace(config.sample, max_new_tokens=30, temperature=0.0)
 (greedy,) = generator.generate(variables, prompt, settings)

@@ -8,8 +8,7 @@ import optax
 
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import Config
-from moe_jax.model.decoder import Block, Decoder, Variables
-from moe_jax.model.unstacked import unstack
+from moe_jax.model.decoder import Block, Decoder, Variables, unstack
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import make_gradient, sequence_keys
 

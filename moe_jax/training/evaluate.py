@@ -20,7 +20,8 @@ from moe_jax.data.tokenizer import fingerprint
 from moe_jax.errors import UserError
 from moe_jax.files import cache_folder
 from moe_jax.model.decoder import Decoder, Variables
-from moe_jax.model.moe.choice import on_this_machine
+from moe_jax.model.moe.backends import this_machine, with_dispatch
+from moe_jax.model.moe.statistics import RoutingTotals
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.runs.checkpoint.record import Record
 from moe_jax.runs.layout import RunDirectory
@@ -29,7 +30,7 @@ from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.sharding.startup import enable_compile_cache
 from moe_jax.training.metrics import routing_by_layer, routing_summary
 from moe_jax.training.state import abstract_state
-from moe_jax.training.step import EvalOutput, RoutingTotals, make_eval_step
+from moe_jax.training.step import EvalOutput, make_eval_step
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,9 @@ def evaluate_run(
     devices = jax.device_count()
     batch_size = -(-config.data.batch_size // (config.optimizer.accumulation_steps * devices)) * devices
     mesh = make_mesh(MeshConfig(), batch_size)
-    decoder = Decoder(on_this_machine(config.model), tokenizer.vocab_size)
+    num_tokens = batch_size * config.model.context_length
+    model = with_dispatch(config.model, num_tokens, train=False, machine=this_machine(), as_set=False)
+    decoder = Decoder(model, tokenizer.vocab_size)
     with use_mesh(mesh):
         items = abstract_state(decoder, optax.identity(), mesh).variables.to_items()
         variables = Variables.from_items(opened.restore(items))

@@ -8,6 +8,7 @@ from moe_jax.config.fields import settings
 from moe_jax.data.tokenizer import Tokenizer, fingerprint
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Variables
+from moe_jax.model.moe.routing import ROUTERS
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.opened import open_run
 from moe_jax.training.state import TrainState
@@ -33,7 +34,7 @@ def check_source(config: Config, tokenizer: Tokenizer, run: RunDirectory) -> Non
     try:
         opened = open_run(source.path, "best")
         saved = opened.config
-        items = ("params", "router_state") if saved.model.moe.router == "sigmoid_bias" else ("params",)
+        items = ("params", "router_state") if ROUTERS[saved.model.moe.router].has_state else ("params",)
         opened.checkpoint.check(items)
     except UserError as error:
         raise UserError(f"train.init_from {source.path}: {error}") from None

@@ -15,6 +15,7 @@ from moe_jax.data.batches import TrainBatches, batches_per_epoch, train_batches
 from moe_jax.data.dataset import PreparedData
 from moe_jax.errors import EnvironmentFault
 from moe_jax.model.decoder import Decoder
+from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.runs.checkpoint.record import Record
 from moe_jax.runs.checkpoint.save import Checkpoints
 from moe_jax.runs.layout import RunDirectory
@@ -62,6 +63,17 @@ class Progress:
     """Spent in steps: without start-up, compilation, evaluation and saving."""
 
 
+def make_decoders(config: Config, vocab_size: int) -> tuple[Decoder, Decoder]:
+    """The decoder of the training step and that of evaluation, each with the backend for its batches."""
+    num_tokens = config.data.batch_size // config.optimizer.accumulation_steps * config.model.context_length
+    machine = this_machine()
+    train, evaluation = (
+        Decoder(with_dispatch(config.model, num_tokens, train=train, machine=machine), vocab_size)
+        for train in (True, False)
+    )
+    return train, evaluation
+
+
 class Loop:
     """One start of a run, from the state it is given to the last step, an early stop or a signal."""
 
@@ -78,7 +90,7 @@ class Loop:
     ):
         self.config, self.run_directory, self.mesh, self.data = config, run, mesh, data
         self.state, self.progress, self.checkpoints, self.writer = state, progress, checkpoints, writer
-        decoder = Decoder(config.model, data.tokenizer.vocab_size)
+        decoder, eval_decoder = make_decoders(config, data.tokenizer.vocab_size)
         self.schedule = make_schedule(config.optimizer, config.train.num_steps)
         optimizer = make_optimizer(config.optimizer, self.schedule)
         options = compiler_options(config.train.deterministic)
@@ -86,9 +98,9 @@ class Loop:
         self.train_step = jax.jit(
             make_train_step(config, decoder, optimizer), donate_argnums=0, compiler_options=options
         )
-        self.eval_step = jax.jit(make_eval_step(decoder), compiler_options=options)
+        self.eval_step = jax.jit(make_eval_step(eval_decoder), compiler_options=options)
         # Experts that choose tokens choose among later ones too, so that no text can be sampled from them.
-        self.generator = Generator(config, data.tokenizer) if is_causal(config.model) else None
+        self.generator = Generator(config, data.tokenizer, this_machine()) if is_causal(config.model) else None
         if self.generator is not None:
             self.generator.check_stop_tokens(config.sample)
         self.flops_per_token = flops_per_token(state.params, config.model)

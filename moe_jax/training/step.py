@@ -11,9 +11,15 @@ import optax
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import Config, MoEConfig
 from moe_jax.model.decoder import Decoder, DecoderOutput, Variables, forward
-from moe_jax.model.moe.layer import MoEStatistics
-from moe_jax.model.moe.routing import updated_bias
-from moe_jax.model.moe.statistics import importance_loss, load_balancing_loss, router_z_loss
+from moe_jax.model.moe.routing import ROUTERS, updated_bias
+from moe_jax.model.moe.statistics import (
+    MoEStatistics,
+    RoutingTotals,
+    importance_loss,
+    load_balancing_loss,
+    router_z_loss,
+    routing_totals,
+)
 from moe_jax.training.state import TrainState
 
 
@@ -24,31 +30,12 @@ class StepOutput(flax.struct.PyTreeNode):
     """Mean cross-entropy in nats a token: the language-model loss alone."""
     moe_losses: dict[str, Array]
     """Unweighted auxiliary losses, mean over the MoE layers; empty for a dense model."""
-    routing: "RoutingTotals | None"
+    routing: RoutingTotals | None
     grad_norm: Array
     num_targets: Array
     """Tokens that the loss is a mean over."""
     is_finite: Array
     """[] bool: whether the loss and the norm of the gradient are; otherwise the step changed nothing but ``step``."""
-
-
-class RoutingTotals(flax.struct.PyTreeNode):
-    """Router statistics of N MoE layers, summed over tokens."""
-
-    num_tokens: Array
-    load_NE: Array
-    dropped_N: Array
-    entropy_N: Array
-
-
-def routing_totals(statistics: MoEStatistics) -> RoutingTotals:
-    """Sums [N, G, ...] statistics over the groups."""
-    return RoutingTotals(
-        num_tokens=jnp.sum(statistics.router.num_tokens[0]),
-        load_NE=jnp.sum(statistics.router.load_E, axis=1),
-        dropped_N=jnp.sum(statistics.num_dropped, axis=1),
-        entropy_N=jnp.sum(statistics.router.entropy, axis=1),
-    )
 
 
 def make_train_step(
@@ -194,7 +181,7 @@ def _moe_losses(
 def sequence_keys(config: Config, step: Array, batch_size: int) -> Array | None:
     """[B] random keys of the sequences of one step's batch, for dropout and router noise; None without either."""
     moe = config.model.moe
-    if not (config.model.dropout_rate > 0 or (moe.num_experts > 0 and moe.router in ("noisy_top_k", "switch"))):
+    if not (config.model.dropout_rate > 0 or (moe.num_experts > 0 and ROUTERS[moe.router].has_noise)):
         return None
     step_key = jax.random.fold_in(jax.random.key(config.train.seed), step)
     return jax.vmap(lambda index: jax.random.fold_in(step_key, index))(jnp.arange(batch_size))

@@ -16,8 +16,7 @@ from moe_jax.data.dataset import PreparedData
 from moe_jax.data.tokenizer import save_tokenizer
 from moe_jax.errors import Interrupted, UserError
 from moe_jax.files import cache_folder, remove_leftovers
-from moe_jax.model.decoder import Decoder
-from moe_jax.model.moe.choice import DispatchChoice, choose_dispatch
+from moe_jax.model.moe.backends import Choice, choose, this_machine
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.report.pictures import plot_expert_load, plot_loss_curve
 from moe_jax.runs.checkpoint.record import Saved, newest_sound
@@ -32,7 +31,7 @@ from moe_jax.trackers.trackers import check_trackers, open_trackers
 from moe_jax.training.evaluate import check_same_text
 from moe_jax.training.flops import count_params, flops_per_token
 from moe_jax.training.init_from import check_source, load_into
-from moe_jax.training.loop import Loop, Progress
+from moe_jax.training.loop import Loop, Progress, make_decoders
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.signals import catch_signals
 from moe_jax.training.state import TrainState, abstract_state, check_random, init_state
@@ -121,7 +120,7 @@ def _state(
     config: Config, mesh: jax.sharding.Mesh, data: PreparedData, saved: Saved | None, checkpoints: Checkpoints
 ) -> tuple[TrainState, Progress, int | None]:
     """The newest checkpoint's state, what the run remembers and the step restored; or a new state and None."""
-    decoder = Decoder(config.model, data.tokenizer.vocab_size)
+    decoder, _ = make_decoders(config, data.tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
     target = abstract_state(decoder, optimizer, mesh)
     if saved is None:
@@ -187,18 +186,19 @@ def _describe_data(config: Config, data: PreparedData) -> Iterator[str]:
     yield f"rows: {config.data.mode}; {steps:,} steps are an epoch, {config.train.num_steps / steps:.2f} epochs in all"
 
 
-def _choose_dispatch(config: Config) -> dict[str, DispatchChoice]:
+def _choose_dispatch(config: Config) -> dict[str, Choice]:
     """How rows move in training and in evaluation; UserError where this machine cannot do what the settings say."""
     if not config.model.moe.num_experts:
         return {}
     num_tokens = config.data.batch_size // config.optimizer.accumulation_steps * config.model.context_length
+    machine = this_machine()
     return {
-        name: choose_dispatch(config.model.moe, num_tokens, train=name == "training")
+        name: choose(config.model.moe, num_tokens, train=name == "training", machine=machine)
         for name in ("training", "evaluation")
     }
 
 
-def _describe_dispatch(config: Config, choices: dict[str, DispatchChoice]) -> None:
+def _describe_dispatch(config: Config, choices: dict[str, Choice]) -> None:
     moe = config.model.moe
     for name, choice in choices.items():
         log.info(f"dispatch in {name}: {choice}")

@@ -34,6 +34,7 @@ from moe_jax.runs.opened import open_run
 from moe_jax.sampling.api import load_engine
 from moe_jax.training.flops import count_params
 from moe_jax.training.train import train
+from tests.oracles.moe import on_cpu
 from tests.oracles.texts import VERSE
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +171,7 @@ VOCABULARY = {
 def test_the_docstring_of_a_recipe_counts_its_parameters(recipe):
     file = ROOT / "configs" / f"{recipe}.py"
     config = check(load_recipe(file))
-    decoder = Decoder(config.model, VOCABULARY[config.data.path or config.data.tokenizer])
+    decoder = Decoder(on_cpu(config.model), VOCABULARY[config.data.path or config.data.tokenizer])
     params = jax.eval_shape(lambda: nn.unbox(decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]))
     counts = count_params(params, config.model.moe)
     stated = re.search(r"([\d.]+) M parameters(?:, ([\d.]+) M\s+active)?", " ".join(file.read_text().split()))

@@ -11,6 +11,7 @@ from moe_jax.config import Config, DataConfig, SampleConfig
 from moe_jax.data.tokenizer import build_tokenizer, document_end, document_start
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import forward
+from moe_jax.model.moe.backends import Machine
 from moe_jax.sampling.engine import Generator
 from tests.sampling.tiny import CONFIG, TOKENIZER
 
@@ -164,7 +165,7 @@ def test_a_prompt_longer_than_the_context_is_refused(rotary):
 def test_a_prompt_is_the_start_of_a_document_where_training_rows_were(rotary):
     _, variables, decoder = rotary
     greedy = SampleConfig(temperature=0.0, max_new_tokens=6)
-    generator = Generator(Config(model=CONFIG, data=DataConfig(mode="packed")), TOKENIZER)
+    generator = Generator(Config(model=CONFIG, data=DataConfig(mode="packed")), TOKENIZER, Machine("cpu"))
     prompt = [document_start(TOKENIZER), *TOKENIZER.encode("bad")]
     assert generator.generate(variables, "bad", greedy)[0].tokens == naive_greedy(decoder, variables, prompt, 6)
 
@@ -172,7 +173,7 @@ def test_a_prompt_is_the_start_of_a_document_where_training_rows_were(rotary):
 def test_chat_delimiters_start_and_end_a_text(rotary):
     _, variables, decoder = rotary
     chat = build_tokenizer("char", ["abcdefgh"], "chat")
-    generator = Generator(Config(model=CONFIG), chat)
+    generator = Generator(Config(model=CONFIG), chat, Machine("cpu"))
     (sample,) = generator.generate(variables, "", SampleConfig(temperature=0.0, max_new_tokens=8))
     start, end = chat.specials["<|im_start|>"], chat.specials["<|im_end|>"]
     # The same drawing, without an end: it stops where <|im_end|> comes, and not at <|endoftext|>.

@@ -15,6 +15,7 @@ from moe_jax.training.diagnosis import find_not_finite, first_bad_gradient
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import init_state
 from moe_jax.training.step import make_eval_step, make_train_step
+from tests.oracles.moe import on_cpu
 
 VOCAB, L, BATCH = 23, 12, 16
 CONFIG = Config(
@@ -48,7 +49,7 @@ def two_steps(config, devices=1, made=None):
     """(variables after two steps on the batch ``made``, outputs of both)."""
     check(config)
     made = batch() if made is None else made
-    decoder = Decoder(config.model, VOCAB)
+    decoder = Decoder(on_cpu(config.model, train=True), VOCAB)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
     mesh = make_mesh(MeshConfig(data=devices), BATCH // config.optimizer.accumulation_steps)
     with use_mesh(mesh):
@@ -102,7 +103,7 @@ def one_step():
     """A new state, the function of a state that makes one step, and the one that looks for what is not finite."""
     moe = dataclasses.replace(CONFIG.model.moe, router="sigmoid_bias", router_z_weight=0.0)
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe))
-    decoder = Decoder(config.model, VOCAB)
+    decoder = Decoder(on_cpu(config.model, train=True), VOCAB)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
     step = jax.jit(make_train_step(config, decoder, optimizer))
     mesh = make_mesh(MeshConfig(data=1), BATCH)
@@ -205,7 +206,7 @@ def test_the_reported_loss_is_the_language_model_loss_alone():
     moe = dataclasses.replace(plain.model.moe, router="top_k", load_balancing_weight=50.0, capacity_factor=None)
     config = dataclasses.replace(plain, model=dataclasses.replace(plain.model, moe=moe))
     _, (first, _) = two_steps(config)
-    decoder = Decoder(config.model, VOCAB)
+    decoder = Decoder(on_cpu(config.model, train=True), VOCAB)
     mesh = make_mesh(MeshConfig(data=1), BATCH)
     with use_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
@@ -224,7 +225,7 @@ def test_the_gradient_norm_is_taken_before_clipping_and_the_update_after(referen
 
 
 def test_evaluation_scores_only_what_the_mask_says():
-    decoder = Decoder(CONFIG.model, VOCAB)
+    decoder = Decoder(on_cpu(CONFIG.model), VOCAB)
     params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     mask = np.zeros((BATCH, L), bool)
     mask[:3] = True
