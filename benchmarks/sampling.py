@@ -80,22 +80,22 @@ def model_of(case: Case) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from moe_jax.data.tokenizer_file import load_tokenizer
     from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
     from moe_jax.model.moe.backends import this_machine, with_dispatch
     from moe_jax.prepare.tokenizer import build_tokenizer
-    from moe_jax.sampling.engine import Generator, load_variables
+    from moe_jax.runs.opened import open_run
+    from moe_jax.sampling.api import load_variables
+    from moe_jax.sampling.engine import Generator
 
     if case.workdir:
-        directory = RunDirectory(Path(case.workdir))
-        generator = Generator(case.config, load_tokenizer(directory.tokenizer), case.dtype, end_token=-1)
-        return generator, generator.prepare(load_variables(directory, "best"))
+        opened = open_run(Path(case.workdir), "best")
+        generator = Generator(opened.config, opened.tokenizer, this_machine(), case.dtype, end_token=-1)
+        return generator, generator.prepare(load_variables(opened))
     # 65 characters, as in Tiny Shakespeare.
-    generator = Generator(
-        case.config, build_tokenizer("char", [bytes(range(48, 113)).decode()]), case.dtype, end_token=-1
-    )
+    tokenizer = build_tokenizer("char", [bytes(range(48, 113)).decode()])
+    generator = Generator(case.config, tokenizer, this_machine(), case.dtype, end_token=-1)
     model = with_dispatch(generator.config, 2, train=False, machine=this_machine(), as_set=False)
-    decoder = Decoder(model, generator.tokenizer.vocab_size)
+    decoder = Decoder(model, tokenizer.vocab_size)
     params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     return generator, generator.prepare(Variables(nn.unbox(params), initial_expert_bias(case.config.model)))
 
@@ -120,7 +120,7 @@ def parts_of(case: Case, generator: Any, variables: Any) -> dict[str, Callable[[
     all_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
     buffers = [jnp.full(size, float(index)) for index in range(1 + all_bytes // (4 * size))]
     stream = jax.jit(jnp.sum)
-    batch = Batch(generator, variables, [case.batch])
+    batch = Batch(generator.programs, variables, [case.batch])
 
     def prefill() -> float:
         texts = [generator.begin(ids.tolist(), sample, number) for number, ids in enumerate(prompt_BL)]
@@ -176,16 +176,14 @@ def with_torch(case: Case, generator: Any, variables: Any, num_tokens: int) -> C
     import jax
     import numpy as np
 
-    from moe_jax.model.decoder import Decoder, forward
-    from moe_jax.model.moe.backends import this_machine, with_dispatch
+    from moe_jax.model.decoder import forward
 
     sys.path.insert(0, str(Path(__file__).parent))
     torch_decoder = importlib.import_module("torch_decoder")
     if not torch_decoder.is_of_this_kind(generator.config):
         return None
     prompt_BL = prompts_of(case, generator.tokenizer.vocab_size)
-    model = with_dispatch(generator.config, prompt_BL.size, train=False, machine=this_machine(), as_set=False)
-    decoder = Decoder(model, generator.tokenizer.vocab_size, unstacked=True)
+    decoder = generator.programs.decoder_for(prompt_BL.size)
     logits_BLV = np.asarray(jax.jit(lambda ids: forward(decoder, variables, ids).logits_BLV)(prompt_BL))
     draw = torch_decoder.loop(generator.config, variables.params, prompt_BL, logits_BLV, SAMPLE.temperature)
 

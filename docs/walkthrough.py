@@ -466,6 +466,7 @@ assert router_z_loss(statistics(random_TE + 10.0), T) > 20 * naive_z
 # goes on, evaluates, keeps checkpoints, divides the batch over devices.
 
 # %%
+import functools
 import math
 import tempfile
 from pathlib import Path

@@ -16,6 +16,8 @@ MODULES = (
     "data.pieces",
     "data.rows",
     "data.tokenizer",
+    "sampling.processors",
+    "sampling.text",
 )
 
 

@@ -56,7 +56,7 @@ def train(config: Config, workdir: Path) -> None:
         check_mlflow(config.train, run)
     generator = None
     if is_causal(config.model):  # no text can be sampled from experts that choose among later tokens too
-        generator = Generator(config, dataset.tokenizer)
+        generator = Generator(config, dataset.tokenizer, setup.machine)
         generator.check_stop_tokens(config.sample)
     with run.lock(), start_log(run.log_file), use_mesh(setup.mesh), catch_signals() as request:
         retention = Retention(newest=config.train.keep_checkpoints, best=config.train.keep_best)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.sampling.text_stream import TextStream
+from moe_jax.sampling.text import TextStream
 from moe_jax.server.requests import CompletionRequest, Prompt
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ import uvicorn
 
 from moe_jax.errors import EnvironmentFault, UserError
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.sampling.engine import load_generator
+from moe_jax.runs.opened import open_run
+from moe_jax.sampling.api import load_engine
 from moe_jax.server.app import LOOPBACK, Service, build_app
 from moe_jax.server.arguments import ServerCommand
 from moe_jax.server.connection import Connection
@@ -44,9 +45,10 @@ def serve(run: RunDirectory, arguments: ServerCommand) -> None:
     # There is nothing to finish yet, and a process that ends while it loads or compiles in other threads may crash.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if run.load_config().train.compile_cache:
+    opened = open_run(run.path, arguments.checkpoint)
+    if opened.config.train.compile_cache:
         enable_compile_cache()
-    generator, variables = load_generator(run, arguments.checkpoint, arguments.dtype)
+    generator, variables = load_engine(opened, arguments.dtype)
     limits = Limits(
         model=arguments.name or run.path.resolve().name,
         vocab_size=generator.tokenizer.vocab_size,

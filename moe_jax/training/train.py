@@ -20,7 +20,7 @@ from moe_jax.data.batches import batches_per_epoch, check_data
 from moe_jax.data.dataset import PreparedData
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Variables
-from moe_jax.model.moe.backends import Choice, choose, this_machine, with_dispatch
+from moe_jax.model.moe.backends import Choice, Machine, choose, this_machine, with_dispatch
 from moe_jax.runs.checkpoint.record import Record, Saved, newest_sound
 from moe_jax.runs.checkpoint.save import Checkpoints
 from moe_jax.runs.layout import RunDirectory, check_same_run
@@ -64,6 +64,7 @@ class Setup:
     """With the backend of training."""
     eval_decoder: Decoder
     """The same model with the backend of evaluation, where nothing is dropped."""
+    machine: Machine
     backends: dict[str, Choice]
     """Of "training" and "evaluation", and why; empty for a dense model."""
     steps_per_epoch: int
@@ -119,6 +120,7 @@ def resolve(config: Config, dataset: PreparedData, workdir: Path) -> Setup:
         mesh=mesh,
         decoder=decoders["training"],
         eval_decoder=decoders["evaluation"],
+        machine=machine,
         backends=backends,
         steps_per_epoch=steps_per_epoch,
         saved=saved,

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from moe_jax.config import Config, ModelConfig, MoEConfig
 from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
+from moe_jax.model.moe.backends import Machine
 from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.sampling.engine import Generator
 from tests.oracles.moe import on_cpu
@@ -30,6 +31,6 @@ def make_trained(config, tokenizer=TOKENIZER):
 
 def make(config, tokenizer=TOKENIZER, end_token=None):
     """(generator, its variables, the decoder that takes them) of a model of ``config``."""
-    generator = Generator(Config(model=config), tokenizer, end_token=end_token)
+    generator = Generator(Config(model=config), tokenizer, Machine("cpu"), end_token=end_token)
     variables = generator.prepare(make_trained(config, tokenizer)[1])
-    return generator, variables, Decoder(on_cpu(generator.config), tokenizer.vocab_size, unstacked=True)
+    return generator, variables, generator.programs.decoder_for(4096)

@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from moe_jax.config import Config, DataConfig, SampleConfig
+from moe_jax.model.moe.backends import Machine
 from moe_jax.sampling.engine import Generator
 from moe_jax.sampling.text import Text
 from moe_jax.server.app import Service, build_app
@@ -177,7 +178,9 @@ def test_limits_on_tokens(server):
 
 def test_the_start_of_a_document_counts_as_a_token_of_the_prompt():
     config = Config(model=MODEL, data=DataConfig(mode="documents"))
-    service = Service(Generator(config, BYTES), mock.Mock(), Limits("tiny", BYTES.vocab_size, 64, 10, 8), 4096)
+    service = Service(
+        Generator(config, BYTES, Machine("cpu")), mock.Mock(), Limits("tiny", BYTES.vocab_size, 64, 10, 8), 4096
+    )
     with TestClient(build_app(service, None)) as client:
         for size in (64, 65):
             answer = client.post("/v1/completions", json={"model": "tiny", "prompt": "a" * size})
