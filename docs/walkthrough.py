@@ -474,7 +474,6 @@ from pathlib import Path
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-from moe_jax.trackers.writer import MetricsWriter
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.data.batches import train_batches
@@ -485,6 +484,7 @@ from moe_jax.prepare.plays import find_plays, render_play
 from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.report.pictures import plot_expert_load, plot_loss_curve
 from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.metrics_file import MetricsFile
 from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.training.flops import count_params
 from moe_jax.training.metrics import named_metrics, routing_by_layer, step_metrics
@@ -540,7 +540,7 @@ losses_S, share_NE = [], np.zeros((2, 4))
 with (
     use_mesh(mesh),
     train_batches(data, config.data, context_length=64) as batches,
-    MetricsWriter(run, None) as writer,
+    MetricsFile(run, None) as writer,
 ):
     for step in range(1, 101):
         state, output = one_step(state, put_batch(next(batches), mesh))
