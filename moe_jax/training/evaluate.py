@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from moe_jax.config import DataConfig, MeshConfig
 from moe_jax.data.batches import check_data, evaluation_batches
-from moe_jax.data.dataset import PreparedData, Split, is_prepared
+from moe_jax.data.dataset import Dataset, Split, is_dataset
 from moe_jax.data.tokenizer_file import fingerprint
 from moe_jax.errors import UserError
 from moe_jax.files import cache_folder
@@ -49,7 +49,7 @@ class Evaluation:
 def evaluate(
     eval_step: Callable[[Variables, dict], EvalOutput],
     variables: Variables,
-    data: PreparedData,
+    data: Dataset,
     name: str,
     mesh: Mesh,
     *,
@@ -107,7 +107,7 @@ def bits_per_byte(evaluation: Evaluation, splits: Iterable[Split]) -> float | No
     return evaluation.loss * evaluation.num_tokens / (math.log(2.0) * sum(split.num_bytes for split in splits))
 
 
-def check_same_text(record: Record, config: DataConfig, data: PreparedData) -> None:
+def check_same_text(record: Record, config: DataConfig, data: Dataset) -> None:
     """UserError where the checkpoint of ``record`` was trained on other text: its vocabulary may be another too."""
     trained_on = record.progress["data_fingerprint"]
     if trained_on != data.fingerprint:
@@ -172,11 +172,11 @@ def evaluate_run(
     return scores
 
 
-def _text(path: str | None, opened: OpenedRun) -> PreparedData:
+def _text(path: str | None, opened: OpenedRun) -> Dataset:
     """The run's own text, or the one at ``path``, which is tokenized and split as the run's was."""
     data, run, tokenizer = opened.config.data, opened.directory, opened.tokenizer
     if path is not None:
-        is_ready = Path(path).is_dir() and is_prepared(Path(path))
+        is_ready = Path(path).is_dir() and is_dataset(Path(path))
         data = dataclasses.replace(
             data,
             path=path,

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from moe_jax.config import Config
 from moe_jax.data.batches import TrainBatches, batches_per_epoch, train_batches
-from moe_jax.data.dataset import PreparedData
+from moe_jax.data.dataset import Dataset
 from moe_jax.errors import EnvironmentFault
 from moe_jax.model.decoder import Decoder
 from moe_jax.runs.checkpoint.record import Record
@@ -70,7 +70,7 @@ class Loop:
         config: Config,
         run: RunDirectory,
         mesh: Mesh,
-        data: PreparedData,
+        data: Dataset,
         state: TrainState,
         progress: Progress,
         checkpoints: Checkpoints,

@@ -12,7 +12,7 @@ from clu import parameter_overview
 from moe_jax.config import Config
 from moe_jax.config.rules import check
 from moe_jax.data.batches import batches_per_epoch, check_data
-from moe_jax.data.dataset import PreparedData
+from moe_jax.data.dataset import Dataset
 from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.errors import Interrupted, UserError
 from moe_jax.files import cache_folder, remove_leftovers
@@ -103,7 +103,7 @@ def _config_of(saved: Saved) -> Config:
     return Config.from_dict(saved.record.config, str(saved.folder))
 
 
-def _settle(config: Config, saved: Saved | None, data: PreparedData) -> Config:
+def _settle(config: Config, saved: Saved | None, data: Dataset) -> Config:
     """The configuration of this start: epochs as steps, and what must not change over a run's life as it was."""
     train = config.train
     if train.num_epochs is not None:
@@ -118,7 +118,7 @@ def _settle(config: Config, saved: Saved | None, data: PreparedData) -> Config:
 
 
 def _state(
-    config: Config, mesh: jax.sharding.Mesh, data: PreparedData, saved: Saved | None, checkpoints: Checkpoints
+    config: Config, mesh: jax.sharding.Mesh, data: Dataset, saved: Saved | None, checkpoints: Checkpoints
 ) -> tuple[TrainState, Progress, int | None]:
     """The newest checkpoint's state, what the run remembers and the step restored; or a new state and None."""
     decoder = Decoder(config.model, data.tokenizer.vocab_size)
@@ -153,7 +153,7 @@ def _is_finished(config: Config, step: int, progress: Progress, run: RunDirector
     return False
 
 
-def _describe(config: Config, mesh: jax.sharding.Mesh, data: PreparedData, state: TrainState) -> None:
+def _describe(config: Config, mesh: jax.sharding.Mesh, data: Dataset, state: TrainState) -> None:
     """What is being trained, on what and where, before the first step."""
     moe = config.model.moe
     overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
@@ -170,7 +170,7 @@ def _describe(config: Config, mesh: jax.sharding.Mesh, data: PreparedData, state
         log.info(f"going on from step {int(state.step)}")
 
 
-def _describe_data(config: Config, data: PreparedData) -> Iterator[str]:
+def _describe_data(config: Config, data: Dataset) -> Iterator[str]:
     for corpus in data.corpora:
         name = f"{corpus.name}, {corpus.weight:.1%} of the rows" if len(data.corpora) > 1 else corpus.name
         yield (
