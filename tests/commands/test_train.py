@@ -14,7 +14,7 @@ import pytest
 
 from moe_jax.commands.training import train
 from moe_jax.config import MoEConfig
-from moe_jax.data.dataset import open_prepared
+from moe_jax.data.dataset import open_dataset
 from moe_jax.errors import Interrupted, UserError
 from moe_jax.files import cache_folder
 from moe_jax.prepare.folder import prepare_folder
@@ -142,7 +142,7 @@ def test_a_mixture_in_packed_rows_goes_on_and_ends_bit_identical(change, tmp_pat
     last = read_metrics(straight.metrics_file)[-1]
     assert {"val/loss", "val/loss/long", "val/loss/short", "val/bits_per_byte"} <= set(last)
     # Bits per byte of both texts from the bytes themselves: tokens scored are those of the documents and their ends.
-    data = open_prepared(tmp_path / "data")
+    data = open_dataset(tmp_path / "data")
     tokens, size = (sum(getattr(s, name) for s in data.splits("val")) for name in ("num_tokens", "num_bytes"))
     np.testing.assert_allclose(last["val/bits_per_byte"], last["val/loss"] * tokens / size / math.log(2), rtol=1e-9)
     read, at, sent = Loop._read, steps // 2 + 1, []
