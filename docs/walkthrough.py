@@ -583,13 +583,13 @@ import numpy as np
 from moe_jax.commands.training import train
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from moe_jax.model.attention import init_caches
-from moe_jax.model.decoder import Decoder, forward
-from moe_jax.model.moe.backends import this_machine, with_dispatch
+from moe_jax.model.decoder import forward
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import find_plays, render_play
 from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.sampling.engine import load_generator
+from moe_jax.runs.opened import open_run
+from moe_jax.sampling.api import load_engine
 from moe_jax.sampling.processors import keep_top_k, keep_top_p, scale_by_temperature
 
 logits_V = jnp.log(jnp.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04]))
@@ -634,8 +634,8 @@ config = Config(
 )
 run = RunDirectory(Path(folder.name, "run"))
 train(config, run.path)
-generator, variables = load_generator(run, "newest")
-(sample,) = generator.generate(variables, "DROMIO", config.sample)
+engine, variables = load_engine(open_run(run.path, "newest"))
+(sample,) = engine.generate(variables, "DROMIO", config.sample)
 print(sample.prompt + sample.text)
 assert len(sample.tokens) == config.sample.max_new_tokens or sample.finish_reason == "stop"
 
@@ -645,12 +645,11 @@ assert len(sample.tokens) == config.sample.max_new_tokens or sample.finish_reaso
 # token only. Token by token through the cache gives the logits of one full pass.
 
 # %%
-model = with_dispatch(generator.config, 1, train=False, machine=this_machine(), as_set=False)
-decoder = Decoder(model, generator.tokenizer.vocab_size, unstacked=True)
+decoder = engine.programs.decoder_for(num_tokens=1)
 prompt = "ANTIPHOLUS OF SYRACUSE:\nThe"
 settings = dataclasses.replace(config.sample, max_new_tokens=30, temperature=0.0)
-(greedy,) = generator.generate(variables, prompt, settings)
-tokens_L = np.array([*generator.tokenizer.encode(prompt), *greedy.tokens], np.int32)
+(greedy,) = engine.generate(variables, prompt, settings)
+tokens_L = np.array([*engine.tokenizer.encode(prompt), *greedy.tokens], np.int32)
 full_LV = forward(decoder, variables, tokens_L[None]).logits_BLV[0]
 
 
@@ -659,7 +658,7 @@ def turn(token_BL, position_BL, caches):
     return forward(decoder, variables, token_BL, position_BL=position_BL, caches=caches)
 
 
-caches = init_caches(generator.config, batch_size=1, cache_length=64)
+caches = init_caches(engine.config, batch_size=1, cache_length=64)
 for position, token in enumerate(tokens_L):
     output = turn(token[None, None], jnp.full((1, 1), position), caches)
     caches = output.caches

@@ -35,13 +35,13 @@ def main() -> None:
     start = time.perf_counter()
     if opened.config.train.compile_cache:
         enable_compile_cache()
-    generator, variables = load_engine(opened, command.dtype)
+    engine, variables = load_engine(opened, command.dtype)
     file = opened.directory.generated_text
     if command.interactive:
-        converse(generator, variables, sample, file)
+        converse(engine, variables, sample, file)
     else:
         load_seconds = time.perf_counter() - start if command.jsonl else None
-        print_samples(generator, variables, prompts, sample, file, load_seconds=load_seconds)
+        print_samples(engine, variables, prompts, sample, file, load_seconds=load_seconds)
 
 
 SampleFlags: type[SampleConfig] = dataclasses.make_dataclass(

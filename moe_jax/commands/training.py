@@ -19,7 +19,7 @@ from moe_jax.runs.checkpoint.save import Checkpoints, Retention
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.log import start_log
 from moe_jax.runs.metrics_file import MetricsFile
-from moe_jax.sampling.engine import Generator, is_causal
+from moe_jax.sampling.engine import Engine, is_causal
 from moe_jax.sharding.mesh import use_mesh
 from moe_jax.sharding.startup import enable_compile_cache
 from moe_jax.trackers.alarms import Alarms
@@ -54,10 +54,10 @@ def train(config: Config, workdir: Path) -> None:
     config = setup.config
     if "mlflow" in config.train.trackers:
         check_mlflow(config.train, run)
-    generator = None
+    engine = None
     if is_causal(config.model):  # no text can be sampled from experts that choose among later tokens too
-        generator = Generator(config, dataset.tokenizer, setup.machine)
-        generator.check_stop_tokens(config.sample)
+        engine = Engine(config, dataset.tokenizer, setup.machine)
+        engine.check_stop_tokens(config.sample)
     with run.lock(), start_log(run.log_file), use_mesh(setup.mesh), catch_signals() as request:
         retention = Retention(newest=config.train.keep_checkpoints, best=config.train.keep_best)
         with Checkpoints(run.checkpoints, setup.saved, retention) as checkpoints:
@@ -70,7 +70,7 @@ def train(config: Config, workdir: Path) -> None:
                 remove_leftovers(file)
             # Metrics first: where something is wrong with them, no tracker is left with a run that never began.
             with MetricsFile(run, start.restored_step) as metrics:
-                observers = _observers(setup, start, generator)
+                observers = _observers(setup, start, engine)
                 with _closing(observers) as outcome:
                     run.save_config(config)
                     save_tokenizer(dataset.tokenizer, run.tokenizer)
@@ -83,7 +83,7 @@ def train(config: Config, workdir: Path) -> None:
         raise Interrupted(request.exit_code)
 
 
-def _observers(setup: Setup, start: Start, generator: Generator | None) -> list[Observer]:
+def _observers(setup: Setup, start: Start, engine: Engine | None) -> list[Observer]:
     """Those that the settings ask for. Raises UserError where a tracker cannot begin."""
     config, run = setup.config, setup.run
     trackers: list[Tracker] = []
@@ -96,8 +96,8 @@ def _observers(setup: Setup, start: Start, generator: Generator | None) -> list[
         observers.append(Profile(config.train.profile, run.profile))
     if config.train.watchdog is not None:
         observers.append(Watchdog(config.train.watchdog, run.stacks))
-    if generator is not None:
-        observers.append(Samples(generator, config.sample, trackers))
+    if engine is not None:
+        observers.append(Samples(engine, config.sample, trackers))
     return [*observers, Console(config.train.num_steps, int(start.state.step))]
 
 

@@ -18,7 +18,7 @@ from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
 from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.runs.opened import OpenedRun, open_run
-from moe_jax.sampling.engine import Dtype, Generator
+from moe_jax.sampling.engine import Dtype, Engine
 from moe_jax.sampling.text import Sample
 
 
@@ -41,8 +41,8 @@ class Settings(TypedDict, total=False):
 class Model:
     """A trained model in memory, and how its run samples."""
 
-    def __init__(self, generator: Generator, variables: Variables, defaults: SampleConfig):
-        self._generator, self._variables, self._defaults = generator, variables, defaults
+    def __init__(self, engine: Engine, variables: Variables, defaults: SampleConfig):
+        self._engine, self._variables, self._defaults = engine, variables, defaults
 
     def generate(self, prompts: Sequence[str], **settings: Unpack[Settings]) -> list[Sample]:
         """Continuations of each prompt, in order: ``num_samples`` of the first, then of the next; "" is from nothing.
@@ -55,7 +55,7 @@ class Model:
             raise UserError(f"prompts must be a list of texts, got {prompts!r}; write generate([text])")
         for index, prompt in enumerate(prompts):
             check_type(f"prompts[{index}]", Utf8, prompt)
-        return self._generator.finish(self._variables, self._generator.begin_all(prompts, sample))
+        return self._engine.finish(self._variables, self._engine.begin_all(prompts, sample))
 
 
 def _with_settings(defaults: SampleConfig, settings: Settings) -> SampleConfig:
@@ -79,13 +79,13 @@ def load_model(workdir: str | Path, checkpoint: Literal["best", "newest"], dtype
     return Model(*load_engine(opened, dtype), opened.config.sample)
 
 
-def load_engine(opened: OpenedRun, dtype: Dtype | None = None) -> tuple[Generator, Variables]:
+def load_engine(opened: OpenedRun, dtype: Dtype | None = None) -> tuple[Engine, Variables]:
     """The engine of a run, finished or in training, and the opened checkpoint's variables, prepared for it.
 
     ``dtype`` of activations and matrices, None: as the run was trained. Raises UserError.
     """
-    generator = Generator(opened.config, opened.tokenizer, this_machine(), dtype)
-    return generator, generator.prepare(load_variables(opened))
+    engine = Engine(opened.config, opened.tokenizer, this_machine(), dtype)
+    return engine, engine.prepare(load_variables(opened))
 
 
 def load_variables(opened: OpenedRun) -> Variables:

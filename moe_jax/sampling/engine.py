@@ -23,7 +23,7 @@ _BATCH = 32
 Dtype = Literal["float32", "bfloat16"]
 
 
-class Generator:
+class Engine:
     """A model that is ready to sample from: its compiled programs, kept from call to call."""
 
     def __init__(

@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from moe_jax.config import SampleConfig
 from moe_jax.errors import UserError
-from moe_jax.sampling.engine import Generator
+from moe_jax.sampling.engine import Engine
 from moe_jax.sampling.text import Text
 from moe_jax.server import page
 from moe_jax.server.guards import AskForKey, AskForName, Count
@@ -48,7 +48,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 class Service:
     """What the routes work with."""
 
-    generator: Generator
+    generator: Engine
     worker: Worker
     limits: Limits
     max_body_bytes: int

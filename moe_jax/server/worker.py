@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from moe_jax.model.decoder import Variables
 from moe_jax.sampling.batch import STREAM_STEPS, Batch
-from moe_jax.sampling.engine import Generator
+from moe_jax.sampling.engine import Engine
 from moe_jax.sampling.text import Text
 from moe_jax.server.metrics import Metrics
 
@@ -78,7 +78,7 @@ class Call:
 class Worker:
     """Runs ``Batch`` in a thread: a text joins it when a place is free, and leaves when it ends or is not wanted."""
 
-    def __init__(self, generator: Generator, variables: Variables, sizes: Sequence[int], max_queue: int):
+    def __init__(self, generator: Engine, variables: Variables, sizes: Sequence[int], max_queue: int):
         """``sizes`` are the batch sizes to compile; ``max_queue`` texts may wait for a place."""
         self._batch = Batch(generator.programs, variables, sizes, num_top=NUM_TOP)
         self.max_queue = max_queue

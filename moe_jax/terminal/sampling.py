@@ -19,13 +19,13 @@ from moe_jax.config.rules import check_sample
 from moe_jax.errors import UserError, tell_error
 from moe_jax.files import atomic_write_text
 from moe_jax.model.decoder import Variables
-from moe_jax.sampling.engine import Generator
+from moe_jax.sampling.engine import Engine
 from moe_jax.sampling.text import Text
 from moe_jax.terminal.prompts import as_text
 
 
 def print_samples(
-    generator: Generator,
+    engine: Engine,
     variables: Variables,
     prompts: Sequence[str],
     sample: SampleConfig,
@@ -40,8 +40,8 @@ def print_samples(
     compilation included.
     """
     start = time.perf_counter()
-    texts = generator.begin_all(prompts, sample)
-    samples = generator.finish(variables, texts)
+    texts = engine.begin_all(prompts, sample)
+    samples = engine.finish(variables, texts)
     whole = "\n\n---\n\n".join(each.prompt + each.text for each in samples) + "\n"
     if load_seconds is None:
         sys.stdout.write(whole)
@@ -51,10 +51,10 @@ def print_samples(
         sys.stdout.writelines(json.dumps(dataclasses.asdict(each) | timing) + "\n" for each in samples)
     sys.stdout.flush()
     _keep(file, whole)
-    _note_context(generator, texts)
+    _note_context(engine, texts)
 
 
-def converse(generator: Generator, variables: Variables, sample: SampleConfig, file: Path) -> None:
+def converse(engine: Engine, variables: Variables, sample: SampleConfig, file: Path) -> None:
     """Continues one line of standard input after another, until its end or the line ``exit``.
 
     A text is printed as it is made, without its prompt, and ends its line; Ctrl-C ends it early. The last one is
@@ -75,27 +75,27 @@ def converse(generator: Generator, variables: Variables, sample: SampleConfig, f
                 if prompt is None or prompt.strip() == "exit":
                     return
                 if prompt.strip() == "/experts":
-                    print(_experts(generator, last))
+                    print(_experts(engine, last))
                 elif prompt.startswith("/") and not prompt.startswith("//"):
                     sample = _with_setting(prompt, sample)
                 else:
-                    last = generator.begin(prompt.removeprefix("/"), sample)
+                    last = engine.begin(prompt.removeprefix("/"), sample)
                     interruptions.clear()
-                    _answer(generator, variables, last, interruptions, file)
-                    is_noted = is_noted or _note_context(generator, [last])
+                    _answer(engine, variables, last, interruptions, file)
+                    is_noted = is_noted or _note_context(engine, [last])
             except UserError as error:
                 tell_error(str(error))
 
 
-def _experts(generator: Generator, text: Text | None) -> str:
+def _experts(engine: Engine, text: Text | None) -> str:
     """A line for each token of an answer: the token, and its experts in each MoE layer. Raises UserError."""
     if text is None:
         raise UserError("/experts shows the experts of the last answer, and there is none yet; give a prompt first")
-    if not generator.config.moe.num_experts:
+    if not engine.config.moe.num_experts:
         raise UserError("/experts shows which experts tokens used, and this model has none; sample from a sparse one")
     if not text.tokens:
         raise UserError("/experts shows the experts of the last answer, and that is empty; give another prompt")
-    names = [json.dumps(generator.tokenizer.decode([token]), ensure_ascii=False) for token in text.tokens]
+    names = [json.dumps(engine.tokenizer.decode([token]), ensure_ascii=False) for token in text.tokens]
     width = max(map(len, names))
     lines = [" " * width + "  experts, a column for each MoE layer"]
     for name, chosen_NE in zip(names, text.experts, strict=True):
@@ -129,12 +129,10 @@ def _value(text: str) -> int | float | str | None:
     return None if text.lower() == "none" else text
 
 
-def _answer(
-    generator: Generator, variables: Variables, answer: Text, interruptions: Sequence[int], file: Path
-) -> None:
+def _answer(engine: Engine, variables: Variables, answer: Text, interruptions: Sequence[int], file: Path) -> None:
     """Prints a text piece by piece, until its end or an interruption, and writes it to ``file``."""
     text = ""
-    for piece in generator.stream(variables, answer, keep_experts=True):
+    for piece in engine.stream(variables, answer, keep_experts=True):
         text += piece
         print(piece, end="", flush=True)
         if interruptions:
@@ -191,14 +189,14 @@ def _next_line() -> str | None:
     return as_text(line, "the prompt").rstrip("\r\n") if line else None
 
 
-def _note_context(generator: Generator, texts: Sequence[Text]) -> bool:
+def _note_context(engine: Engine, texts: Sequence[Text]) -> bool:
     """Reports what happened past the context, and returns whether one of ``texts`` got there."""
-    context = generator.config.context_length
+    context = engine.config.context_length
     if all(text.num_read <= context for text in texts):
         return False
     what = {
         "rotary": "the oldest tokens left the cache one by one (rotary positions)",
         "learned": "the text was cut to its last half and read anew whenever it was full (learned positions)",
     }
-    print(f"note: past the context of {context} tokens {what[generator.config.positions]}", file=sys.stderr)
+    print(f"note: past the context of {context} tokens {what[engine.config.positions]}", file=sys.stderr)
     return True

@@ -14,18 +14,18 @@ DEFAULTS = SampleConfig(max_new_tokens=5, temperature=1.0, top_k=3, seed=7)
 
 @pytest.fixture(scope="module")
 def model(rotary):
-    generator, variables, _ = rotary
-    return Model(generator, variables, DEFAULTS)
+    engine, variables, _ = rotary
+    return Model(engine, variables, DEFAULTS)
 
 
 def test_each_prompts_samples_come_in_order_and_as_if_it_were_alone(model, rotary):
-    generator, variables, _ = rotary
+    engine, variables, _ = rotary
     settings = dataclasses.replace(DEFAULTS, num_samples=2)
     samples = model.generate(["ab", "", "hgf"], num_samples=2)
     assert [sample.prompt for sample in samples] == ["ab", "ab", "", "", "hgf", "hgf"]
     for together, alone in (
-        (samples[2:4], generator.generate(variables, "", settings)),
-        (samples[4:], generator.generate(variables, "hgf", settings)),
+        (samples[2:4], engine.generate(variables, "", settings)),
+        (samples[4:], engine.generate(variables, "hgf", settings)),
     ):
         assert [(each.text, each.finish_reason) for each in together] == [
             (each.text, each.finish_reason) for each in alone
@@ -34,14 +34,14 @@ def test_each_prompts_samples_come_in_order_and_as_if_it_were_alone(model, rotar
 
 
 def test_what_is_left_out_is_as_the_run_samples(model, rotary):
-    generator, variables, _ = rotary
-    assert model.generate(["ab"]) == generator.generate(variables, "ab", DEFAULTS)
+    engine, variables, _ = rotary
+    assert model.generate(["ab"]) == engine.generate(variables, "ab", DEFAULTS)
     every = {"num_samples": 2, "max_new_tokens": 12, "temperature": 0.5, "top_k": 2, "top_p": 0.5, "seed": 0}
     every |= {"min_p": 0.3, "repetition_penalty": 1.5, "stop": ("b",), "stop_tokens": (2,)}
     assert set(every) == set(Settings.__annotations__) == {each.name for each in dataclasses.fields(SampleConfig)}
     for name, value in every.items():
         changed = dataclasses.replace(DEFAULTS, **{name: value})
-        assert model.generate(["ab"], **{name: value}) == generator.generate(variables, "ab", changed), name
+        assert model.generate(["ab"], **{name: value}) == engine.generate(variables, "ab", changed), name
 
 
 @pytest.mark.parametrize(

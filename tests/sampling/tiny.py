@@ -1,4 +1,4 @@
-"""An untrained model of eight letters, and its generator."""
+"""An untrained model of eight letters, and its engine."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ from moe_jax.config import Config, ModelConfig, MoEConfig
 from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
 from moe_jax.model.moe.backends import Machine
 from moe_jax.prepare.tokenizer import build_tokenizer
-from moe_jax.sampling.engine import Generator
+from moe_jax.sampling.engine import Engine
 from tests.oracles.moe import on_cpu
 
 TOKENIZER = build_tokenizer("char", ["abcdefgh"])
@@ -30,7 +30,7 @@ def make_trained(config, tokenizer=TOKENIZER):
 
 
 def make(config, tokenizer=TOKENIZER, end_token=None):
-    """(generator, its variables, the decoder that takes them) of a model of ``config``."""
-    generator = Generator(Config(model=config), tokenizer, Machine("cpu"), end_token=end_token)
-    variables = generator.prepare(make_trained(config, tokenizer)[1])
-    return generator, variables, generator.programs.decoder_for(4096)
+    """(engine, its variables, the decoder that takes them) of a model of ``config``."""
+    engine = Engine(Config(model=config), tokenizer, Machine("cpu"), end_token=end_token)
+    variables = engine.prepare(make_trained(config, tokenizer)[1])
+    return engine, variables, engine.programs.decoder_for(4096)

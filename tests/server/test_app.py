@@ -12,7 +12,7 @@ from starlette.testclient import TestClient
 
 from moe_jax.config import Config, DataConfig, SampleConfig
 from moe_jax.model.moe.backends import Machine
-from moe_jax.sampling.engine import Generator
+from moe_jax.sampling.engine import Engine
 from moe_jax.sampling.text import Text
 from moe_jax.server.app import Service, build_app
 from moe_jax.server.requests import CompletionRequest, Limits
@@ -179,7 +179,7 @@ def test_limits_on_tokens(server):
 def test_the_start_of_a_document_counts_as_a_token_of_the_prompt():
     config = Config(model=MODEL, data=DataConfig(mode="documents"))
     service = Service(
-        Generator(config, BYTES, Machine("cpu")), mock.Mock(), Limits("tiny", BYTES.vocab_size, 64, 10, 8), 4096
+        Engine(config, BYTES, Machine("cpu")), mock.Mock(), Limits("tiny", BYTES.vocab_size, 64, 10, 8), 4096
     )
     with TestClient(build_app(service, None)) as client:
         for size in (64, 65):
