@@ -127,7 +127,7 @@ class Checkpoints:
         except OSError as error:
             fault = error
         if not all_well(fault is None):
-            raise fault or OSError("the first process could not begin")
+            raise fault or EnvironmentFault("the first process cannot write")
 
     def _write(self, record: Record, items: Mapping[str, PyTree]) -> None:
         is_finite = record.val_loss is not None and math.isfinite(record.val_loss)
