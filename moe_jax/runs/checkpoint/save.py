@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from moe_jax.axes import PyTree
 from moe_jax.errors import EnvironmentFault, UserError
 from moe_jax.runs.checkpoint.faults import check_space, quiet_libraries, reason
-from moe_jax.runs.checkpoint.record import Record, Saved, losses_of, read_record
+from moe_jax.runs.checkpoint.record import Record, Saved, losses_of, read_records
 from moe_jax.runs.checkpoint.restore import restore_items, shapes_of
 from moe_jax.runs.checkpoint.seal import seal
 from moe_jax.runs.layout import saved_steps
@@ -70,8 +70,6 @@ class Checkpoints:
         self._saving: tuple[int, Future[None]] | None = None
         self._failure: str | None = None
         self._retry_at = math.inf
-        self.seconds = 0.0
-        """How long saves have kept the caller waiting."""
 
     def _clean(self) -> None:
         """Moves damaged checkpoints away, and removes what a process that was killed left."""
@@ -104,18 +102,17 @@ class Checkpoints:
 
         The record's shapes are filled in. A step that is on disk is not written again.
         """
-        started = time.perf_counter()
         self.wait()
-        if record.step != self._newest:
-            future: Future[None] = Future()
-            try:
-                self._make_room(items)
-                self._write(record, items)
-                future = self._thread.submit(self._commit, record.step)
-            except Exception as error:  # noqa: BLE001 - a file system's faults have many types in Orbax
-                future.set_exception(error)
-            self._saving = record.step, future
-        self.seconds += time.perf_counter() - started
+        if record.step == self._newest:
+            return
+        future: Future[None] = Future()
+        try:
+            self._make_room(items)
+            self._write(record, items)
+            future = self._thread.submit(self._commit, record.step)
+        except Exception as error:  # noqa: BLE001 - a file system's faults have many types in Orbax
+            future.set_exception(error)
+        self._saving = record.step, future
 
     def _make_room(self, items: Mapping[str, PyTree]) -> None:
         """Raises in every process where the first one cannot begin."""
@@ -210,10 +207,10 @@ class Checkpoints:
 
 
 def _steps_to_keep(folder: Path, retention: Retention) -> set[int]:
-    steps, losses = saved_steps(folder), losses_of(folder)
-    newest = steps[len(steps) - min(retention.newest, len(steps)) :]
+    records = read_records(folder)
+    losses = losses_of(records)
+    newest = sorted(records, reverse=True)[: retention.newest]
     best = sorted(losses, key=lambda step: losses[step])[: retention.best]
-    records = {step: read_record(folder / str(step)) for step in steps}
     # One whose record cannot be read may have been saved for good.
     for_good = [step for step, record in records.items() if record is None or record.for_good]
     return {*newest, *best, *for_good}
