@@ -1,5 +1,6 @@
 """Checkpoints: what is kept, what comes back, damage, and saves that fail."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -105,6 +106,15 @@ def test_the_newest_comes_back_on_any_number_of_devices(tmp_path):
         assert step == 20
         jax.tree.map(np.testing.assert_array_equal, items, want)
         assert items["params"]["w"].sharding.num_devices == devices
+
+
+def test_what_a_run_remembers_comes_back_bit_for_bit(tmp_path):
+    progress = {"interval": [[0.1 + 0.2, 1e-300, math.inf, 2**40]], "best_val_loss": None}
+    record = Record(step=3, val_loss=1 / 3, progress=progress, random={"key": [0, 2**32 - 1]}, config={"a": {"b": []}})
+    with go_on(tmp_path) as checkpoints:
+        checkpoints.save(record, trees(1))
+    shapes = {"['optimizer_state']['mu']": "float32[8]", "['params']['w']": "float32[8, 8]"}
+    assert newest_sound(tmp_path).record == dataclasses.replace(record, shapes=shapes)
 
 
 def test_damage_is_found_and_the_older_checkpoint_restored(tmp_path, caplog):

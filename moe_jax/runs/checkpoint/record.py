@@ -1,5 +1,6 @@
 """Which checkpoints a run has, whether they are sound, and what each remembers beside its arrays. Imports no jax."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,9 +122,14 @@ def losses_of(records: Mapping[int, Record | None]) -> dict[int, float]:
 def read_record(step_folder: Path) -> Record | None:
     """The record as it stands, None where it cannot be read."""
     try:
-        return msgspec.json.decode((step_folder / "record" / "metadata").read_bytes(), type=Record)
-    except (OSError, ValueError):
+        return msgspec.convert(_read(step_folder), Record)
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def _read(step_folder: Path) -> Any:
+    # Not by msgspec: sums of metrics may not be finite, and Orbax writes such numbers as they are.
+    return json.loads((step_folder / "record" / "metadata").read_bytes())
 
 
 class _Version(msgspec.Struct):
@@ -137,10 +143,10 @@ def _checked_record(step_folder: Path) -> Record | str:
         damage = find_damage(step_folder, ["record"])
         if damage is not None:
             return damage
-        content = (step_folder / "record" / "metadata").read_bytes()
-        version = msgspec.json.decode(content, type=_Version).format_version
+        values = _read(step_folder)
+        version = msgspec.convert(values, _Version).format_version
         if version == FORMAT_VERSION:
-            return msgspec.json.decode(content, type=Record)
+            return msgspec.convert(values, Record)
     remedy = (
         "use the older moe_jax that wrote it, or start a new run in another --workdir"
         if version < FORMAT_VERSION

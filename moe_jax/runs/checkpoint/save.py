@@ -60,7 +60,7 @@ class Checkpoints:
         self._folder, self._saved, self._retention = folder.absolute(), saved, retention
         self._unfinished = self._folder / _UNFINISHED
         self._newest = None if saved is None else saved.record.step
-        self._is_first = is_first_process()
+        self._is_first, self._is_alone = is_first_process(), jax.process_count() == 1
         all_well(True)  # no process still looks at what is moved now
         if self._is_first:
             self._clean()
@@ -90,8 +90,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or jax.process_count() == 1:
-            self.wait()  # where something else ended this process, the others may never come to agree
+        if kind is None or self._is_alone:
+            self.wait()  # after an exception in this process the others may never come to agree
         self._thread.shutdown()
         self._checkpointer.close()
         self._quiet.close()
@@ -169,7 +169,7 @@ class Checkpoints:
 
         Never with several processes: their clocks differ, and they must all save at the same step.
         """
-        if jax.process_count() > 1:
+        if not self._is_alone:
             return False
         if self._saving is not None and self._saving[1].done():
             self.wait()
@@ -199,9 +199,10 @@ class Checkpoints:
         self._retry_at = time.monotonic() + _RETRY_SECONDS
         self._remove_unfinished()  # half a checkpoint takes room that the next one needs
         newest = "none is on disk yet" if self._newest is None else f"the newest on disk is of step {self._newest}"
+        again = f"in {_RETRY_SECONDS:.0f} s" if self._is_alone else "at the next checkpoint"
         log.warning(
             f"warning: the checkpoint of step {step} is not saved ({why}); training goes on, and it is "
-            f"tried again in {_RETRY_SECONDS:.0f} s; {newest}"
+            f"tried again {again}; {newest}"
         )
         gc.collect()  # Orbax's futures refer to each other, and hold a copy of the whole state
 
