@@ -184,20 +184,14 @@ def test_what_the_disk_cannot_read_is_damage(tmp_path, monkeypatch):
     assert restored(tmp_path)[0] == 10
 
 
-@pytest.mark.parametrize(
-    ("leaf", "words"),
-    [
-        (
-            jax.ShapeDtypeStruct((8, 9), jnp.float32),
-            r"\['params'\]\['w'\] is float32\[8, 8\] there, float32\[8, 9\] here",
-        ),
-        (jax.ShapeDtypeStruct((8, 8), jnp.bfloat16), r"is float32\[8, 8\] there, bfloat16\[8, 8\] here"),
-    ],
-)
-def test_another_shape_or_type_is_refused(tmp_path, leaf, words):
+def test_another_shape_or_type_is_refused(tmp_path):
     fill(tmp_path, [1.0])
-    with pytest.raises(UserError, match=words):
-        value_of(tmp_path, leaf=leaf)
+    for leaf, got in (
+        (jax.ShapeDtypeStruct((8, 9), jnp.float32), r"float32\[8, 9\]"),
+        (jax.ShapeDtypeStruct((8, 8), jnp.bfloat16), r"bfloat16\[8, 8\]"),
+    ):
+        with pytest.raises(UserError, match=rf"\['params'\]\['w'\] is float32\[8, 8\] there, {got} here"):
+            value_of(tmp_path, leaf=leaf)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def test_a_configuration_comes_back_as_it_was_saved(tmp_path, config):
         (b'{"model": {"moe": {"top_k": 99}}}', "top_k must be in"),
     ],
 )
-def test_a_damaged_configuration_is_told(tmp_path, content, words):
+def test_a_damaged_configuration_is_an_error(tmp_path, content, words):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(UserError) as caught:
         RunDirectory(tmp_path).load_config()
@@ -53,7 +53,7 @@ def test_a_damaged_configuration_is_told(tmp_path, content, words):
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
-def test_a_folder_that_is_no_run_is_told(tmp_path):
+def test_a_folder_that_is_no_run_is_an_error(tmp_path):
     for path in (tmp_path, tmp_path / "none"):
         with pytest.raises(UserError, match="is not a run directory"):
             RunDirectory(path).load_config()
