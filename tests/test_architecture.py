@@ -47,8 +47,8 @@ WITHOUT_JAX = (
     "prepare/cache",
     "prepare/folder",
     "runs/layout",
-    "server/arguments",
-    "server/metrics",
+    "commands/server",
+    "server/counters",
     "server/requests",
     "terminal/prompts",
 )
@@ -57,6 +57,8 @@ WITHOUT_JAX = (
 def room_of(module: str) -> str | None:
     """The room of a dotted module name; None where it is not ours."""
     parts = module.split(".")
+    if module == "moe_jax.server.__main__":
+        return "sample"  # what a user starts, like train.py
     if parts[0] == "moe_jax":
         return parts[1] if len(parts) > 1 else None
     return parts[0] if parts[0] in ("train", "sample") else None

@@ -12,9 +12,9 @@ from unittest import mock
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.data.tokenizer import ByteTokenizer
 from moe_jax.sampling.batch import Batch
-from moe_jax.server.app import LOOPBACK, Service
+from moe_jax.server.app import Service
 from moe_jax.server.requests import Limits
-from moe_jax.server.serve import Server, listen
+from moe_jax.server.serve import LOOPBACK, Server, listen
 from moe_jax.server.worker import Worker
 from tests.sampling.tiny import make
 

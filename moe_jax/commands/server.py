@@ -1,0 +1,127 @@
+"""python -m moe_jax.server: parse, find the run, load its model, answer requests until a signal."""
+
+import importlib.util
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from moe_jax.cli import check_run
+from moe_jax.config.fields import MANY, check_range
+from moe_jax.errors import UserError
+from moe_jax.runs.layout import RunDirectory, latest_run
+
+
+@dataclass(frozen=True)
+class ServerCommand:
+    """Serve a trained model to programs that speak OpenAI's completions API; see docs/serving.md."""
+
+    workdir: str | None = None
+    """Run directory of the model; None: the run under runs/ that changed last."""
+    checkpoint: Literal["best", "newest"] = "best"
+    """Which checkpoint: best (lowest validation loss; the newest where none was evaluated) or newest."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of activations and matrices; None: as the run was trained."""
+    name: str | None = None
+    """What programs call the model; None: the name of the run directory."""
+    host: str | None = None
+    """Address to listen at; 0.0.0.0: all of this machine's; None: 127.0.0.1, for programs on this machine only."""
+    port: int = 8000
+    """Port to listen at; 0: any free one, which is printed."""
+    api_key_file: str | None = None
+    """File with a key that programs must send; None: the environment variable MOE_JAX_API_KEY, or else no key."""
+    max_batch: int = 16
+    """Texts that are generated together; others wait."""
+    max_queue: int = 256
+    """Texts that may wait; a request with more is refused with status 429."""
+    max_prompt_tokens: int | None = None
+    """Tokens a prompt may have; None: as many as the context."""
+    max_output_tokens: int = 4096
+    """Tokens that may be asked for."""
+    max_body_bytes: int = 2**20
+    """Size of a request."""
+
+
+_RANGES = {
+    "port": (0, 2**16 - 1),
+    "max_batch": (1, 1024),
+    "max_queue": (1, 2**20),
+    "max_prompt_tokens": (1, MANY),
+    "max_output_tokens": (1, 2**20),
+    "max_body_bytes": (1024, 2**30),
+}
+
+
+def main() -> None:
+    arguments = parse_server(sys.argv[1:])
+    packages = ("starlette", "uvicorn", "prometheus_client")
+    if not all(map(importlib.util.find_spec, packages)):
+        remedy = f"pip install 'moe_jax[server]', or pip install {' '.join(packages)}"
+        raise UserError(f"the server needs {', '.join(packages)}; {remedy}")
+    # There is nothing to finish yet, and a process that ends while it loads or compiles in other threads may crash.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if arguments.workdir is not None:
+        run = RunDirectory(Path(arguments.workdir))
+    else:
+        run = latest_run()
+        print(f"note: serving {run.path}, the run that changed last", file=sys.stderr)
+    run.load_config()  # its mistakes are reported before jax is loaded
+    serve(run, arguments)
+
+
+def parse_server(arguments: list[str]) -> ServerCommand:
+    """What the server's arguments ask for. Raises UserError."""
+    command = tyro.cli(ServerCommand, args=arguments, prog="python -m moe_jax.server")
+    check_run(command.workdir)
+    for name, (low, high) in _RANGES.items():
+        if getattr(command, name) is not None:
+            check_range("--" + name.replace("_", "-"), getattr(command, name), low, high)
+    if command.name is not None and not (command.name and command.name.isprintable()):
+        raise UserError(f"--name must be printable text, got {command.name!r}")
+    return command
+
+
+def serve(run: RunDirectory, arguments: ServerCommand) -> None:
+    """Answers requests until SIGTERM or SIGINT. Raises UserError or EnvironmentFault before the first."""
+    from moe_jax.sampling.engine import load_generator
+    from moe_jax.server.app import Service
+    from moe_jax.server.requests import Limits
+    from moe_jax.server.serve import KEY_VARIABLE, Server, listen, own_names, read_key
+    from moe_jax.server.worker import Worker
+    from moe_jax.sharding.startup import enable_compile_cache
+
+    api_key = read_key(arguments.api_key_file)
+    listener = listen(arguments.host or "127.0.0.1", arguments.port)
+    host, port = listener.getsockname()[:2]
+    names = own_names(arguments.host, host)
+    if api_key is None and names is None:
+        what = f"anyone who reaches {host} may use this server"
+        print(f"warning: {what}; give --api-key-file, or {KEY_VARIABLE} in the environment", file=sys.stderr)
+    if run.load_config().train.compile_cache:
+        enable_compile_cache()
+    generator, variables = load_generator(run, arguments.checkpoint, arguments.dtype)
+    limits = Limits(
+        model=arguments.name or run.path.resolve().name,
+        vocab_size=generator.tokenizer.vocab_size,
+        max_prompt_tokens=arguments.max_prompt_tokens or generator.config.context_length,
+        max_output_tokens=arguments.max_output_tokens,
+        max_texts=arguments.max_queue,
+    )
+    worker = Worker(generator, variables, batch_sizes(arguments.max_batch), arguments.max_queue)
+    worker.start()
+    service = Service(generator, worker, limits, arguments.max_body_bytes, api_key)
+    shown = f"[{host}]" if ":" in host else host
+    greeting = f"serving {run.path} as {limits.model} at http://{shown}:{port}"
+    try:
+        Server(service, names, greeting).run(sockets=[listener])
+    finally:
+        worker.stop()
+
+
+def batch_sizes(largest: int) -> tuple[int, ...]:
+    """Powers of two up to ``largest``, and that."""
+    return (*(1 << power for power in range((largest - 1).bit_length())), largest)
