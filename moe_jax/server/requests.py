@@ -4,7 +4,7 @@ import json
 import re
 import secrets
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from moe_jax.config.fields import check_range, unknown_name
 from moe_jax.config.rules import validate_sample
 from moe_jax.errors import UserError
 
-Prompt = str | Sequence[int]
+Prompt = str | list[int]
 """Text, or token ids."""
 
 _ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}

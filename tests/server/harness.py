@@ -88,19 +88,37 @@ class Running:
         connection.sendall(head.encode() + body)
 
     def metric(self, name):
-        """The value of one line of /metrics; 0 where it is not there yet."""
-        _, _, body = self.request("GET", "/metrics")
-        found = [line.split()[-1] for line in body.decode().splitlines() if line.startswith(name + " ")]
-        return float(found[0]) if found else 0.0
+        """The value of the line ``name`` of /metrics; 0 where there is none yet."""
+        lines = self.request("GET", "/metrics")[2].decode().splitlines()
+        return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
 
     def count(self, endpoint, status):
         """Requests of ``endpoint`` that were answered with ``status``."""
         return self.metric(f'moe_jax_requests_total{{endpoint="{endpoint}",status="{status}"}}')
 
     @property
+    def num_generated(self):
+        return self.service.counters.registry.get_sample_value("moe_jax_generated_tokens_total")
+
+    @property
+    def num_texts(self):
+        return self.service.worker.num_running, self.service.worker.queue_length
+
+    @property
     def is_idle(self):
-        worker = self.service.worker
-        return worker.queue_length == 0 and worker.num_running == 0 and not worker._leaving
+        return self.num_texts == (0, 0) and not self.service.worker._leaving
+
+
+def read(connection, until=None):
+    """What comes on ``connection``, up to and with the bytes ``until``, or else to its end."""
+    received = b""
+    while until is None or until not in received:
+        part = connection.recv(2**16)
+        if not part:
+            assert until is None, received
+            break
+        received += part
+    return received
 
 
 def events(body):

@@ -41,7 +41,7 @@ def test_without_a_seed_each_request_has_its_own():
 
 @pytest.mark.parametrize(
     ("prompt", "prompts"),
-    [("a", ("a",)), (["a", ""], ("a", "")), ([1, 2], ((1, 2),)), ([[1], [2, 3]], ((1,), (2, 3)))],
+    [("a", ("a",)), (["a", ""], ("a", "")), ([1, 2], ([1, 2],)), ([[1], [2, 3]], ([1], [2, 3]))],
 )
 def test_the_four_forms_of_a_prompt(prompt, prompts):
     assert parse(prompt=prompt).prompts == prompts

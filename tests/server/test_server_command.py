@@ -15,10 +15,10 @@ from unittest import mock
 
 import pytest
 
+from moe_jax.commands.server import batch_sizes
 from moe_jax.errors import EnvironmentFault, UserError
-from moe_jax.server import __main__ as command
 from moe_jax.server.app import Service
-from moe_jax.server.serve import Server, batch_sizes, listen, own_names, read_key
+from moe_jax.server.serve import Server, listen, own_names, read_key
 from tests.compiling import quick_environment
 from tests.oracles.texts import VERSE
 
@@ -101,7 +101,7 @@ def test_a_signal_ends_it_once_all_is_done(home):
         process.send_signal(signal.SIGTERM)
         received = first + stream.read()
         assert received.endswith(b"data: [DONE]\n\n")
-        assert received.count(b'"finish_reason": "') == 60
+        assert received.count(b'"finish_reason":"') == 60
         thread.join(60)
         assert len(whole[0]["choices"]) == 60
         assert process.wait(30) == 0
