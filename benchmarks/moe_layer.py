@@ -32,10 +32,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "einsum, capacity 1.0": {"dispatch": "einsum", "capacity_factor": 1.0},
     "gather, capacity 1.0": {"dispatch": "gather", "capacity_factor": 1.0},
     "gather, dropless": {"dispatch": "gather"},
-    "sorted, blocked": {"dispatch": "sorted", "grouped_matmul": "blocked"},
-    "sorted, ragged": {"dispatch": "sorted", "grouped_matmul": "ragged"},
-    "sorted, tokamax": {"dispatch": "sorted", "grouped_matmul": "tokamax"},
-    "sorted, by_row": {"dispatch": "sorted", "grouped_matmul": "by_row"},
+    "blocked": {"dispatch": "blocked"},
+    "ragged": {"dispatch": "ragged"},
+    "tokamax": {"dispatch": "tokamax"},
+    "by_row": {"dispatch": "by_row"},
 }
 # One fully dropless pair of fine-grained and of coarse experts: the same D, K·F and so the same active operations.
 FINE, COARSE = "512,512,64,8", "512,2048,8,2"
@@ -92,17 +92,17 @@ def why_not(case: Case, name: str, budget: float) -> str | None:
 
     platform, dense = jax.default_backend(), case.operations * case.E / case.K
     C = -(-case.group * case.K // case.E)
-    if name == "sorted, tokamax" and (platform != "gpu" or importlib.util.find_spec("tokamax") is None):
+    if name == "tokamax" and (platform != "gpu" or importlib.util.find_spec("tokamax") is None):
         return "no NVIDIA GPU with tokamax"
     if name.startswith("einsum") and case.T * case.K * max(case.E, C) * 4 + case.T * case.E * C * 8 > 2**31:
         return "its masks take more than 2 GiB"
     if name.startswith("einsum") and case.operations + 8 * case.T * case.E * C * case.D > budget:
         return "its masks take too many multiplications"
-    if name == "sorted, by_row" and 12 * case.T * case.K * case.D * case.F > 2**30:
+    if name == "by_row" and 12 * case.T * case.K * case.D * case.F > 2**30:
         return "it gathers more than 1 GiB of weights"
-    if name == "sorted, ragged" and platform != "tpu" and 32 * case.E * case.T * case.K * max(case.D, case.F) > 2**32:
+    if name == "ragged" and platform != "tpu" and 32 * case.E * case.T * case.K * max(case.D, case.F) > 2**32:
         return "its masked copies of the rows take more than 4 GiB"
-    if (name == "gather, dropless" or (name == "sorted, ragged" and platform != "tpu")) and dense > budget:
+    if (name == "gather, dropless" or (name == "ragged" and platform != "tpu")) and dense > budget:
         return "every expert on every token takes too many multiplications"
     return "too many multiplications" if case.operations > 8 * budget else None
 
@@ -210,7 +210,7 @@ def measure(case: Case, names: list[str], rounds: int, seconds: float) -> list[d
 
 def granularity(T: int, dtype: str, rounds: int, seconds: float) -> dict:
     """Forward and backward of 64 experts over that of 8 with equal active operations, in turns."""
-    name = "sorted, blocked"
+    name = "blocked"
     timed = {shape: passes(Case(*parse_shape(shape), T, T, dtype), [name])[name][1] for shape in (FINE, COARSE)}
     median = median_seconds(timed, rounds, seconds)
     return {"T": T, "fine": FINE, "coarse": COARSE, "ratio": round(median[FINE] / median[COARSE], 2)}

@@ -33,7 +33,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig
-from moe_jax.config.rules import validate
+from moe_jax.config.rules import check
 from moe_jax.errors import UserError, run
 from moe_jax.runs.layout import RunDirectory
 
@@ -70,7 +70,7 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
             activation=arguments.activation,
             moe=moe,
         )
-        config = validate(Config(model=model))
+        config = check(Config(model=model))
     return [Case(config, arguments.workdir, batch, arguments.new_tokens, arguments.dtype) for batch in arguments.batch]
 
 

@@ -23,21 +23,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from moe_jax.cli import load_recipe
 from moe_jax.commands.startup import use_huge_pages
 from moe_jax.config import Config
-from moe_jax.config.rules import validate
+from moe_jax.config.rules import check
 from moe_jax.errors import UserError, run
 
 
 def with_model(config: Config, moe: dict | None = None, **model: Any) -> Config:
     """``config`` with some settings of model and model.moe replaced."""
     sparse = dataclasses.replace(config.model.moe, **(moe or {}))
-    return validate(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=sparse, **model)))
+    return check(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=sparse, **model)))
 
 
 def variants(config: Config) -> dict[str, Config]:
     """What is compared, by name; the first is what the others are a ratio of."""
     periods = (config.model.num_layers - config.model.moe.first_dense) // config.model.moe.every
     dispatchers = {
-        "dropless, sorted": {"dispatch": "sorted", "capacity_factor": None},
+        "dropless": {"dispatch": "auto", "capacity_factor": None},
         "capacity 1.25, gather": {"dispatch": "gather", "capacity_factor": 1.25},
         "capacity 1.25, einsum": {"dispatch": "einsum", "capacity_factor": 1.25},
     }

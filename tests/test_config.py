@@ -14,7 +14,7 @@ from moe_jax.commands.sample import parse_sample
 from moe_jax.commands.train import parse_train
 from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig
 from moe_jax.config.fields import settings
-from moe_jax.config.rules import RANGES, profile_steps, validate
+from moe_jax.config.rules import RANGES, check, profile_steps
 from moe_jax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -27,11 +27,11 @@ def changed(name, value, config=None):
 
 
 def test_the_defaults_and_every_recipe_are_valid():
-    validate(Config())
+    check(Config())
     recipes = sorted((REPOSITORY / "configs").glob("*.py"))
     assert {"moe.py", "dense.py"} <= {recipe.name for recipe in recipes}
     for recipe in recipes:
-        validate(load_recipe(recipe))
+        check(load_recipe(recipe))
 
 
 def test_every_number_has_its_range():
@@ -75,7 +75,7 @@ def test_every_number_has_its_range():
 )
 def test_what_is_impossible_is_refused_with_rule_value_and_remedy(name, value, words):
     with pytest.raises(UserError) as caught:
-        validate(changed(name, value))
+        check(changed(name, value))
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -90,7 +90,7 @@ def test_what_is_impossible_is_refused_with_rule_value_and_remedy(name, value, w
 )
 def test_impossible_groups_of_experts_are_refused(moe, words):
     with pytest.raises(UserError) as caught:
-        validate(Config(model=ModelConfig(moe=MoEConfig(router="sigmoid_bias", **moe))))
+        check(Config(model=ModelConfig(moe=MoEConfig(router="sigmoid_bias", **moe))))
     assert words in str(caught.value)
 
 
@@ -104,25 +104,38 @@ def test_every_router_goes_with_every_dispatcher_or_is_refused_with_the_reason()
                     router=router, dispatch=dispatch, capacity_factor=factor, top_k=1 if router == "switch" else 2
                 )
                 try:
-                    validate(Config(model=ModelConfig(moe=moe)))
+                    check(Config(model=ModelConfig(moe=moe)))
                 except UserError:
                     refused.add((router, dispatch, factor))
     no_capacity = {("expert_choice", dispatch, None) for dispatch in typing.get_args(hints["dispatch"])}
-    no_drops = {(router, "sorted", 1.0) for router in ("top_k", "noisy_top_k", "switch", "sigmoid_bias")}
+    no_drops = {
+        (router, dispatch, 1.0)
+        for router in ("top_k", "noisy_top_k", "switch", "sigmoid_bias")
+        for dispatch in ("blocked", "ragged", "tokamax", "by_row")
+    }
     assert refused == no_capacity | no_drops
 
 
-@pytest.mark.parametrize("moe", [{"dispatch": "gather"}, {"capacity_factor": 1.0}])
-def test_the_grouped_product_is_no_setting_where_rows_are_not_sorted(moe):
-    with pytest.raises(UserError, match="grouped_matmul is for sorted rows, got ragged with"):
-        validate(Config(model=ModelConfig(moe=MoEConfig(grouped_matmul="ragged", **moe))))
+@pytest.mark.parametrize(
+    ("dispatch", "grouped_matmul", "today"),
+    [
+        *(("sorted", name, name) for name in ("auto", "blocked", "ragged", "tokamax", "by_row")),
+        *((name, "auto", name) for name in ("auto", "einsum", "gather")),
+        ("auto", "blocked", "blocked"),
+    ],
+)
+def test_an_older_runs_settings_are_read_under_their_names_of_today(dispatch, grouped_matmul, today):
+    values = Config().to_dict()
+    values["model"]["moe"] |= {"dispatch": dispatch, "grouped_matmul": grouped_matmul}
+    assert Config.from_dict(values, "here") == changed("model.moe.dispatch", today)
+    assert values["model"]["moe"]["dispatch"] == dispatch, "what was read stays as it was"
 
 
 def test_a_dense_model_needs_no_possible_moe_settings():
     dense = Config(model=ModelConfig(moe=MoEConfig(num_experts=0, top_k=2, every=7)))
-    assert validate(dense) == dense
+    assert check(dense) == dense
     with pytest.raises(UserError, match=r"model\.moe\.every must divide"):
-        validate(changed("model.moe.num_experts", 8, dense))
+        check(changed("model.moe.num_experts", 8, dense))
 
 
 def test_settings_survive_json():

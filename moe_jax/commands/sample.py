@@ -10,7 +10,7 @@ import tyro
 
 from moe_jax.cli import check_run
 from moe_jax.config import SampleConfig
-from moe_jax.config.rules import validate_sample
+from moe_jax.config.rules import check_sample
 from moe_jax.errors import UserError
 
 
@@ -66,7 +66,7 @@ def parse_sample(arguments: list[str], defaults: SampleConfig) -> SampleCommand:
     """What ``sample.py``'s arguments ask for, where ``defaults`` stand for what they leave out. Raises UserError."""
     command = tyro.cli(SampleCommand, args=arguments, default=SampleCommand(sample=defaults))
     check_run(command.workdir)
-    validate_sample(command.sample, lambda name: "--" + name.replace("_", "-"))
+    check_sample(command.sample, lambda name: "--" + name.replace("_", "-"))
     others = {"--prompt": command.prompt is not None, "--prompt-file": command.prompt_file is not None}
     for name in ("--prompt", "--prompt-file"):
         if command.interactive and others[name]:

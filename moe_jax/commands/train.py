@@ -10,7 +10,7 @@ import tyro
 from moe_jax.cli import config_argument, load_recipe
 from moe_jax.commands.startup import use_huge_pages
 from moe_jax.config import Config
-from moe_jax.config.rules import check_folder, validate
+from moe_jax.config.rules import check, check_folder
 from moe_jax.errors import UserError
 
 
@@ -50,4 +50,4 @@ def parse_train(arguments: list[str]) -> tuple[Config, Path]:
     if command.workdir is not None:
         check_folder("--workdir", command.workdir, "mount the bucket, or copy the run directory there afterwards")
         workdir = Path(command.workdir)
-    return validate(command.settings), workdir
+    return check(command.settings), workdir

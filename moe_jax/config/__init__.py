@@ -1,14 +1,14 @@
 """Every setting of a run, as frozen typed sections. Imports no jax, so that a mistake is told within a second.
 
 A recipe in ``configs/`` is a file with ``get_config() -> Config`` that names only what differs from the defaults here.
-``validation.validate`` is called once, right after parsing; each part of the package then takes the section it needs.
+``rules.check`` is called once, right after parsing; each part of the package then takes the section it needs.
 """
 
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_jax.config.fields import section_from_dict
+from moe_jax.config.fields import OldSettings, section_from_dict
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,8 @@ class MoEConfig:
     """sigmoid_bias: groups that a token may use."""
     num_shared_experts: int = 0
     """Experts that every token passes, beside its routed ones; computed as one MLP of their joint width."""
-    dispatch: Literal["auto", "einsum", "gather", "sorted"] = "auto"
-    """How rows reach their experts: one-hot products, gathers by row index, a sort without drops, or the fastest."""
-    grouped_matmul: Literal["auto", "blocked", "ragged", "tokamax", "by_row"] = "auto"
-    """The product of sorted rows: for processors, TPUs, NVIDIA GPUs, a few rows, or the fastest (docs/dispatch.md)."""
+    dispatch: Literal["auto", "einsum", "gather", "blocked", "ragged", "tokamax", "by_row"] = "auto"
+    """How rows reach their experts; auto: the fastest measured here (docs/dispatch.md). The last four drop nothing."""
     capacity_factor: float | None = None
     """Rows an expert accepts in training, as a multiple of the balanced share T*K/E; None drops nothing."""
     load_balancing_weight: float = 0.01
@@ -242,4 +240,15 @@ class Config:
     @staticmethod
     def from_dict(values: dict, source: str) -> "Config":
         """The settings of ``to_dict``; ``source`` names where they were read from in errors. Raises UserError."""
-        return section_from_dict(Config, values, source, "")
+        return section_from_dict(Config, values, source, OLD_SETTINGS)
+
+
+OLD_SETTINGS: OldSettings = {
+    ("model.moe.dispatch", "sorted"): ("model.moe.dispatch", "auto"),
+    ("model.moe.grouped_matmul", "auto"): None,
+    ("model.moe.grouped_matmul", "blocked"): ("model.moe.dispatch", "blocked"),
+    ("model.moe.grouped_matmul", "ragged"): ("model.moe.dispatch", "ragged"),
+    ("model.moe.grouped_matmul", "tokamax"): ("model.moe.dispatch", "tokamax"),
+    ("model.moe.grouped_matmul", "by_row"): ("model.moe.dispatch", "by_row"),
+}
+"""The name and value of a setting in an older run's config.json, and what it is called today; None: it is gone."""

@@ -5,16 +5,26 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from moe_jax.errors import UserError
 
+OldSettings = Mapping[tuple[str, Any], tuple[str, Any] | None]
 
-def section_from_dict(section: type, values: Any, source: str, prefix: str) -> Any:
-    """The ``section`` of the JSON ``values`` under the dotted ``prefix``. UserError for a name it does not have."""
+
+def section_from_dict(section: type, values: Any, source: str, old: OldSettings, prefix: str = "") -> Any:
+    """The ``section`` of the JSON ``values`` under the dotted ``prefix``. UserError for a name it does not have.
+
+    ``old`` maps (dotted name, value) of older files to today's, or to None where nothing takes the setting's place.
+    """
     if not isinstance(values, dict):
         raise UserError(f"{source}: {prefix.rstrip('.') or 'the file'} must be an object of settings, got {values!r}")
+    values = dict(values)
+    for (name, value), today in old.items():
+        if name.startswith(prefix) and values.get(name.removeprefix(prefix)) == value:
+            del values[name.removeprefix(prefix)]
+            values |= {today[0].removeprefix(prefix): today[1]} if today else {}
     fields = {item.name: item for item in dataclasses.fields(section)}
     for name in values:
         if name not in fields:
@@ -23,7 +33,7 @@ def section_from_dict(section: type, values: Any, source: str, prefix: str) -> A
     given = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
-            value = section_from_dict(hints[name], value, source, f"{prefix}{name}.")
+            value = section_from_dict(hints[name], value, source, old, f"{prefix}{name}.")
         elif typing.get_origin(hints[name]) is tuple and isinstance(value, list):  # JSON has no tuples
             value = tuple(value)
         given[name] = value

@@ -10,7 +10,7 @@ from moe_jax.config.fields import MANY, check_range, check_type, settings
 from moe_jax.errors import UserError
 
 
-def validate(config: Config) -> Config:
+def check(config: Config) -> Config:
     """Returns ``config``, or raises UserError on a wrong type, a value out of range or an impossible combination."""
     for name, expected, value in settings(config):
         check_type(name, expected, value)
@@ -24,10 +24,10 @@ def validate(config: Config) -> Config:
     return config
 
 
-def validate_sample(sample: SampleConfig, name_of: Callable[[str], str]) -> SampleConfig:
+def check_sample(sample: SampleConfig, name_of: Callable[[str], str]) -> SampleConfig:
     """Returns ``sample``, or raises UserError, which calls a setting what ``name_of`` makes of its field's name."""
     try:
-        validate(Config(sample=sample))
+        check(Config(sample=sample))
     except UserError as error:  # where these settings are given, they stand without their section
         raise UserError(re.sub(r"\bsample\.(\w+)", lambda match: name_of(match[1]), str(error))) from None
     return sample
@@ -165,16 +165,11 @@ def _check_router(moe: MoEConfig) -> None:
 
 
 def _check_dispatch(moe: MoEConfig) -> None:
-    if moe.dispatch == "sorted" and moe.capacity_factor is not None and moe.router != "expert_choice":
+    is_dropless = moe.dispatch not in ("auto", "einsum", "gather")
+    if is_dropless and moe.capacity_factor is not None and moe.router != "expert_choice":
         raise UserError(
-            f"model.moe.dispatch=sorted drops nothing and takes no model.moe.capacity_factor, got "
+            f"model.moe.dispatch={moe.dispatch} drops nothing and takes no model.moe.capacity_factor, got "
             f"{moe.capacity_factor}; set it to None, or use gather"
-        )
-    has_slots = moe.capacity_factor is not None or moe.dispatch != "auto"
-    if moe.grouped_matmul != "auto" and moe.dispatch != "sorted" and has_slots:
-        raise UserError(
-            f"model.moe.grouped_matmul is for sorted rows, got {moe.grouped_matmul} with model.moe.dispatch="
-            f"{moe.dispatch} and capacity_factor={moe.capacity_factor}; leave it at auto, or set dispatch to sorted"
         )
 
 

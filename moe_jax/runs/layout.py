@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moe_jax.config import Config
 from moe_jax.config.fields import settings
-from moe_jax.config.rules import validate
+from moe_jax.config.rules import check
 from moe_jax.errors import UserError
 from moe_jax.files import atomic_write_text, locked_folder, refuse_locked_folder
 
@@ -89,7 +89,7 @@ class RunDirectory:
             # The run has a copy of its own: the file that it was trained with need not be here any more.
             data = dataclasses.replace(data, tokenizer=None)
         try:
-            validate(dataclasses.replace(config, data=data))
+            check(dataclasses.replace(config, data=data))
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
         return config

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_jax.config import SampleConfig
-from moe_jax.config.rules import validate_sample
+from moe_jax.config.rules import check_sample
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Variables
 from moe_jax.runs.layout import RunDirectory
@@ -57,7 +57,7 @@ class Model:
             "seed": seed,
         }
         changed = {name: value for name, value in given.items() if value is not None}
-        sample = validate_sample(dataclasses.replace(self._defaults, **changed), lambda name: name)
+        sample = check_sample(dataclasses.replace(self._defaults, **changed), lambda name: name)
         if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
             raise UserError(f"prompts must be a list of texts, got {prompts!r}; write generate([text])")
         for index, prompt in enumerate(prompts):

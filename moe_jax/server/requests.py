@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from moe_jax.config import SampleConfig
 from moe_jax.config.fields import check_range, unknown_name
-from moe_jax.config.rules import validate_sample
+from moe_jax.config.rules import check_sample
 from moe_jax.errors import UserError
 
 Prompt = str | list[int]
@@ -200,7 +200,7 @@ def _sample(body: _Body, limits: Limits) -> SampleConfig:
         check_range("max_tokens", body.max_tokens, 1, limits.max_output_tokens)
         check_range("n", body.n, 1, limits.max_texts)
         sample = SampleConfig(**settings, stop=stop, stop_tokens=stop_tokens, seed=seed)
-        return validate_sample(sample, lambda setting: _FIELDS.get(setting, setting))
+        return check_sample(sample, lambda setting: _FIELDS.get(setting, setting))
     except UserError as error:
         message = _cut(str(error), 300)
         raise RequestError(message if ";" in message else f"{message}; change it", message.split()[0]) from None

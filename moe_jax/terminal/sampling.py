@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from moe_jax.config import SampleConfig
 from moe_jax.config.fields import unknown_name
-from moe_jax.config.rules import validate_sample
+from moe_jax.config.rules import check_sample
 from moe_jax.errors import UserError, tell_error
 from moe_jax.files import atomic_write_text
 from moe_jax.model.decoder import Variables
@@ -120,7 +120,7 @@ def _with_setting(line: str, sample: SampleConfig) -> SampleConfig:
         raise UserError(unknown_name("/", name, ["experts", *(each.replace("_", "-") for each in known)]))
     if text.strip():
         changed: dict[str, Any] = {field: _value(text.strip())}
-        sample = validate_sample(dataclasses.replace(sample, **changed), lambda each: "/" + each.replace("_", "-"))
+        sample = check_sample(dataclasses.replace(sample, **changed), lambda each: "/" + each.replace("_", "-"))
     print(f"/{name} is {getattr(sample, field)}", file=sys.stderr)
     return sample
 

@@ -18,7 +18,7 @@ log = logging.getLogger("moe_jax")
 _FREE = frozenset(
     {"model.dropout_rate", "model.embedding_dropout", "model.init", "model.init_std", "model.dtype", "model.remat"}
     | {"model.scan_unroll", "model.moe.router_jitter", "model.moe.bias_update_rate", "model.moe.dispatch"}
-    | {"model.moe.grouped_matmul", "model.moe.capacity_factor", "model.moe.load_balancing_weight"}
+    | {"model.moe.capacity_factor", "model.moe.load_balancing_weight"}
     | {"model.moe.load_balancing_scope", "model.moe.router_z_weight", "model.moe.importance_weight"}
 )
 

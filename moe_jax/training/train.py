@@ -10,7 +10,7 @@ import jax
 from clu import parameter_overview
 
 from moe_jax.config import Config
-from moe_jax.config.rules import validate
+from moe_jax.config.rules import check
 from moe_jax.data.batches import batches_per_epoch, check_data
 from moe_jax.data.dataset import PreparedData
 from moe_jax.data.tokenizer import save_tokenizer
@@ -115,7 +115,7 @@ def _settle(config: Config, run: RunDirectory, data: PreparedData) -> Config:
     saved = _begun(run)
     decay_steps = saved.optimizer.decay_steps if saved else config.optimizer.decay_steps or config.train.num_steps
     optimizer = dataclasses.replace(config.optimizer, decay_steps=decay_steps)
-    return validate(dataclasses.replace(config, optimizer=optimizer))
+    return check(dataclasses.replace(config, optimizer=optimizer))
 
 
 def _state(

@@ -22,7 +22,7 @@ import pytest
 
 from moe_jax.cli import load_recipe
 from moe_jax.config import Config, MeshConfig
-from moe_jax.config.rules import validate
+from moe_jax.config.rules import check
 from moe_jax.files import cache_folder
 from moe_jax.model.decoder import Decoder
 from moe_jax.prepare.cache import find_or_prepare
@@ -168,7 +168,7 @@ VOCABULARY = {
 @pytest.mark.parametrize("recipe", sorted(file.stem for file in (ROOT / "configs").glob("*.py")))
 def test_the_docstring_of_a_recipe_counts_its_parameters(recipe):
     file = ROOT / "configs" / f"{recipe}.py"
-    config = validate(load_recipe(file))
+    config = check(load_recipe(file))
     decoder = Decoder(config.model, VOCABULARY[config.data.path or config.data.tokenizer])
     params = jax.eval_shape(lambda: nn.unbox(decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]))
     counts = count_params(params, config.model.moe)

@@ -44,7 +44,7 @@ def test_a_run_of_another_machine_is_scored_here(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "copy")
     run = RunDirectory(tmp_path / "copy")
     config = run.load_config()
-    moe = dataclasses.replace(config.model.moe, dispatch="sorted", grouped_matmul="tokamax")
+    moe = dataclasses.replace(config.model.moe, dispatch="tokamax")
     run.save_config(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)))
     here = evaluate_run(run, None, "val", "newest")
     assert here["loss"] == pytest.approx(last_evaluation(run)["val/loss"], rel=1e-6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
-from moe_jax.config.rules import validate
+from moe_jax.config.rules import check
 from moe_jax.model.decoder import Decoder, Variables
 from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.training.diagnosis import find_not_finite, first_bad_gradient
@@ -46,7 +46,7 @@ def batch():
 
 def two_steps(config, devices=1, made=None):
     """(variables after two steps on the batch ``made``, outputs of both)."""
-    validate(config)
+    check(config)
     made = batch() if made is None else made
     decoder = Decoder(config.model, VOCAB)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
