@@ -1,26 +1,30 @@
-"""From the command line to a validated configuration. Imports no jax."""
+"""From the command line to a checked configuration. Imports no jax."""
 
+import dataclasses
 import importlib.util
 import os
 import re
 import traceback
 from pathlib import Path
+from typing import TypeVar
 
+import tyro
+
+from moe_jax import config as sections
 from moe_jax.config import Config
-from moe_jax.config.fields import check_type, settings, unknown_name
-from moe_jax.config.rules import check_folder
+from moe_jax.config.fields import check_fields, unknown_name
 from moe_jax.errors import UserError
 
+Command = TypeVar("Command")
 
-def config_argument(arguments: list[str]) -> str | None:
-    """The value of --config, the last one where there are several, as for every other flag."""
-    found = None
-    for index, argument in enumerate(arguments):
-        if argument == "--config" and index + 1 < len(arguments):
-            found = arguments[index + 1]
-        if argument.startswith("--config="):
-            found = argument.removeprefix("--config=")
-    return found
+
+def parse(command: type[Command], arguments: list[str], prog: str | None = None) -> Command:
+    """The flags of a ``command`` that ``arguments`` set, each in its bounds. Raises UserError.
+
+    Exits with the parser's box where a flag does not exist or cannot be read.
+    """
+    flags = tyro.cli(command, args=arguments, prog=prog)
+    return check_fields(flags, lambda name: "--" + name.split(".")[-1].replace("_", "-"))
 
 
 def load_recipe(path: Path) -> Config:
@@ -36,16 +40,14 @@ def load_recipe(path: Path) -> Config:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except (Exception, SystemExit) as error:  # it is the user's own code: whatever it raises is told with its line
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is reported with its line
         raise UserError(f"{path}{_line_in(path, error)}: {_explain(error)}") from error
     if not isinstance(config, Config):
         raise UserError(f"{path}: get_config() must return a moe_jax.config.Config, got {type(config).__name__}")
     try:
-        for name, expected, value in settings(config):
-            check_type(name, expected, value)  # before the parser, which puts a default in place of what it cannot use
+        return check_fields(config)  # before the parser, which puts a default in place of what it cannot use
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return config
 
 
 def _line_in(path: Path, error: BaseException) -> str:
@@ -59,25 +61,11 @@ def _line_in(path: Path, error: BaseException) -> str:
 
 def _explain(error: BaseException) -> str:
     match = re.match(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
-    if match:
-        sections = {"Config": Config(), **_sections(Config())}
-        section = sections.get(match.group(1))
-        if section is not None:
-            names = list(dict.fromkeys(name.split(".")[0] for name, _, _ in settings(section)))
-            return unknown_name(f"{match.group(1)}.", match.group(2), names)
+    section = getattr(sections, match[1], None) if match else None
+    if match and dataclasses.is_dataclass(section):
+        return unknown_name(f"{match[1]}.", match[2], [item.name for item in dataclasses.fields(section)])
     if isinstance(error, AttributeError) and "get_config" in str(error):
         return "a recipe needs a function get_config() that returns a moe_jax.config.Config"
     if isinstance(error, SystemExit):
         return f"a recipe must return its settings, but ends the program (SystemExit: {error}); take that out"
     return f"{type(error).__name__}: {error}"
-
-
-def _sections(config: Config) -> dict[str, object]:
-    found = [config.model, config.model.moe, config.data, config.optimizer, config.mesh, config.train, config.sample]
-    return {type(section).__name__: section for section in found}
-
-
-def check_run(workdir: str | None) -> None:
-    """UserError where ``workdir`` cannot be the folder of a run that is read."""
-    if workdir is not None:
-        check_folder("--workdir", workdir, "mount the bucket, or copy the run directory here first")

@@ -1,4 +1,4 @@
-"""The user's errors, the exit codes, and the one main guard of every command. Imports no jax."""
+"""The user's errors, the exit codes, and the main guard of every command. Imports no jax."""
 
 import errno
 import os
@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -13,11 +14,11 @@ class UserError(ValueError):
 
 
 class EnvironmentFault(Exception):
-    """A fault of the machine, or a run that cannot go on: the message says what and what to do, on one line."""
+    """A fault of the machine, or a run that cannot go on: the message names it and the remedy on one line."""
 
 
 class Terminated(BaseException):
-    """SIGTERM where there is nothing to save; raised, so that what is half written is removed."""
+    """SIGTERM when there is nothing to save; raised, so that what is half written is removed."""
 
 
 class Interrupted(Exception):
@@ -43,11 +44,13 @@ _REMEDIES = {
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls ``main`` and leaves the process with the exit code that design and README promise.
+    """Calls ``main`` and exits with the code that the README promises.
 
     0 done; 2 the user's mistake; 1 a fault of the environment (one line) or of ours (traceback); 130 or 143 after
-    SIGINT or SIGTERM.
+    SIGINT or SIGTERM. ``main`` imports what it needs itself, so that nothing has failed before this guard.
     """
+    if sys.platform == "win32":  # run directories are locked by flock
+        _leave("moe_jax does not run on native Windows; run the same command in WSL (wsl --install)", 1)
     before = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         main()
@@ -62,7 +65,7 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _leave("interrupted before there was anything to save", 130)
     except BrokenPipeError:
-        # The reader went away (`python sample.py | head -1`): nothing is wrong with the run.
+        # The reader has gone away (`python sample.py | head -1`): nothing is wrong with the run.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
@@ -76,11 +79,11 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _raise_terminated(_number: int, _frame: FrameType | None) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one does not wait
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
     raise Terminated
 
 
-def _leave(message: str, exit_code: int) -> None:
+def _leave(message: str, exit_code: int) -> NoReturn:
     tell_error(message)
     sys.exit(exit_code)
 

@@ -1,29 +1,35 @@
-"""Configuration: validation, its messages, and the command line."""
+"""Configuration: bounds, rules and their messages, and what is read from disk."""
 
 import dataclasses
 import json
-import subprocess
-import sys
+import math
 import typing
 from pathlib import Path
 
 import pytest
 
 from moe_jax.cli import load_recipe
-from moe_jax.commands.sample import parse_sample
-from moe_jax.commands.train import parse_train
-from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig
-from moe_jax.config.fields import settings
-from moe_jax.config.rules import RANGES, check, profile_steps
+from moe_jax.config import OLD_SETTINGS, Config, ModelConfig, MoEConfig, SampleConfig
+from moe_jax.config.bounds import MANY, Range
+from moe_jax.config.fields import check_type, settings
+from moe_jax.config.rules import ROUTER_RULES, check, check_sample, profile_steps
 from moe_jax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
+CHOICES = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(MoEConfig).items()}
 
 
 def changed(name, value, config=None):
     config = config or Config()
     head, _, rest = name.partition(".")
     return dataclasses.replace(config, **{head: changed(rest, value, getattr(config, head)) if rest else value})
+
+
+def error_of(function, *arguments):
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_the_defaults_and_every_recipe_are_valid():
@@ -34,21 +40,29 @@ def test_the_defaults_and_every_recipe_are_valid():
         check(load_recipe(recipe))
 
 
-def test_every_number_has_its_range():
-    numbers = {name for name, kind, _ in settings(Config()) if {int, float} & {kind, *typing.get_args(kind)}}
-    unchecked_here = {"model.moe.top_k", "mesh.data"}  # by rules of their own
-    assert numbers - unchecked_here == set(RANGES)
+def parts(hint):
+    """The types that ``hint`` is made of, each with the bounds that stand around it."""
+    kind, inside = typing.get_origin(hint), typing.get_args(hint)
+    if kind is typing.Annotated:
+        return [(inside[0], inside[1:])]
+    return [(hint, ())] if kind in (None, typing.Literal) else [part for each in inside for part in parts(each)]
+
+
+def test_every_number_stands_with_its_range():
+    for name, hint, _ in settings(Config()):
+        for kind, bounds in parts(hint):
+            assert kind not in (int, float) or any(isinstance(bound, Range) for bound in bounds), name
 
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
         ("model.moe.top_k", 99, "model.moe.top_k must be in [1, num_experts=8], got 99; lower top_k or raise"),
-        ("model.moe.top_k", 0, "model.moe.top_k must be in [1, num_experts=8], got 0"),
+        ("model.moe.top_k", 0, "model.moe.top_k must be at least 1, got 0"),
         ("model.num_heads", 3, "model.num_heads must divide model.embed_dim=128, got 3"),
         ("model.num_kv_heads", 3, "model.num_kv_heads must divide model.num_heads=4, got 3"),
+        ("model.num_kv_heads", "3", "model.num_kv_heads must be of type int, got '3' of type str"),
         ("model.num_heads", 128, "needs an even head width"),
-        ("sample.stop_tokens", (3, -1), "sample.stop_tokens must be at least 0, got -1"),
         ("model.moe.every", 3, "model.moe.every must divide num_layers - first_dense = 4, got 3"),
         ("model.moe.first_dense", 4, "model.moe.first_dense must be below model.num_layers=4, got 4"),
         ("model.moe.capacity_factor", 0.0, "model.moe.capacity_factor must be at least"),
@@ -60,24 +74,31 @@ def test_every_number_has_its_range():
         ("model.embed_dim", 128.0, "model.embed_dim must be of type int, got 128.0 of type float"),
         ("model.qk_norm", 1, "model.qk_norm must be of type bool"),
         ("model.num_layers", True, "model.num_layers must be of type int, got True of type bool"),
-        ("optimizer.learning_rate", float("nan"), "optimizer.learning_rate must be a finite number"),
+        ("model", 3, "model must be of type ModelConfig, got 3 of type int"),
+        ("optimizer.learning_rate", math.nan, "optimizer.learning_rate must be a finite number"),
         ("optimizer.learning_rate", "fast", "optimizer.learning_rate must be of type float"),
         ("optimizer.warmup_steps", 1000, "optimizer.warmup_steps must be below the 1000 steps"),
         ("optimizer.accumulation_steps", 5, "optimizer.accumulation_steps must divide data.batch_size=32, got 5"),
         ("model.dropout_rate", 1.0, "model.dropout_rate must be in [0.0, 0.99], got 1.0"),
-        ("data.tokenizer", "bpe", "data.tokenizer must be char, byte, bpe:VOCAB"),
-        ("data.tokenizer", "bpe:100", "needs VOCAB in [300, 262144], got 100"),
+        ("data.path", "s3://bucket/x", "data.path must be a file or folder of this machine, got s3://bucket/x;"),
+        ("data.tokenizer", "bpe:100", "data.tokenizer bpe:VOCAB needs VOCAB in [300, 262144], got 100; change it"),
+        ("data.tokenizer", "bpe:many", "needs VOCAB in [300, 262144], got many"),
+        ("data.tokenizer", " ", "data.tokenizer must name a tokenizer, got ' '"),
         ("data.batch_size", 0, "data.batch_size must be at least 1, got 0"),
+        ("data.batch_size", 2**31, f"data.batch_size must be in [1, {MANY}], got 2147483648"),
         ("mesh.data", 0, "mesh.data must be -1 (all devices) or at least 1, got 0"),
         ("train.profile", "9:3", "train.profile must be START:STOP with START < STOP"),
+        ("train.profile", "2000:2001", "train.profile must start before train.num_steps=1000"),
+        ("train.trackers", ["mlflow"], "train.trackers must be a tuple"),
+        ("train.mlflow_uri", "sqlite:///x", "train.mlflow_uri is for train.trackers mlflow, got sqlite:///x with"),
         ("sample.top_p", 0.0, "sample.top_p must be in"),
+        ("sample.temperature", 1e-4, "sample.temperature must be 0 (the most likely token) or at least 0.001"),
+        ("sample.stop", ("",), "each of sample.stop must have at least one character, got an empty text; leave"),
+        ("sample.stop_tokens", (3, -1), "each of sample.stop_tokens must be at least 0, got -1"),
     ],
 )
 def test_what_is_impossible_is_refused_with_rule_value_and_remedy(name, value, words):
-    with pytest.raises(UserError) as caught:
-        check(changed(name, value))
-    assert words in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert words in error_of(check, changed(name, value))
 
 
 @pytest.mark.parametrize(
@@ -85,35 +106,51 @@ def test_what_is_impossible_is_refused_with_rule_value_and_remedy(name, value, w
     [
         ({"num_expert_groups": 3}, "num_expert_groups must divide num_experts=8, got 3"),
         ({"num_expert_groups": 4, "top_k_groups": 5}, "top_k_groups must be in [1, num_expert_groups=4], got 5"),
+        ({"top_k_groups": 2}, "top_k_groups must be in [1, num_expert_groups=1], got 2"),
         ({"num_expert_groups": 4, "top_k": 3}, "at most the 2 experts of 1 of 4 groups, got 3; lower it, or raise"),
     ],
 )
 def test_impossible_groups_of_experts_are_refused(moe, words):
-    with pytest.raises(UserError) as caught:
-        check(Config(model=ModelConfig(moe=MoEConfig(router="sigmoid_bias", **moe))))
-    assert words in str(caught.value)
+    assert words in error_of(check, Config(model=ModelConfig(moe=MoEConfig(router="sigmoid_bias", **moe))))
 
 
-def test_every_router_goes_with_every_dispatcher_or_is_refused_with_the_reason():
-    hints = typing.get_type_hints(MoEConfig)
+def test_a_type_of_several_names_the_first_and_takes_the_others():
+    hint = int | None | typing.Literal["all"]
+    for value in (3, None, "all"):
+        check_type("n", hint, value)
+    assert error_of(check_type, "n", hint, "x") == "n must be of type int, got 'x' of type str"
+
+
+def test_an_error_names_a_setting_of_sampling_as_it_was_given():
+    assert error_of(check_sample, SampleConfig(top_p=7), "/{}".format) == "/top_p must be in [1e-06, 1.0], got 7"
+
+
+def test_every_router_goes_with_every_dispatch_or_is_refused_with_the_reason():
+    assert tuple(ROUTER_RULES) == CHOICES["router"]
     refused = set()
-    for router in typing.get_args(hints["router"]):
-        for dispatch in typing.get_args(hints["dispatch"]):
+    for router, rules in ROUTER_RULES.items():
+        for dispatch in CHOICES["dispatch"]:
             for factor in (None, 1.0):
-                moe = MoEConfig(
-                    router=router, dispatch=dispatch, capacity_factor=factor, top_k=1 if router == "switch" else 2
-                )
+                moe = MoEConfig(router=router, dispatch=dispatch, capacity_factor=factor, top_k=2 - rules.one_expert)
                 try:
                     check(Config(model=ModelConfig(moe=moe)))
                 except UserError:
                     refused.add((router, dispatch, factor))
-    no_capacity = {("expert_choice", dispatch, None) for dispatch in typing.get_args(hints["dispatch"])}
-    no_drops = {
-        (router, dispatch, 1.0)
-        for router in ("top_k", "noisy_top_k", "switch", "sigmoid_bias")
-        for dispatch in ("blocked", "ragged", "tokamax", "by_row")
-    }
-    assert refused == no_capacity | no_drops
+    no_capacity = {("expert_choice", dispatch, None) for dispatch in CHOICES["dispatch"]}
+    droppers = ("top_k", "noisy_top_k", "switch", "sigmoid_bias")
+    dropless = ("blocked", "ragged", "tokamax", "by_row")
+    assert refused == no_capacity | {(router, dispatch, 1.0) for router in droppers for dispatch in dropless}
+
+
+def test_a_dense_model_needs_no_possible_moe_settings():
+    dense = Config(model=ModelConfig(moe=MoEConfig(num_experts=0, top_k=2, every=7)))
+    assert check(dense) == dense
+    assert "model.moe.every must divide" in error_of(check, changed("model.moe.num_experts", 8, dense))
+
+
+def test_settings_survive_json():
+    config = changed("train.trackers", ("mlflow",), changed("data.path", "x.txt"))
+    assert Config.from_dict(json.loads(json.dumps(config.to_dict())), "here") == config
 
 
 @pytest.mark.parametrize(
@@ -127,20 +164,14 @@ def test_every_router_goes_with_every_dispatcher_or_is_refused_with_the_reason()
 def test_an_older_runs_settings_are_read_under_their_names_of_today(dispatch, grouped_matmul, today):
     values = Config().to_dict()
     values["model"]["moe"] |= {"dispatch": dispatch, "grouped_matmul": grouped_matmul}
+    before = json.dumps(values)
     assert Config.from_dict(values, "here") == changed("model.moe.dispatch", today)
-    assert values["model"]["moe"]["dispatch"] == dispatch, "what was read stays as it was"
+    assert json.dumps(values) == before, "what was read stays as it was"
 
 
-def test_a_dense_model_needs_no_possible_moe_settings():
-    dense = Config(model=ModelConfig(moe=MoEConfig(num_experts=0, top_k=2, every=7)))
-    assert check(dense) == dense
-    with pytest.raises(UserError, match=r"model\.moe\.every must divide"):
-        check(changed("model.moe.num_experts", 8, dense))
-
-
-def test_settings_survive_json():
-    config = changed("model.moe.capacity_factor", None, changed("data.path", "x.txt"))
-    assert Config.from_dict(json.loads(json.dumps(config.to_dict())), "here") == config
+def test_old_settings_lead_to_settings_that_there_are():
+    for today in filter(None, OLD_SETTINGS.values()):
+        assert check(changed(*today))
 
 
 @pytest.mark.parametrize(
@@ -148,45 +179,16 @@ def test_settings_survive_json():
     [
         ({"model": {"embd_dim": 3}}, "here: there is no setting model.embd_dim; did you mean model.embed_dim?"),
         ({"modle": {}}, "here: there is no setting modle; did you mean model?"),
+        ({"model": {"moe": {"grouped_matmul": "x"}}}, "here: there is no setting model.moe.grouped_matmul"),
         ({"data": 3}, "here: data must be an object of settings, got 3"),
         ([], "here: the file must be an object of settings"),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(values, words):
-    with pytest.raises(UserError) as caught:
-        Config.from_dict(values, "here")
-    assert words in str(caught.value)
+    assert words in error_of(Config.from_dict, values, "here")
 
 
 def test_profile_steps():
     assert profile_steps("10:15") == (10, 15)
     for wrong in ("10", "a:b", "5:5", "-1:3"):
-        with pytest.raises(UserError, match="START:STOP"):
-            profile_steps(wrong)
-
-
-def test_the_command_line_changes_the_recipe():
-    config, workdir = parse_train(
-        ["--config", str(REPOSITORY / "configs/moe.py"), "--model.moe.num-experts", "16", "--data.batch_size=6"]
-    )
-    assert (config.model.moe.num_experts, config.data.batch_size) == (16, 6)
-    assert workdir == Path("runs/moe")
-    _, named = parse_train([f"--config={REPOSITORY / 'configs/moe.py'}", "--workdir", "elsewhere"])
-    assert named == Path("elsewhere")
-
-
-def test_sampling_flags_default_to_the_runs_own():
-    defaults = SampleConfig(temperature=0.3, max_new_tokens=7)
-    command = parse_sample(["--prompt", "x", "--top-k", "5"], defaults)
-    assert command.sample == dataclasses.replace(defaults, top_k=5)
-    with pytest.raises(UserError, match=r"--temperature must be at least 0, got -1"):
-        parse_sample(["--temperature", "-1"], defaults)
-
-
-def test_help_explains_every_setting():
-    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=REPOSITORY, capture_output=True, text=True)
-    assert done.returncode == 0
-    for name, _, _ in settings(Config()):
-        assert f"--{name.replace('_', '-')}" in done.stdout, name
-    source = (REPOSITORY / "moe_jax/config/__init__.py").read_text()
-    assert source.count('    """') >= len(list(settings(Config()))), "each setting has its line of explanation"
+        assert "START:STOP" in error_of(profile_steps, wrong)

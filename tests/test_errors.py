@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 from moe_jax import errors
 from moe_jax.commands.startup import use_huge_pages
 from moe_jax.files import cache_folder
+
+ROOT = Path(__file__).parents[1]
 
 
 def run(error, capsys):
@@ -48,6 +51,20 @@ def test_our_own_faults_keep_their_traceback():
         errors.run(main)
 
 
+def test_native_windows_is_pointed_to_wsl_before_anything_is_imported(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "platform", "win32")
+    code, line = run(AssertionError("main was called"), capsys)
+    assert (code, line.count("\n")) == (1, 1)
+    assert line.startswith("error: moe_jax does not run on native Windows; run the same command in WSL")
+
+
+@pytest.mark.parametrize("module", ["train", "sample", "moe_jax.evaluate", "moe_jax.prepare", "moe_jax.server"])
+def test_no_command_imports_what_windows_lacks_before_that(module):
+    name = f"{module}.__main__" if (ROOT / module.replace(".", "/")).is_dir() else module
+    program = f"import sys, {name}; assert not {{'fcntl', 'moe_jax.files'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 def test_success_returns():
     calls = []
     errors.run(lambda: calls.append("main"))
@@ -64,7 +81,7 @@ def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
 
 @pytest.fixture
 def restarts(monkeypatch):
-    """What use_huge_pages restarts this process with, on a machine where huge pages are to be had."""
+    """What use_huge_pages restarts this process with, on a machine that has huge pages."""
     calls = []
     monkeypatch.setattr(os, "execv", lambda program, arguments: calls.append((program, arguments)))
     monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "--config", "a recipe.py"])
@@ -84,15 +101,17 @@ def test_huge_pages_are_asked_for_by_one_restart_with_the_same_arguments(restart
     assert len(restarts) == 1
 
 
-@pytest.mark.parametrize("why_not", ["set by the user", "old glibc", "another libc", "switched off"])
-def test_huge_pages_are_left_alone_where_they_are_not_to_be_had(restarts, monkeypatch, why_not):
-    if why_not == "set by the user":
-        monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1")
-    elif why_not == "old glibc":
-        monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31"))
-    elif why_not == "another libc":
-        monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    else:
-        monkeypatch.setattr(Path, "read_text", lambda self: "always madvise [never]")
+@pytest.mark.parametrize(
+    "why_not",
+    [
+        lambda patch: patch.setenv("GLIBC_TUNABLES", "glibc.malloc.check=1"),
+        lambda patch: patch.setattr(platform, "libc_ver", lambda: ("glibc", "2.31")),
+        lambda patch: patch.setattr(platform, "libc_ver", lambda: ("", "")),
+        lambda patch: patch.setattr(Path, "read_text", lambda self: "always madvise [never]"),
+    ],
+    ids=["set by the user", "old glibc", "another libc", "switched off"],
+)
+def test_huge_pages_are_left_alone_where_they_are_unavailable(restarts, monkeypatch, why_not):
+    why_not(monkeypatch)
     use_huge_pages()
     assert restarts == []

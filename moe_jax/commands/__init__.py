@@ -1,1 +1,1 @@
-"""What joins the core and the edges: one file a command."""
+"""The commands: each file joins the core and the edges for one of them."""

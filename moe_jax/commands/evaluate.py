@@ -1,4 +1,4 @@
-"""moe_jax.evaluate: parse, find the run, score it."""
+"""python -m moe_jax.evaluate: parse the flags, open the run, score it."""
 
 import json
 import sys
@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-from moe_jax.cli import check_run
+from moe_jax.cli import parse
 from moe_jax.commands.startup import use_huge_pages
-from moe_jax.config.rules import check_input
+from moe_jax.config.bounds import LocalInput, RunFolder
 
 
-def main(description: str) -> None:
+def main() -> None:
     from moe_jax.runs.layout import RunDirectory, latest_run
 
-    arguments = parse_evaluate(sys.argv[1:], description)
+    arguments = parse(EvaluateCommand, sys.argv[1:], "python -m moe_jax.evaluate")
     use_huge_pages()
     if arguments.workdir is not None:
         run = RunDirectory(Path(arguments.workdir))
@@ -38,20 +36,19 @@ def main(description: str) -> None:
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    workdir: str | None = None
+    """Score a trained model on text.
+
+    Prints one JSON object: the loss in nats a token, perplexity, bits per byte and the tokens scored, each of them
+    once, in consecutive windows of the training context (or in whole documents, as the model was trained), without
+    noise, dropout or drops. bits_per_byte is null where unknown tokens stand for bytes that are not known, and so is
+    every number that is not finite.
+    """
+
+    workdir: RunFolder | None = None
     """Run directory of the model; None: the run under runs/ that changed last."""
-    data: str | None = None
+    data: LocalInput | None = None
     """Text or prepared folder to score instead of the run's own; a text is tokenized and split as the run's was."""
     split: Literal["val", "train", "all"] = "val"
     """Which part of it: the held-out one, the one to train on, or both, as for a text that was not trained on."""
     checkpoint: Literal["best", "newest"] = "best"
     """Which checkpoint: best (lowest validation loss; the newest where none was evaluated) or newest."""
-
-
-def parse_evaluate(arguments: list[str], description: str) -> EvaluateCommand:
-    """What ``moe_jax.evaluate``'s arguments ask for. Raises UserError."""
-    command = tyro.cli(EvaluateCommand, args=arguments, description=description, prog="python -m moe_jax.evaluate")
-    check_run(command.workdir)
-    if command.data is not None:
-        check_input("--data", command.data)
-    return command

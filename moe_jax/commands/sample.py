@@ -1,33 +1,30 @@
-"""sample.py: parse, find the run, sample on the terminal."""
+"""sample.py: parse the flags, open the run, sample on the terminal."""
 
 import dataclasses
 import sys
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from moe_jax.cli import check_run
+from moe_jax.cli import parse
 from moe_jax.config import SampleConfig
-from moe_jax.config.rules import check_sample
+from moe_jax.config.bounds import RunFolder
 from moe_jax.errors import UserError
 
 
 def main() -> None:
     from moe_jax.runs.layout import RunDirectory, latest_run
 
-    arguments = parse_sample(sys.argv[1:], SampleConfig())
+    arguments = parse_sample(sys.argv[1:])
     if arguments.workdir is not None:
         run = RunDirectory(Path(arguments.workdir))
     else:
         run = latest_run()
         print(f"note: sampling from {run.path}, the run that changed last", file=sys.stderr)
-    # What the command line leaves out is as the run was configured; a conversation has one text at a time.
-    defaults = run.load_config().sample
-    if arguments.interactive:
-        defaults = dataclasses.replace(defaults, num_samples=1)
-    sample = parse_sample(sys.argv[1:], defaults).sample
+    sample = arguments.sample_config(run.load_config().sample)
 
     from moe_jax.terminal.prompts import read_prompts
 
@@ -41,11 +38,26 @@ def main() -> None:
         sample_to_terminal(run, arguments.checkpoint, arguments.dtype, prompts, sample, jsonl=arguments.jsonl)
 
 
+SampleFlags: type[SampleConfig] = dataclasses.make_dataclass(
+    "SampleFlags",
+    [
+        (name, hint | Literal["run"], "run")
+        for name, hint in typing.get_type_hints(SampleConfig, include_extras=True).items()
+    ],
+    bases=(SampleConfig,),
+    frozen=True,
+)
+"""The settings of sampling as flags, where the default "run" stands for the run's own setting."""
+
+
 @dataclass(frozen=True)
 class SampleCommand:
-    """Continue a prompt, or start from nothing, with a trained model."""
+    """Continue a prompt, or start from nothing, with a trained model.
 
-    workdir: str | None = None
+    The default "run" stands for what the run's recipe says.
+    """
+
+    workdir: RunFolder | None = None
     """Run directory of the model; None: the run under runs/ that changed last."""
     prompt: str | None = None
     """Text to continue; - reads it from standard input, without its last line end; None: start from nothing."""
@@ -59,26 +71,33 @@ class SampleCommand:
     """Which checkpoint: best (lowest validation loss; the newest where none was evaluated) or newest."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of activations and matrices; None: as the run was trained."""
-    sample: Annotated[SampleConfig, tyro.conf.arg(name="")] = field(default_factory=SampleConfig)
+    flags: Annotated[SampleConfig, tyro.conf.arg(name="", constructor=SampleFlags)] = field(
+        default_factory=SampleFlags
+    )
+
+    def sample_config(self, of_run: SampleConfig) -> SampleConfig:
+        """The settings of sampling: those of the flags, and ``of_run`` where there is no flag."""
+        given = {name: value for name, value in vars(self.flags).items() if value != "run"}
+        if self.interactive:
+            given["num_samples"] = 1  # a conversation has one text at a time
+        return dataclasses.replace(of_run, **given)
 
 
-def parse_sample(arguments: list[str], defaults: SampleConfig) -> SampleCommand:
-    """What ``sample.py``'s arguments ask for, where ``defaults`` stand for what they leave out. Raises UserError."""
-    command = tyro.cli(SampleCommand, args=arguments, default=SampleCommand(sample=defaults))
-    check_run(command.workdir)
-    check_sample(command.sample, lambda name: "--" + name.replace("_", "-"))
-    others = {"--prompt": command.prompt is not None, "--prompt-file": command.prompt_file is not None}
-    for name in ("--prompt", "--prompt-file"):
-        if command.interactive and others[name]:
-            raise UserError(
-                f"--interactive reads its prompts from standard input and takes no {name}; leave one of them out"
-            )
-    if all(others.values()):
+def parse_sample(arguments: list[str]) -> SampleCommand:
+    """What ``sample.py``'s arguments ask for. Raises UserError."""
+    command = parse(SampleCommand, arguments)
+    if command.prompt is not None and command.prompt_file is not None:
         raise UserError("--prompt and --prompt-file both say what to continue; leave one of them out")
-    if command.interactive and command.jsonl:
-        raise UserError("--interactive prints texts as they are made and takes no --jsonl; leave one of them out")
-    if command.interactive and command.sample.num_samples > 1:
-        raise UserError(
-            f"--num-samples must be 1 with --interactive, got {command.sample.num_samples}; leave one of them out"
-        )
+    if command.interactive:
+        for name, value in (("--prompt", command.prompt), ("--prompt-file", command.prompt_file)):
+            if value is not None:
+                raise UserError(
+                    f"--interactive reads its prompts from standard input and takes no {name}; leave one of them out"
+                )
+        if command.jsonl:
+            raise UserError("--interactive prints texts as they are made and takes no --jsonl; leave one of them out")
+        if command.flags.num_samples not in ("run", 1):
+            raise UserError(
+                f"--num-samples must be 1 with --interactive, got {command.flags.num_samples}; leave one of them out"
+            )
     return command

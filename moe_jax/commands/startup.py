@@ -1,4 +1,4 @@
-"""What a command does before it loads jax."""
+"""Huge pages for XLA's scratch memory: set up before jax is loaded."""
 
 import os
 import platform
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def use_huge_pages() -> None:
-    """Restarts this process once with glibc asked for huge pages; does nothing where that is not to be had.
+    """Restarts this process once so that glibc allocates huge pages; a no-op if they are unavailable.
 
-    XLA takes its scratch memory anew at every step on a CPU, and mapping it in pages of 4 kB cost a quarter of the
-    time of a training step. The setting must be in the environment before a process starts. It is left alone where
-    GLIBC_TUNABLES is set already, to anything.
+    XLA allocates its scratch memory anew at every step on a CPU, and mapping it in pages of 4 kB took a quarter of the
+    time of a training step. glibc reads the setting when a process starts. A GLIBC_TUNABLES that is already set, to
+    anything, is left alone.
     """
     library, version = platform.libc_ver()
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")

@@ -1,5 +1,6 @@
-"""train.py: parse, compose, train."""
+"""train.py: parse the flags, compose, train."""
 
+import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,10 +8,11 @@ from typing import Annotated
 
 import tyro
 
-from moe_jax.cli import config_argument, load_recipe
+from moe_jax.cli import load_recipe
 from moe_jax.commands.startup import use_huge_pages
 from moe_jax.config import Config
-from moe_jax.config.rules import check, check_folder
+from moe_jax.config.bounds import LocalFolder
+from moe_jax.config.rules import check
 from moe_jax.errors import UserError
 
 
@@ -38,8 +40,10 @@ class TrainCommand:
 
 
 def parse_train(arguments: list[str]) -> tuple[Config, Path]:
-    """The validated configuration and the run directory that ``train.py``'s arguments ask for. Raises UserError."""
-    recipe = config_argument(arguments)
+    """The checked configuration and the run directory that ``train.py``'s arguments ask for. Raises UserError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", nargs="?")
+    recipe = parser.parse_known_args(arguments)[0].config  # its values are the defaults of the other flags
     if not recipe and not {"-h", "--help"} & set(arguments):
         raise UserError("--config is required: name a recipe, such as --config configs/moe.py")
     base = load_recipe(Path(recipe)) if recipe else Config()
@@ -48,6 +52,6 @@ def parse_train(arguments: list[str]) -> tuple[Config, Path]:
     )
     workdir = Path("runs") / Path(command.config).stem
     if command.workdir is not None:
-        check_folder("--workdir", command.workdir, "mount the bucket, or copy the run directory there afterwards")
+        LocalFolder("mount the bucket, or copy the run directory there afterwards")("--workdir", command.workdir)
         workdir = Path(command.workdir)
     return check(command.settings), workdir

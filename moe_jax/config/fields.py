@@ -5,10 +5,12 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
 from moe_jax.errors import UserError
+
+T = TypeVar("T")
 
 OldSettings = Mapping[tuple[str, Any], tuple[str, Any] | None]
 
@@ -48,45 +50,55 @@ def unknown_name(prefix: str, name: str, known: list[str]) -> str:
 
 
 def settings(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yields (dotted name, type, value) of every setting in ``section``."""
-    hints = typing.get_type_hints(type(section))
+    """Yields (dotted name, type with its bounds, value) of every setting in ``section``."""
+    kinds, hints = (typing.get_type_hints(type(section), include_extras=extras) for extras in (False, True))
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)
-        if dataclasses.is_dataclass(hints[item.name]) and isinstance(value, hints[item.name]):
+        if dataclasses.is_dataclass(kinds[item.name]) and isinstance(value, kinds[item.name]):
             yield from settings(value, f"{prefix}{item.name}.")
         else:
             yield prefix + item.name, hints[item.name], value
 
 
+def check_fields(section: T, name_of: Callable[[str], str] = str) -> T:
+    """Returns ``section``, or raises UserError where a setting is not of its type or out of its bounds.
+
+    ``name_of`` maps a setting's dotted name to what the error calls it.
+    """
+    for name, expected, value in settings(section):
+        check_type(name_of(name), expected, value)
+    return section
+
+
 def check_type(name: str, expected: Any, value: Any) -> None:
-    """UserError unless ``value`` is of the annotated type ``expected``, and finite where it is a number."""
-    options = typing.get_args(expected)
-    if typing.get_origin(expected) is Literal:
+    """UserError unless ``value`` is of the annotated type ``expected``, in its bounds and finite."""
+    kind, options = typing.get_origin(expected), typing.get_args(expected)
+    if kind is Annotated:
+        check_type(name, options[0], value)
+        for bound in filter(callable, options[1:]):
+            bound(name, value)
+    elif kind is Literal:
         if value not in options:
             raise UserError(f"{name} must be one of {', '.join(map(str, options))}; got {value!r}")
-        return
-    if typing.get_origin(expected) is tuple:
+    elif kind is tuple:
         if not isinstance(value, tuple):
             raise UserError(f"{name} must be a tuple, got {value!r} of type {type(value).__name__}")
         for item in value:
             check_type(f"each of {name}", options[0], item)
-        return
-    allowed = options if isinstance(expected, types.UnionType) else (expected,)
+    elif kind in (types.UnionType, typing.Union):
+        # The first type is the one to name in an error; the others are None and the like.
+        if not any(_fits(option, value) for option in options[1:]):
+            check_type(name, options[0], value)
     # A whole number is a float, but True is not a number.
-    fits = any(type(value) is kind or (kind is float and type(value) is int) for kind in allowed)
-    if not fits:
-        kinds = " or ".join("None" if kind is types.NoneType else kind.__name__ for kind in allowed)
-        raise UserError(f"{name} must be of type {kinds}, got {value!r} of type {type(value).__name__}")
-    if isinstance(value, float) and not math.isfinite(value):
+    elif type(value) is not expected and not (expected is float and type(value) is int):
+        raise UserError(f"{name} must be of type {expected.__name__}, got {value!r} of type {type(value).__name__}")
+    elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} must be a finite number, got {value}")
 
 
-MANY = 2**31 - 1
-"""The largest index of an array: an upper bound that nobody needs to be told."""
-
-
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """UserError unless ``value`` is in [low, high]."""
-    if not low <= value <= high:
-        bounds = f"at least {low}" if high >= MANY and value < low else f"in [{low}, {high}]"
-        raise UserError(f"{name} must be {bounds}, got {value}")
+def _fits(expected: Any, value: Any) -> bool:
+    try:
+        check_type("", expected, value)
+    except UserError:
+        return False
+    return True

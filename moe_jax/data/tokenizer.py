@@ -207,7 +207,10 @@ def spec_by_content(spec: str) -> str:
 
 
 def _no_tokenizer(file: Path | None) -> UserError:
-    return UserError(f"there is no tokenizer at {file}; name a tokenizer.json or a folder that has one")
+    return UserError(
+        f"there is no tokenizer at {file}; name a tokenizer.json, a folder that has one, "
+        "or char, byte, bpe:VOCAB (such as bpe:2048), gpt2 or cl100k"
+    )
 
 
 def needs_texts(spec: str) -> bool:

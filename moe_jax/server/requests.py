@@ -12,7 +12,8 @@ import msgspec
 from msgspec import Meta
 
 from moe_jax.config import SampleConfig
-from moe_jax.config.fields import check_range, unknown_name
+from moe_jax.config.bounds import Range
+from moe_jax.config.fields import unknown_name
 from moe_jax.config.rules import check_sample
 from moe_jax.errors import UserError
 
@@ -124,18 +125,20 @@ _FIELDS = {setting: field for field, setting in _SETTINGS.items()}
 def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
     """The request of the JSON ``body``. Raises RequestError, whose param names the field at fault."""
     try:
-        return _request(_fields(msgspec.json.decode(body, type=dict[str, Any])), limits)
+        return _request(_fields(msgspec.json.decode(body, type=dict[str, Any]), limits), limits)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"the body must be a JSON object in UTF-8 ({error}); correct it") from None
 
 
-def _fields(values: dict[str, Any]) -> _Body:
+def _fields(values: dict[str, Any], limits: Limits) -> _Body:
     known = _Body.__struct_fields__
     for name in map(_cut, values):
         if name not in known:
             message = unknown_name("", name, list(known)).replace("setting", "field", 1)
             raise RequestError(message, name, code="unknown_parameter")
+    # Who names no max_tokens gets the default, or less where the server allows less.
     values = {name: value for name, value in values.items() if value is not None}
+    values.setdefault("max_tokens", min(16, limits.max_output_tokens))
     try:
         return msgspec.convert(values, _Body)
     except msgspec.ValidationError as error:
@@ -197,8 +200,8 @@ def _sample(body: _Body, limits: Limits) -> SampleConfig:
     # Programs send up to 64 bits, the sampler takes 32.
     seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32
     try:
-        check_range("max_tokens", body.max_tokens, 1, limits.max_output_tokens)
-        check_range("n", body.n, 1, limits.max_texts)
+        Range(1, limits.max_output_tokens)("max_tokens", body.max_tokens)
+        Range(1, limits.max_texts)("n", body.n)
         sample = SampleConfig(**settings, stop=stop, stop_tokens=stop_tokens, seed=seed)
         return check_sample(sample, lambda setting: _FIELDS.get(setting, setting))
     except UserError as error:

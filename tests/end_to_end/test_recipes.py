@@ -215,7 +215,7 @@ def test_stories_by_name_are_those_of_the_parquet_files(tmp_path, monkeypatch):
     for place, arguments in enumerate(prepare_commands("tinystories")):
         # The hub's name stands for a local data set of the same files.
         arguments = [item.replace("roneneldan/TinyStories", "./TinyStories") for item in arguments]
-        config = dataclasses.replace(parse_prepare(arguments, ""), out=str(tmp_path / str(place)))
+        config = dataclasses.replace(parse_prepare(arguments), out=str(tmp_path / str(place)))
         made.append(prepare_folder(config))
     assert made[0].fingerprint == made[1].fingerprint
 
@@ -232,7 +232,7 @@ def test_the_text_of_a_recipe_is_made_by_its_command(tmp_path, monkeypatch, reci
         # Whole plays would take most of this test's time: other text stands for them.
         (tmp_path / "plays.txt").write_text(VERSE * 400)
         arguments = [item.replace("bpe:8192", "bpe:512").replace("=plays:", "=plays.txt") for item in arguments]
-    data = prepare_folder(parse_prepare(arguments, ""))
+    data = prepare_folder(parse_prepare(arguments))
     config = load_recipe(ROOT / "configs" / f"{recipe}.py")
     assert Path(str(config.data.path)).resolve() == data.folder.resolve(), "the recipe reads what its command makes"
     if recipe == "five_corpora":

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.commands.evaluate import parse_evaluate
+from moe_jax.cli import parse
+from moe_jax.commands.evaluate import EvaluateCommand
 from moe_jax.commands.sample import SampleCommand, parse_sample
 from moe_jax.commands.train import parse_train
-from moe_jax.config import SampleConfig
 from moe_jax.config.fields import settings
-from moe_jax.prepare.settings import parse_prepare, validate_prepare
+from moe_jax.prepare.settings import parse_prepare
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "reference_systems.md").read_text()
@@ -47,17 +47,17 @@ def test_flags_go_with_a_recipe(flags):
 
 @pytest.mark.parametrize("arguments", of_command("python -m moe_jax.prepare"))
 def test_preparing_commands(arguments):
-    assert validate_prepare(parse_prepare(shlex.split(arguments), "")).out.startswith("data/")
+    assert parse_prepare(shlex.split(arguments)).out.startswith("data/")
 
 
 @pytest.mark.parametrize("arguments", of_command("python sample.py"))
 def test_sampling_commands(arguments):
-    assert parse_sample(shlex.split(arguments), SampleConfig()) != SampleCommand()
+    assert parse_sample(shlex.split(arguments)) != SampleCommand()
 
 
 @pytest.mark.parametrize("arguments", of_command("python -m moe_jax.evaluate"))
 def test_evaluating_commands(arguments):
-    assert parse_evaluate(shlex.split(arguments), "").workdir
+    assert parse(EvaluateCommand, shlex.split(arguments)).workdir
 
 
 def test_files_that_it_names_are_there():

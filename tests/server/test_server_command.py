@@ -222,8 +222,10 @@ def test_without_the_extra_it_says_what_to_install(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
     monkeypatch.setattr(sys, "argv", ["server"])
-    with pytest.raises(UserError, match=r"needs starlette and uvicorn; pip install 'moe_jax\[server\]'"):
-        command.main()
+    with pytest.raises(
+        UserError, match=r"needs starlette, uvicorn, prometheus_client; pip install 'moe_jax\[server\]'"
+    ):
+        main()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""What python -m moe_jax.prepare does and prints."""
+
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from moe_jax.data.dataset import PreparedData, progress_file
+from moe_jax.errors import Interrupted
+from moe_jax.prepare.folder import prepare_folder
+from moe_jax.prepare.settings import parse_prepare
+
+
+def _describe(data: PreparedData, out: Path) -> Iterable[str]:
+    for corpus in data.corpora:
+        for split in (corpus.train, corpus.val):
+            yield (
+                f"{corpus.name} {split.name}: {split.num_documents:,} documents, {split.num_tokens:,} tokens, "
+                f"{split.num_bytes / max(1, split.num_tokens):.3f} bytes a token"
+            )
+            if split.num_unknown:
+                yield (
+                    f"warning: {split.num_unknown:,} tokens of it stand for unknown characters, so that there will "
+                    "be no bits per byte"
+                )
+        if len(data.corpora) > 1:
+            yield f"{corpus.name}: {corpus.weight:.1%} of the training rows"
+    yield f"tokenizer: {data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens; fingerprint {data.fingerprint}"
+    yield f"train on it: python train.py --config configs/moe.py --data.path {out}"
+
+
+def main() -> None:
+    config = parse_prepare(sys.argv[1:])
+
+    def stop(signal_number: int, _: Any) -> None:
+        raise Interrupted(128 + signal_number)
+
+    for signal_number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signal_number, stop)
+    try:
+        data = prepare_folder(config)
+    except Interrupted:
+        if progress_file(Path(config.out)).exists():
+            print("interrupted; run the same command again to complete it", file=sys.stderr)
+        raise
+    for line in _describe(data, Path(config.out)):
+        print(line)

@@ -1,0 +1,88 @@
+"""The command line: flags over recipes, flags over a run's own settings, and --help."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from moe_jax.server.arguments import ServerCommand
+
+from moe_jax.cli import load_recipe, parse
+from moe_jax.commands.evaluate import EvaluateCommand
+from moe_jax.commands.sample import parse_sample
+from moe_jax.commands.train import parse_train
+from moe_jax.config import Config, SampleConfig
+from moe_jax.config.fields import settings
+from moe_jax.errors import UserError
+from moe_jax.prepare.settings import parse_prepare
+
+REPOSITORY = Path(__file__).parents[1]
+MOE = str(REPOSITORY / "configs/moe.py")
+
+
+def test_the_command_line_changes_the_recipe():
+    flags = ["--model.moe.num-experts", "16", "--data.batch_size=6", "--optimizer.clip-norm", "None"]
+    config, workdir = parse_train(["--config", MOE, *flags])
+    assert (config.model.moe.num_experts, config.data.batch_size, config.optimizer.clip_norm) == (16, 6, None)
+    assert config.model.qk_norm, "what no flag names is the recipe's"
+    assert workdir == Path("runs/moe")
+    _, named = parse_train(["--config=none.py", f"--config={MOE}", "--workdir", "elsewhere"])
+    assert named == Path("elsewhere")
+
+
+def test_a_recipe_out_of_bounds_is_refused_by_its_name(tmp_path):
+    recipe = tmp_path / "wide.py"
+    recipe.write_text(
+        "from moe_jax.config import *\ndef get_config():\n return Config(model=ModelConfig(dropout_rate=2.0))\n"
+    )
+    with pytest.raises(UserError, match=r"wide\.py: model\.dropout_rate must be in \[0\.0, 0\.99\], got 2\.0"):
+        load_recipe(recipe)
+
+
+def test_sampling_flags_change_the_runs_own_settings():
+    of_run = SampleConfig(temperature=0.3, max_new_tokens=7, num_samples=3, top_k=4, stop=("x",))
+    flags = ["--prompt", "x", "--top-k", "None", "--stop", "run", "--seed", "run"]
+    assert parse_sample(flags).sample_config(of_run) == dataclasses.replace(of_run, top_k=None, stop=("run",))
+    assert parse_sample(["--interactive"]).sample_config(of_run).num_samples == 1
+
+
+@pytest.mark.parametrize(
+    ("parser", "flags", "words"),
+    [
+        (parse_train, [], "--config is required: name a recipe, such as --config configs/moe.py"),
+        (parse_train, ["--config"], "--config is required"),
+        (parse_train, ["--config", MOE, "--workdir", "gs://b/run"], "copy the run directory there afterwards"),
+        (parse_sample, ["--temperature", "-1"], "--temperature must be at least 0, got -1"),
+        (parse_sample, ["--stop-tokens", "1", "-1"], "each of --stop-tokens must be at least 0, got -1"),
+        (parse_sample, ["--workdir", ""], "--workdir must name a folder, got '', as of a variable"),
+        (parse_sample, ["--prompt", "a", "--prompt-file", "b"], "--prompt and --prompt-file both say"),
+        (parse_sample, ["--interactive", "--prompt", "a"], "and takes no --prompt; leave one of them out"),
+        (parse_sample, ["--interactive", "--num-samples", "2"], "--num-samples must be 1 with --interactive, got 2"),
+        (EvaluateCommand, ["--data", "s3://b/x"], "--data must be a file or folder of this machine, got s3://b/x"),
+        (EvaluateCommand, ["--workdir", "gs://b/run"], "mount the bucket, or copy the run directory here first"),
+        (ServerCommand, ["--port", "70000"], "--port must be in [0, 65535], got 70000"),
+        (ServerCommand, ["--name", "a\nb"], r"--name must be printable text, got 'a\nb'"),
+        (parse_prepare, [], "--input is required: name files, folders, globs or hf:DATASET"),
+        (parse_prepare, ["--input", "x"], "--out is required: name the folder to write"),
+        (parse_prepare, ["--input", "a=s3://b/x", "--out", "o"], "--input must be a file or folder of this machine"),
+        (parse_prepare, ["--input", "x", "--out", "o", "--separator", ""], "--separator must have at least one"),
+        (parse_prepare, ["--input", "x", "--out", "o", "--max-documents", "0"], "--max-documents must be at least 1"),
+        (parse_prepare, ["--input", "x", "--out", "o", "--tokenizer", "bpe:9"], "--tokenizer bpe:VOCAB needs VOCAB"),
+    ],
+)
+def test_a_wrong_flag_is_refused_by_its_name(parser, flags, words):
+    with pytest.raises(UserError) as caught:
+        parse(parser, flags) if isinstance(parser, type) else parser(flags)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("script", "section"), [("train.py", Config()), ("sample.py", SampleConfig())])
+def test_help_explains_every_setting(script, section):
+    done = subprocess.run([sys.executable, script, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0
+    for name, _, _ in settings(section):
+        assert f"--{name.replace('_', '-')}" in done.stdout, name
+    assert "Range" not in done.stdout, "bounds leave --help as readable as it is without them"
+    source = (REPOSITORY / "moe_jax/config/__init__.py").read_text()
+    assert source.count('    """') >= len(list(settings(Config()))), "each setting has its line of explanation"
