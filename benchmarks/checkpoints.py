@@ -30,6 +30,7 @@ def measure(config: Config, vocab_size: int, steps: int, rounds: int, folder: Pa
     import numpy as np
 
     from moe_jax.model.decoder import Decoder
+    from moe_jax.runs.checkpoint.record import Record
     from moe_jax.runs.checkpoint.save import Checkpoints, Retention
     from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
     from moe_jax.training.optimizer import make_optimizer, make_schedule
@@ -42,7 +43,7 @@ def measure(config: Config, vocab_size: int, steps: int, rounds: int, folder: Pa
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
     tokens_BL = np.random.default_rng(0).integers(0, vocab_size, (B, L + 1), dtype=np.int32)
     plain, beside, stalled, written = [], [], [], []
-    with use_mesh(mesh), Checkpoints(folder, Retention(newest=2, best=1)) as checkpoints:
+    with use_mesh(mesh), Checkpoints(folder, None, Retention(newest=2, best=1)) as checkpoints:
         state = init_state(decoder, optimizer, mesh, 0)
         batch = put_batch({"inputs": tokens_BL[:, :-1], "targets": tokens_BL[:, 1:]}, mesh)
         step = jax.jit(make_train_step(config, decoder, optimizer), donate_argnums=0)
@@ -52,7 +53,7 @@ def measure(config: Config, vocab_size: int, steps: int, rounds: int, folder: Pa
         for number in range(2 * rounds + 1):
             start = time.perf_counter()
             if number % 2:
-                checkpoints.save(number, state.checkpoint_items(), {}, val_loss=None)
+                checkpoints.save(Record(step=number), state.checkpoint_items())
                 stalled.append(time.perf_counter() - start)
             begun = time.perf_counter()
             for _ in range(steps):
@@ -66,7 +67,7 @@ def measure(config: Config, vocab_size: int, steps: int, rounds: int, folder: Pa
                 plain.append(seconds)
         for number in range(100, 103):
             start = time.perf_counter()
-            checkpoints.save(number, state.checkpoint_items(), {}, val_loss=None)
+            checkpoints.save(Record(step=number), state.checkpoint_items())
             checkpoints.wait()
             written.append(time.perf_counter() - start)
     alone = statistics.median(plain)

@@ -47,6 +47,7 @@ WITHOUT_JAX = (
     "prepare/cache",
     "prepare/folder",
     "runs/layout",
+    "runs/opened",
     "commands/server",
     "server/counters",
     "server/requests",

@@ -18,8 +18,8 @@ from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
 from moe_jax.model.moe.choice import on_this_machine
 from moe_jax.model.unstacked import cast_matrices, unstack
-from moe_jax.runs.checkpoint.restore import restore_items
 from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.opened import open_run
 from moe_jax.sampling.batch import STREAM_STEPS, Batch
 from moe_jax.sampling.decode import decode, empty_state, prefill, take_rows
 from moe_jax.sampling.text import Text
@@ -166,11 +166,12 @@ def load_generator(
 
 def load_variables(run: RunDirectory, which: Literal["best", "newest"]) -> Variables:
     """The "best" or "newest" variables of a training run, those of its decoder. Raises UserError."""
-    decoder = Decoder(on_this_machine(run.load_config().model), load_tokenizer(run.tokenizer).vocab_size)
+    opened = open_run(run.path, which)
+    decoder = Decoder(on_this_machine(opened.config.model), opened.tokenizer.vocab_size)
     shapes = jax.eval_shape(lambda: _initial_variables(decoder).to_items())
     device = SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes)
-    return Variables.from_items(restore_items(run.checkpoints, which, abstract))
+    return Variables.from_items(opened.restore(abstract))
 
 
 def _initial_variables(decoder: Decoder) -> Variables:

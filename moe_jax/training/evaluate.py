@@ -16,14 +16,15 @@ from moe_jax.config import DataConfig, MeshConfig
 from moe_jax.data.batches import check_data, evaluation_batches
 from moe_jax.data.dataset import PreparedData, is_prepared
 from moe_jax.data.shards import Split
-from moe_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from moe_jax.data.tokenizer import fingerprint
 from moe_jax.errors import UserError
 from moe_jax.files import cache_folder
 from moe_jax.model.decoder import Decoder, Variables
 from moe_jax.model.moe.choice import on_this_machine
 from moe_jax.prepare.cache import find_or_prepare
-from moe_jax.runs.checkpoint.restore import read_record, restore_items
+from moe_jax.runs.checkpoint.record import Record
 from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.opened import OpenedRun, open_run
 from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.sharding.startup import enable_compile_cache
 from moe_jax.training.metrics import routing_by_layer, routing_summary
@@ -107,15 +108,14 @@ def bits_per_byte(evaluation: Evaluation, splits: Iterable[Split]) -> float | No
     return evaluation.loss * evaluation.num_tokens / (math.log(2.0) * sum(split.num_bytes for split in splits))
 
 
-def check_same_text(run: RunDirectory, config: DataConfig, data: PreparedData) -> None:
-    """UserError where the run's newest checkpoint was trained on other text: its vocabulary, too, would be another."""
-    record = read_record(run.checkpoints)
-    saved = None if record is None else record["progress"]
-    if saved is not None and saved["data_fingerprint"] != data.fingerprint:
+def check_same_text(record: Record, config: DataConfig, data: PreparedData) -> None:
+    """UserError where the checkpoint of ``record`` was trained on other text: its vocabulary may be another too."""
+    trained_on = record.progress["data_fingerprint"]
+    if trained_on != data.fingerprint:
         text = "the text of the embedded plays" if config.path is None else f"the text of {config.path}"
         raise UserError(
             f"{text} is not the one this run was trained on (fingerprint {data.fingerprint}, "
-            f"was {saved['data_fingerprint']}); name the old text, or start a new run in another --workdir"
+            f"was {trained_on}); name the old text, or start a new run in another --workdir"
         )
 
 
@@ -126,9 +126,9 @@ def evaluate_run(
 
     Raises UserError, as for a text that has changed, or a prepared folder whose tokens are not those of the run.
     """
-    config = run.load_config()
-    tokenizer = load_tokenizer(run.tokenizer)
-    data = _text(config.data, path, run, tokenizer)
+    opened = open_run(run.path, which)
+    config, tokenizer = opened.config, opened.tokenizer
+    data = _text(path, opened)
     check_data(data, config.data, config.model.context_length)
     if config.train.compile_cache:
         enable_compile_cache()
@@ -140,7 +140,7 @@ def evaluate_run(
     decoder = Decoder(on_this_machine(config.model), tokenizer.vocab_size)
     with use_mesh(mesh):
         items = abstract_state(decoder, optax.identity(), mesh).variables.to_items()
-        variables = Variables.from_items(restore_items(run.checkpoints, which, items))
+        variables = Variables.from_items(opened.restore(items))
         eval_step = jax.jit(make_eval_step(decoder))
         by_split = [
             evaluate(
@@ -173,8 +173,9 @@ def evaluate_run(
     return scores
 
 
-def _text(data: DataConfig, path: str | None, run: RunDirectory, tokenizer: Tokenizer) -> PreparedData:
+def _text(path: str | None, opened: OpenedRun) -> PreparedData:
     """The run's own text, or the one at ``path``, which is tokenized and split as the run's was."""
+    data, run, tokenizer = opened.config.data, opened.directory, opened.tokenizer
     if path is not None:
         is_ready = Path(path).is_dir() and is_prepared(Path(path))
         data = dataclasses.replace(
@@ -188,7 +189,7 @@ def _text(data: DataConfig, path: str | None, run: RunDirectory, tokenizer: Toke
     except UserError as error:
         raise UserError(str(error).replace("data.path=", "--data ") if path is not None else str(error)) from None
     if path is None:
-        check_same_text(run, data, found)
+        check_same_text(opened.checkpoint.record, data, found)
     elif fingerprint(found.tokenizer) != fingerprint(tokenizer):
         raise UserError(
             f"{path} has tokens of another tokenizer ({found.tokenizer.name}) than {run.path} ({tokenizer.name}); "

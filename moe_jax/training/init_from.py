@@ -5,11 +5,11 @@ from pathlib import Path
 
 from moe_jax.config import Config
 from moe_jax.config.fields import settings
-from moe_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+from moe_jax.data.tokenizer import Tokenizer, fingerprint
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Variables
-from moe_jax.runs.checkpoint.restore import find_checkpoint, restore_items
 from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.opened import open_run
 from moe_jax.training.state import TrainState
 
 log = logging.getLogger("moe_jax")
@@ -31,9 +31,10 @@ def check_source(config: Config, tokenizer: Tokenizer, run: RunDirectory) -> Non
             f"train.init_from must be another run than --workdir, got {source.path} for both; name another --workdir"
         )
     try:
-        saved = source.load_config()
+        opened = open_run(source.path, "best")
+        saved = opened.config
         items = ("params", "router_state") if saved.model.moe.router == "sigmoid_bias" else ("params",)
-        find_checkpoint(source.checkpoints, "best", items)
+        opened.checkpoint.check(items)
     except UserError as error:
         raise UserError(f"train.init_from {source.path}: {error}") from None
     before = {name: value for name, _, value in settings(saved.model, "model.")}
@@ -45,7 +46,7 @@ def check_source(config: Config, tokenizer: Tokenizer, run: RunDirectory) -> Non
     ]
     if changes:
         raise UserError(f"train.init_from {source.path} has another model: {'; '.join(changes)}; use its settings")
-    if fingerprint(load_tokenizer(source.tokenizer)) != fingerprint(tokenizer):
+    if fingerprint(opened.tokenizer) != fingerprint(tokenizer):
         raise UserError(
             f"train.init_from {source.path} has other tokens than the text here; set data.tokenizer to "
             f"{source.tokenizer}, or prepare the text with --tokenizer {source.tokenizer}"
@@ -54,7 +55,6 @@ def check_source(config: Config, tokenizer: Tokenizer, run: RunDirectory) -> Non
 
 def load_into(state: TrainState, target: TrainState, source: RunDirectory) -> TrainState:
     """``state`` with the parameters and the router state of the best checkpoint of ``source``."""
-    items = restore_items(source.checkpoints, "best", target.variables.to_items())
-    variables = Variables.from_items(items)
+    variables = Variables.from_items(open_run(source.path, "best").restore(target.variables.to_items()))
     log.info(f"parameters are those of the best checkpoint of {source.path}")
     return state.replace(params=variables.params, expert_bias_NE=variables.expert_bias_NE)

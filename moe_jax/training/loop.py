@@ -14,6 +14,7 @@ from moe_jax.data.batches import TrainBatches, batches_per_epoch, train_batches
 from moe_jax.data.dataset import PreparedData
 from moe_jax.errors import EnvironmentFault
 from moe_jax.model.decoder import Decoder
+from moe_jax.runs.checkpoint.record import Record
 from moe_jax.runs.checkpoint.save import Checkpoints
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.log import TrainingBar, training_bar
@@ -294,18 +295,15 @@ class Loop:
         self.progress.next_batch = done
         self.progress.interval = self.interval.to_json()
         self.writer.sync()
-        record = {
-            "progress": dataclasses.asdict(self.progress),
-            "random": random_record(self.config.train.seed),
-            "config": self.config.to_dict(),
-        }
-        self.checkpoints.save(
-            done,
-            self.state.checkpoint_items(),
-            record,
+        record = Record(
+            step=done,
             val_loss=val_loss,
             for_good=self._is_for_good(done),
+            progress=dataclasses.asdict(self.progress),
+            random=random_record(self.config.train.seed),
+            config=self.config.to_dict(),
         )
+        self.checkpoints.save(record, self.state.checkpoint_items())
 
     def _save_at_last(self, done: int, val_loss: float | None) -> None:
         """Waits for the last save, which has a second try. EnvironmentFault where that fails too."""

@@ -20,9 +20,9 @@ from moe_jax.model.decoder import Decoder
 from moe_jax.model.moe.choice import DispatchChoice, choose_dispatch
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.report.pictures import plot_expert_load, plot_loss_curve
-from moe_jax.runs.checkpoint.restore import read_record
+from moe_jax.runs.checkpoint.record import Saved, newest_sound
 from moe_jax.runs.checkpoint.save import Checkpoints, Retention
-from moe_jax.runs.layout import RunDirectory, check_same_run, saved_steps
+from moe_jax.runs.layout import RunDirectory, check_same_run
 from moe_jax.runs.log import start_log
 from moe_jax.runs.metrics_file import MetricsWriter
 from moe_jax.sampling.engine import is_causal
@@ -47,7 +47,7 @@ def train(config: Config, workdir: Path) -> None:
     """
     run = RunDirectory(workdir)
     run.check_unlocked()
-    _check_run(config, run)
+    saved = _check_run(config, run)
     check_trackers(config.train, run)
     if config.train.compile_cache:
         enable_compile_cache()
@@ -55,15 +55,15 @@ def train(config: Config, workdir: Path) -> None:
     mesh = make_mesh(config.mesh, config.data.batch_size // config.optimizer.accumulation_steps)
     data = find_or_prepare(config.data, cache_folder("data"))
     check_data(data, config.data, config.model.context_length)
-    check_same_text(run, config.data, data)
-    config = _settle(config, run, data)
-    is_new = not saved_steps(run.checkpoints)
-    if config.train.init_from is not None and is_new:
+    if saved is not None:
+        check_same_text(saved.record, config.data, data)
+    config = _settle(config, saved, data)
+    if config.train.init_from is not None and saved is None:
         check_source(config, data.tokenizer, run)
     with run.lock(), start_log(run.log_file), use_mesh(mesh), catch_signals() as request:
         retention = Retention(newest=config.train.keep_checkpoints, best=config.train.keep_best)
-        with Checkpoints(run.checkpoints, retention) as checkpoints:
-            state, progress, restored_step = _state(config, mesh, data, checkpoints)
+        with Checkpoints(run.checkpoints, saved, retention) as checkpoints:
+            state, progress, restored_step = _state(config, mesh, data, saved, checkpoints)
             if _is_finished(config, int(state.step), progress, run):
                 if not run.loss_curve.exists():  # the start that made the last step was killed before it drew it
                     _draw(run)
@@ -84,57 +84,56 @@ def train(config: Config, workdir: Path) -> None:
         raise Interrupted(request.exit_code)
 
 
-def _check_run(config: Config, run: RunDirectory) -> None:
-    """UserError where ``config`` cannot go on with what is in the run directory."""
+def _check_run(config: Config, run: RunDirectory) -> Saved | None:
+    """What ``config`` goes on from; None for a new run. UserError where it cannot go on with what is there.
+
+    Before its first checkpoint nothing binds a run, but config.json of a folder without one must be ours.
+    """
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"--workdir must be a folder, but {run.path} is a file; choose another")
-    saved = _begun(run)
+    saved = newest_sound(run.checkpoints)
     if saved is not None:
-        check_same_run(saved, config)
-
-
-def _begun(run: RunDirectory) -> Config | None:
-    """The configuration that the run was begun with; None before its first checkpoint, for that binds to nothing.
-
-    UserError where a checkpoint is of another version, or config.json of a folder without one is not ours.
-    """
-    record = read_record(run.checkpoints)
-    if record is not None:
-        return Config.from_dict(record["config"], str(run.checkpoints))
-    if run.config_file.exists():
+        check_same_run(_config_of(saved), config)
+    elif run.config_file.exists():
         run.load_config()
-    return None
+    return saved
 
 
-def _settle(config: Config, run: RunDirectory, data: PreparedData) -> Config:
+def _config_of(saved: Saved) -> Config:
+    return Config.from_dict(saved.record.config, str(saved.folder))
+
+
+def _settle(config: Config, saved: Saved | None, data: PreparedData) -> Config:
     """The configuration of this start: epochs as steps, and what must not change over a run's life as it was."""
     train = config.train
     if train.num_epochs is not None:
         steps = train.num_epochs * batches_per_epoch(data, config.data, config.model.context_length)
         config = dataclasses.replace(config, train=dataclasses.replace(train, num_steps=steps))
-    saved = _begun(run)
-    decay_steps = saved.optimizer.decay_steps if saved else config.optimizer.decay_steps or config.train.num_steps
+    if saved is not None:
+        decay_steps = _config_of(saved).optimizer.decay_steps
+    else:
+        decay_steps = config.optimizer.decay_steps or config.train.num_steps
     optimizer = dataclasses.replace(config.optimizer, decay_steps=decay_steps)
     return check(dataclasses.replace(config, optimizer=optimizer))
 
 
 def _state(
-    config: Config, mesh: jax.sharding.Mesh, data: PreparedData, checkpoints: Checkpoints
+    config: Config, mesh: jax.sharding.Mesh, data: PreparedData, saved: Saved | None, checkpoints: Checkpoints
 ) -> tuple[TrainState, Progress, int | None]:
     """The newest checkpoint's state, what the run remembers and the step restored; or a new state and None."""
     decoder = Decoder(config.model, data.tokenizer.vocab_size)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
     target = abstract_state(decoder, optimizer, mesh)
-    restored = checkpoints.restore(target.checkpoint_items())
-    if restored is None:
+    if saved is None:
         state = init_state(decoder, optimizer, mesh, config.train.seed)
         if config.train.init_from is not None:
             state = load_into(state, target, RunDirectory(Path(config.train.init_from)))
         return state, Progress(data_fingerprint=data.fingerprint), None
-    check_random(restored.record["random"], config.train.seed)
-    step = jax.device_put(jax.numpy.asarray(restored.step, target.step.dtype), target.step.sharding)
-    state = TrainState.from_items(step, restored.items)
-    return state, Progress(**restored.record["progress"]), restored.step
+    record = saved.record
+    check_random(record.random, config.train.seed)
+    step = jax.device_put(jax.numpy.asarray(record.step, target.step.dtype), target.step.sharding)
+    state = TrainState.from_items(step, checkpoints.restore(target.checkpoint_items()))
+    return state, Progress(**record.progress), record.step
 
 
 def _is_finished(config: Config, step: int, progress: Progress, run: RunDirectory) -> bool:

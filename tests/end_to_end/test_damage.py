@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.runs.checkpoint.record import Record, newest_sound
 from moe_jax.runs.checkpoint.save import Checkpoints, Retention
 from moe_jax.runs.checkpoint.seal import SUMS, find_damage
 
@@ -21,10 +22,10 @@ ITEMS = {
 def sound(tmp_path_factory):
     """A folder with the checkpoints of the steps 10 and 20."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
-    with Checkpoints(folder, Retention(2, 1)) as checkpoints:
+    with Checkpoints(folder, None, Retention(2, 1)) as checkpoints:
         for step in (10, 20):
             items = jax.tree.map(lambda leaf, step=step: leaf + step, ITEMS)
-            checkpoints.save(step, items, {"number": step}, val_loss=1.0)
+            checkpoints.save(Record(step=step, progress={"number": step}), items)
     return folder
 
 
@@ -49,11 +50,12 @@ def check(sound, folder, name, damage):
     if (folder / "checkpoints" / "20" / name).stat().st_size == 0 and damage is not delete:
         return
     damage(folder / "checkpoints" / "20" / name)
-    with Checkpoints(folder / "checkpoints", Retention(2, 1)) as checkpoints:
-        found = checkpoints.restore(jax.eval_shape(lambda: ITEMS))
-    assert found.step == 10, (name, damage)
-    assert found.record["number"] == 10
-    np.testing.assert_array_equal(found.items["params"]["w"], np.asarray(ITEMS["params"]["w"]) + 10)
+    saved = newest_sound(folder / "checkpoints")
+    assert saved is not None
+    assert saved.record.step == saved.record.progress["number"] == 10, (name, damage)
+    with Checkpoints(folder / "checkpoints", saved, Retention(2, 1)) as checkpoints:
+        items = checkpoints.restore(jax.eval_shape(lambda: ITEMS))
+    np.testing.assert_array_equal(items["params"]["w"], np.asarray(ITEMS["params"]["w"]) + 10)
     # Damage to the checksums themselves looks like that of the file whose sum was hit.
     assert name in find_damage(folder / "damaged" / "20") or name == SUMS, (name, damage)
 

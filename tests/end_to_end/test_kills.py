@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from moe_jax.runs.checkpoint.restore import read_record
+from moe_jax.runs.checkpoint.record import read_record
 from moe_jax.runs.layout import RunDirectory, saved_steps
 from tests.end_to_end.tiny import start, train
 
@@ -22,8 +22,9 @@ def contents(workdir):
     step = folder / str(saved_steps(folder)[-1])
     with ocp.StandardCheckpointer() as checkpointer:
         arrays = {item: checkpointer.restore(step / item) for item in ("params", "optimizer_state")}
-    record = read_record(folder)
-    del record["progress"]["train_seconds"]
+    record = read_record(step)
+    assert record is not None
+    del record.progress["train_seconds"]
     return jax.tree_util.tree_leaves_with_path(arrays), record
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from moe_jax.data.tokenizer import build_tokenizer, save_tokenizer
 from moe_jax.model.decoder import Decoder, Variables
+from moe_jax.runs.checkpoint.record import Record
 from moe_jax.runs.checkpoint.save import Checkpoints, Retention
 from moe_jax.runs.layout import RunDirectory
 from tests.oracles.texts import VERSE
@@ -20,9 +21,9 @@ def write_run(folder, config, losses=(3.0,)):
     run.save_config(config)
     save_tokenizer(tokenizer, run.tokenizer)
     (folder / ".lock").touch()
-    record = {"progress": {"data_fingerprint": "0"}, "config": config.to_dict()}
-    with Checkpoints(run.checkpoints, Retention(newest=len(losses), best=1)) as checkpoints:
+    remembered = {"progress": {"data_fingerprint": "0"}, "config": config.to_dict()}
+    with Checkpoints(run.checkpoints, None, Retention(newest=len(losses), best=1)) as checkpoints:
         for number, loss in enumerate(losses, start=1):
             variables = Variables(initialise(jax.random.key(number)))
-            checkpoints.save(2 * number, variables.to_items(), record, val_loss=loss)
+            checkpoints.save(Record(step=2 * number, val_loss=loss, **remembered), variables.to_items())
     return run

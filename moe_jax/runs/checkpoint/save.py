@@ -5,6 +5,7 @@ and the record, a file of JSON: what else the run must remember. Sampling reads 
 """
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import math
@@ -14,23 +15,16 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import orbax.checkpoint as ocp
 
 from moe_jax.axes import PyTree
 from moe_jax.errors import EnvironmentFault, UserError
 from moe_jax.runs.checkpoint.faults import check_space, quiet_libraries, reason
-from moe_jax.runs.checkpoint.restore import (
-    FORMAT_VERSION,
-    check_shapes,
-    checked_record,
-    losses_of,
-    record_of,
-    restore_step,
-    shapes_of,
-)
-from moe_jax.runs.checkpoint.seal import find_damage, seal
+from moe_jax.runs.checkpoint.record import Record, Saved, losses_of, read_record
+from moe_jax.runs.checkpoint.restore import restore_items, shapes_of
+from moe_jax.runs.checkpoint.seal import seal
 from moe_jax.runs.layout import saved_steps
 
 log = logging.getLogger("moe_jax")
@@ -49,25 +43,22 @@ class Retention:
     """Those of the lowest validation losses."""
 
 
-@dataclass(frozen=True)
-class Restored:
-    step: int
-    items: dict[str, PyTree]
-    record: dict[str, Any]
-
-
 class Checkpoints:
-    """Saves into ``folder`` and restores from there.
+    """Saves into ``folder``, whose newest sound checkpoint is ``saved`` (``newest_sound``), and restores that.
 
-    Newer checkpoints than the newest sound one are moved to ``damaged/`` beside it first, and told; UserError where
-    all are damaged. What a killed save or removal left is removed. A save that fails, as on a full disk, is told and
-    harms nothing that is there; ``is_retry_due`` says when to try again. Use it in a ``with`` block.
+    Newer ones, which are damaged, are moved to ``damaged/`` beside ``folder`` first. What a killed save or removal
+    left is removed. A save that fails, as on a full disk, is logged and harms nothing that is there;
+    ``is_retry_due`` says when to try again. Use it in a ``with`` block.
     """
 
-    def __init__(self, folder: Path, retention: Retention):
-        self._folder, self._retention = folder.absolute(), retention
+    def __init__(self, folder: Path, saved: Saved | None, retention: Retention):
+        self._folder, self._saved, self._retention = folder.absolute(), saved, retention
         self._unfinished = self._folder / _UNFINISHED
-        self._newest = _move_damaged_aside(self._folder)
+        self._newest = None if saved is None else saved.record.step
+        for damaged, damage in ({} if saved is None else saved.damaged).items():
+            _move_aside(damaged, damage)
+        if saved_steps(self._folder)[-1:] != ([] if saved is None else [saved.record.step]):
+            raise UserError(f"another process has trained in {folder.parent} meanwhile; run the same command again")
         shutil.rmtree(self._unfinished, ignore_errors=True)
         self._unfinished.mkdir(parents=True)  # now, and not in hours, is the time to learn that it cannot be
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
@@ -90,44 +81,31 @@ class Checkpoints:
         self._quiet.close()
         shutil.rmtree(self._unfinished, ignore_errors=True)
 
-    def save(
-        self,
-        step: int,
-        items: Mapping[str, PyTree],
-        record: Mapping[str, Any],
-        *,
-        val_loss: float | None,
-        for_good: bool = False,
-    ) -> None:
-        """Starts to write the arrays ``items`` and the JSON ``record`` of ``step``; returns once they are copied.
+    def save(self, record: Record, items: Mapping[str, PyTree]) -> None:
+        """Starts to write the arrays ``items`` and the ``record`` of a step; returns once the arrays are copied.
 
-        ``val_loss`` is None if the step was not evaluated; one that is not finite is never among the best. A step that
-        is saved ``for_good`` is never removed.
+        A step that is on disk is not written again. The record's shapes are filled in here.
         """
         started = time.perf_counter()
         self.wait()
-        if step != self._newest:
-            is_finite = val_loss is not None and math.isfinite(val_loss)
-            known = {
-                "format_version": FORMAT_VERSION,
-                "step": step,
-                "val_loss": val_loss if is_finite else None,
-                "for_good": for_good,
-                "shapes": shapes_of(items),
-            }
+        if record.step != self._newest:
+            is_finite = record.val_loss is not None and math.isfinite(record.val_loss)
+            record = dataclasses.replace(
+                record, val_loss=record.val_loss if is_finite else None, shapes=shapes_of(items)
+            )
             try:
                 shutil.rmtree(self._unfinished, ignore_errors=True)
                 check_space(self._folder, items)
                 self._checkpointer.save(
-                    self._unfinished / str(step),
+                    self._unfinished / str(record.step),
                     args=ocp.args.Composite(
-                        record=ocp.args.JsonSave(known | dict(record)),
+                        record=ocp.args.JsonSave(dataclasses.asdict(record)),
                         **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
                     ),
                 )
-                self._saving = step, self._thread.submit(self._commit, step)
+                self._saving = record.step, self._thread.submit(self._commit, record.step)
             except Exception as error:  # noqa: BLE001 - a file system's faults have many types in Orbax
-                self._tell_failure(step, error)
+                self._tell_failure(record.step, error)
         self.seconds += time.perf_counter() - started
 
     def _commit(self, step: int) -> None:
@@ -172,15 +150,10 @@ class Checkpoints:
                 f"{self._folder} or mend what is wrong there, and run the same command to go on from it"
             )
 
-    def restore(self, items: Mapping[str, PyTree]) -> Restored | None:
-        """The newest checkpoint, in the shapes, types and shardings of ``items``; None without any."""
-        if self._newest is None:
-            return None
-        folder = self._folder / str(self._newest)
-        record = checked_record(folder)
-        assert record is not None, "it was sound a moment ago"
-        check_shapes(folder, record, items)
-        return Restored(self._newest, restore_step(folder, items), record)
+    def restore(self, items: Mapping[str, PyTree]) -> dict[str, PyTree]:
+        """The arrays of ``saved``, in the shapes, types and shardings of ``items``."""
+        assert self._saved is not None, "there is nothing to restore"
+        return restore_items(self._saved.folder, self._saved.record, items)
 
     def _tell_failure(self, step: int, error: BaseException) -> None:
         self._failure = reason(error)
@@ -198,31 +171,15 @@ def _steps_to_keep(folder: Path, retention: Retention) -> set[int]:
     steps, losses = saved_steps(folder), losses_of(folder)
     newest = steps[len(steps) - min(retention.newest, len(steps)) :]
     best = sorted(losses, key=lambda step: losses[step])[: retention.best]
+    records = {step: read_record(folder / str(step)) for step in steps}
     # One whose record cannot be read may have been saved for good.
-    for_good = [step for step in steps if (record_of(folder / str(step)) or {"for_good": True}).get("for_good")]
+    for_good = [step for step, record in records.items() if record is None or record.for_good]
     return {*newest, *best, *for_good}
 
 
-def _move_damaged_aside(folder: Path) -> int | None:
-    """The newest sound step; newer ones are moved away. None where no step is there, UserError where none is sound."""
-    damages: dict[int, str] = {}
-    for step in reversed(saved_steps(folder)):
-        damage = find_damage(folder / str(step))
-        if damage is None:
-            break
-        damages[step] = damage
-    else:
-        if damages:
-            newest = max(damages)
-            raise UserError(
-                f"every checkpoint in {folder} is damaged, the newest one by {damages[newest]}; "
-                "put a copy back, or start a new run in another --workdir"
-            )
-        return None
-    for damaged, damage in damages.items():
-        aside = folder.parent / "damaged" / str(damaged)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(exist_ok=True)
-        shutil.move(folder / str(damaged), aside)
-        log.warning(f"the checkpoint of step {damaged} is damaged ({damage}) and was moved to {aside.parent}")
-    return step
+def _move_aside(step_folder: Path, damage: str) -> None:
+    aside = step_folder.parent.parent / "damaged" / step_folder.name
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.parent.mkdir(exist_ok=True)
+    shutil.move(step_folder, aside)
+    log.warning(f"the checkpoint of step {step_folder.name} is damaged ({damage}) and was moved to {aside.parent}")

@@ -1,0 +1,160 @@
+"""Which checkpoints a run has, whether they are sound, and what each remembers beside its arrays. Imports no jax."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from moe_jax.errors import UserError
+from moe_jax.runs.checkpoint.seal import find_damage
+from moe_jax.runs.layout import saved_steps
+
+FORMAT_VERSION = 2
+"""1 had no version, no settings and no state of the data in it."""
+
+Which = Literal["best", "newest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What a checkpoint remembers beside its arrays; a file of JSON in it."""
+
+    format_version: int = FORMAT_VERSION
+    step: int
+    val_loss: float | None = None
+    """None: not evaluated, or not finite, and so never among the best."""
+    for_good: bool = False
+    """Never removed."""
+    shapes: dict[str, str] = field(default_factory=dict)
+    """Type and shape of every array, by its place; filled in by the save."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    """The training's counters and the state of its data."""
+    random: dict[str, Any] = field(default_factory=dict)
+    """The key that all random keys are made from, and what is drawn with it."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """``Config.to_dict`` of the run."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The newest sound checkpoint of a run: each of its files is as when it was sealed."""
+
+    folder: Path
+    record: Record
+    damaged: dict[Path, str]
+    """Newer ones, which are not sound, and what is wrong with each."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint that somebody asked for; its record is sound, and of its arrays those that were checked."""
+
+    which: Which
+    folders: Mapping[Which, Path]
+    """The folder of either choice."""
+    record: Record
+    _sound: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def folder(self) -> Path:
+        return self.folders[self.which]
+
+    def check(self, items: Iterable[str]) -> None:
+        """UserError where one of ``items`` is damaged. Each is read and hashed the first time only."""
+        unchecked = set(items) - self._sound
+        _check(self.which, self.folders, unchecked)
+        self._sound.update(unchecked)
+
+
+def newest_sound(folder: Path) -> Saved | None:
+    """The newest checkpoint in ``folder`` that is sound; None where there is none at all. Changes nothing.
+
+    UserError where all are damaged, or one on the way was written by another version of this package.
+    """
+    damaged: dict[Path, str] = {}
+    for step in reversed(saved_steps(folder)):
+        step_folder = folder / str(step)
+        record = _checked_record(step_folder)
+        damage = find_damage(step_folder)
+        if damage is None and record is not None:
+            return Saved(step_folder, record, damaged)
+        damaged[step_folder] = damage or "its record cannot be read"
+    if damaged:
+        raise UserError(
+            f"every checkpoint in {folder} is damaged, the newest one by {next(iter(damaged.values()))}; "
+            "put a copy back, or start a new run in another --workdir"
+        )
+    return None
+
+
+def find_checkpoint(folder: Path, which: Which) -> Found:
+    """The checkpoint of the lowest validation loss, or the newest; before the first evaluation both are the newest.
+
+    UserError where there is none, its record is damaged, or it was written by another version of this package.
+    """
+    steps = saved_steps(folder)
+    if not steps:
+        raise UserError(f"there is no checkpoint in {folder}; train a model there first")
+    losses = losses_of(folder)
+    best = min(losses, key=lambda step: losses[step], default=steps[-1])
+    folders: dict[Which, Path] = {"best": folder / str(best), "newest": folder / str(steps[-1])}
+    record = _checked_record(folders[which])
+    if record is None:
+        _check(which, folders, ())
+        raise UserError(f"the record of {folders[which]} cannot be read; put a copy of it back")
+    return Found(which, folders, record)
+
+
+def losses_of(folder: Path) -> dict[int, float]:
+    """The validation losses of the steps that were evaluated and whose records can be read."""
+    records = {step: read_record(folder / str(step)) for step in saved_steps(folder)}
+    return {step: record.val_loss for step, record in records.items() if record and record.val_loss is not None}
+
+
+def read_record(step_folder: Path) -> Record | None:
+    """The record as it stands, for what a wrong one can do no harm to; None where it cannot be read."""
+    try:
+        return msgspec.json.decode((step_folder / "record" / "metadata").read_bytes(), type=Record)
+    except (OSError, ValueError):
+        return None
+
+
+def _check(which: Which, folders: Mapping[Which, Path], items: Iterable[str]) -> None:
+    needed = ("record", *items)
+    damage = find_damage(folders[which], needed)
+    if damage is None:
+        return
+    others = [name for name, folder in folders.items() if find_damage(folder, needed) is None]
+    raise UserError(
+        f"the {which} checkpoint {folders[which]} is damaged ({damage}); put a copy of it back"
+        + (
+            f", or use --checkpoint {others[0]}"
+            if others
+            else ", or train on: the same train.py command goes on from the newest sound one"
+        )
+    )
+
+
+class _Version(msgspec.Struct):
+    format_version: int = 1
+
+
+def _checked_record(step_folder: Path) -> Record | None:
+    """The record of a step, None where it is damaged. UserError where it was written by another version."""
+    if (step_folder / "progress").is_dir() and not (step_folder / "record").exists():
+        version = 1
+    elif find_damage(step_folder, ["record"]) is not None:
+        return None
+    else:
+        content = (step_folder / "record" / "metadata").read_bytes()
+        version = msgspec.json.decode(content, type=_Version).format_version
+        if version == FORMAT_VERSION:
+            return msgspec.json.decode(content, type=Record)
+    remedy = (
+        "use the older moe_jax that wrote it, or start a new run in another --workdir"
+        if version < FORMAT_VERSION
+        else "install the newer moe_jax that wrote it"
+    )
+    raise UserError(f"{step_folder} must have checkpoint format {FORMAT_VERSION}, got {version}; {remedy}")
