@@ -19,7 +19,8 @@ SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "moe_jax").rglob("*.py")])
 # From left to right: a room of the core may import itself and any room of a later row, nothing else.
 CORE = (
     ("training", "sampling"),
-    ("runs", "data"),
+    ("runs",),
+    ("data",),
     ("model",),
     ("sharding",),
     ("cli",),
