@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from moe_jax.cli import parse
 from moe_jax.config.bounds import Count, Range, RunFolder
 from moe_jax.errors import UserError
-from moe_jax.runs.layout import RunDirectory, latest_run
+from moe_jax.runs.opened import OpenedRun, open_run
 
 
 def _printable(name: str, text: str) -> None:
@@ -49,7 +49,7 @@ class ServerCommand:
 
 
 def main() -> None:
-    arguments = parse(ServerCommand, sys.argv[1:], "python -m moe_jax.server")
+    command = parse(ServerCommand, sys.argv[1:], "python -m moe_jax.server")
     packages = ("starlette", "uvicorn", "prometheus_client")
     if not all(map(importlib.util.find_spec, packages)):
         remedy = f"pip install 'moe_jax[server]', or pip install {' '.join(packages)}"
@@ -57,16 +57,13 @@ def main() -> None:
     # There is nothing to finish yet, and a process that ends while it loads or compiles in other threads may crash.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if arguments.workdir is not None:
-        run = RunDirectory(Path(arguments.workdir))
-    else:
-        run = latest_run()
-        print(f"note: serving {run.path}, the run that changed last", file=sys.stderr)
-    run.load_config()  # its mistakes are reported before jax is loaded
-    serve(run, arguments)
+    opened = open_run(None if command.workdir is None else Path(command.workdir), command.checkpoint)
+    if opened.is_latest:
+        print(f"note: serving {opened.directory.path}, the run that changed last", file=sys.stderr)
+    serve(opened, command)
 
 
-def serve(run: RunDirectory, arguments: ServerCommand) -> None:
+def serve(opened: OpenedRun, command: ServerCommand) -> None:
     """Answers requests until SIGTERM or SIGINT. Raises UserError or EnvironmentFault before the first."""
     from moe_jax.sampling.engine import load_generator
     from moe_jax.server.app import Service
@@ -75,30 +72,30 @@ def serve(run: RunDirectory, arguments: ServerCommand) -> None:
     from moe_jax.server.worker import Worker
     from moe_jax.sharding.startup import enable_compile_cache
 
-    api_key = read_key(arguments.api_key_file)
-    listener = listen(arguments.host or "127.0.0.1", arguments.port)
+    api_key = read_key(command.api_key_file)
+    listener = listen(command.host or "127.0.0.1", command.port)
     host, port = listener.getsockname()[:2]
-    names = own_names(arguments.host, host)
+    names = own_names(command.host, host)
     if api_key is None and names is None:
         what = f"anyone who reaches {host} may use this server"
         print(f"warning: {what}; give --api-key-file, or {KEY_VARIABLE} in the environment", file=sys.stderr)
-    if run.load_config().train.compile_cache:
+    if opened.config.train.compile_cache:
         enable_compile_cache()
-    generator, variables = load_generator(run, arguments.checkpoint, arguments.dtype)
+    generator, variables = load_generator(opened.directory, command.checkpoint, command.dtype)
     limits = Limits(
-        model=arguments.name or run.path.resolve().name,
-        vocab_size=generator.tokenizer.vocab_size,
-        max_prompt_tokens=arguments.max_prompt_tokens or generator.config.context_length,
-        max_output_tokens=arguments.max_output_tokens,
-        max_texts=arguments.max_queue,
+        model=command.name or opened.directory.path.resolve().name,
+        vocab_size=opened.tokenizer.vocab_size,
+        max_prompt_tokens=command.max_prompt_tokens or opened.config.model.context_length,
+        max_output_tokens=command.max_output_tokens,
+        max_texts=command.max_queue,
+        max_body_bytes=command.max_body_bytes,
     )
-    worker = Worker(generator, variables, batch_sizes(arguments.max_batch), arguments.max_queue)
+    worker = Worker(generator, variables, batch_sizes(command.max_batch), command.max_queue)
     worker.start()
-    service = Service(generator, worker, limits, arguments.max_body_bytes, api_key)
     shown = f"[{host}]" if ":" in host else host
-    greeting = f"serving {run.path} as {limits.model} at http://{shown}:{port}"
+    greeting = f"serving {opened.directory.path} as {limits.model} at http://{shown}:{port}"
     try:
-        Server(service, names, greeting).run(sockets=[listener])
+        Server(Service(generator, worker, limits, api_key), names, greeting).run(sockets=[listener])
     finally:
         worker.stop()
 

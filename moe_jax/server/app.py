@@ -36,7 +36,6 @@ class Service:
     generator: Generator
     worker: Worker
     limits: Limits
-    max_body_bytes: int
     api_key: bytes | None = None
     counters: Counters = field(default_factory=Counters)
     is_stopping: bool = False
@@ -103,7 +102,7 @@ class _Routes:
         if kind != "application/json":
             # Also what a page of another site may send without being asked for leave.
             raise RequestError(f"the Content-Type must be application/json, got {kind[:80]!r}; set it", status=415)
-        wanted = parse_completion(await _read_body(request, service.max_body_bytes), service.limits)
+        wanted = parse_completion(await _read_body(request, service.limits.max_body_bytes), service.limits)
         n = wanted.sample.num_samples
         service.worker.check_room(len(wanted.prompts) * n)
         # A long prompt takes a while to tokenize, and the others' texts are to flow.

@@ -52,6 +52,7 @@ class Limits:
     max_output_tokens: int
     max_texts: int
     """Prompts times n."""
+    max_body_bytes: int = 2**20
 
 
 @dataclass(frozen=True)

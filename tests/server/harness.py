@@ -145,8 +145,8 @@ def serving(made, *, sizes=SIZES, max_queue=32, api_key=None, send_buffer=None):
     with mock.patch("moe_jax.server.worker.Batch", PacedBatch):
         worker = Worker(generator, variables, sizes, max_queue)
         worker.start()
-    limits = Limits("tiny", generator.tokenizer.vocab_size, 64, 2000, max_queue)
-    service = Service(generator, worker, limits, 4096, api_key)
+    limits = Limits("tiny", generator.tokenizer.vocab_size, 64, 2000, max_queue, max_body_bytes=4096)
+    service = Service(generator, worker, limits, api_key)
     server = Server(service, LOOPBACK)
     listener = listen("127.0.0.1", 0)
     if send_buffer is not None:

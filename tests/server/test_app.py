@@ -178,7 +178,7 @@ def test_limits_on_tokens(server, fields, param, code, message):
 
 def test_the_start_of_a_document_counts_as_a_token_of_the_prompt():
     config = Config(model=MODEL, data=DataConfig(mode="documents"))
-    service = Service(Generator(config, BYTES), mock.Mock(), Limits("tiny", BYTES.vocab_size, 64, 10, 8), 4096)
+    service = Service(Generator(config, BYTES), mock.Mock(), Limits("tiny", BYTES.vocab_size, 64, 100, 8))
     client = TestClient(build_app(service, None))
     for size in (64, 65):
         answer = client.post("/v1/completions", json={"model": "tiny", "prompt": "a" * size})
