@@ -1,7 +1,5 @@
 """OpenAI's own client, as programs use it."""
 
-import asyncio
-
 import openai
 import pytest
 
@@ -81,13 +79,3 @@ def test_a_full_queue_is_tried_again(client, server, pace):
         read(connection, b"[DONE]")
         connection.close()
     wait_until(lambda: server.is_idle)
-
-
-def test_many_at_once(server):
-    async def ask():
-        async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
-            fields = {"model": "tiny", "prompt": "ab", "max_tokens": 9, "temperature": 0}
-            answers = await asyncio.gather(*(client.completions.create(**fields) for _ in range(20)))
-            return {answer.choices[0].text for answer in answers}
-
-    assert len(asyncio.run(ask())) == 1

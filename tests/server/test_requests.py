@@ -1,6 +1,7 @@
 """What a body may be, and what each mistake is called."""
 
 import contextlib
+import dataclasses
 import json
 
 import pytest
@@ -32,6 +33,11 @@ def test_the_defaults_are_those_of_the_api():
     assert parse(seed=1, **nulls) == wanted
 
 
+def test_who_names_no_max_tokens_gets_no_more_than_the_server_allows():
+    limits = dataclasses.replace(LIMITS, max_output_tokens=8)
+    assert parse_completion(b'{"model": "tiny"}', limits).sample.max_new_tokens == 8
+
+
 def test_without_a_seed_each_request_has_its_own():
     assert len({parse().sample.seed for _ in range(5)}) > 1
     # Of 64 bits the sampler takes 32.
@@ -47,41 +53,19 @@ def test_the_four_forms_of_a_prompt(prompt, prompts):
     assert parse(prompt=prompt).prompts == prompts
 
 
+EVERY_FIELD = b"""{
+  "model": "tiny", "prompt": "a", "max_tokens": 5, "n": 2, "best_of": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 7,
+  "min_p": 0.1, "repetition_penalty": 1.2, "stop": ["x", "yz"], "stop_token_ids": [9, 4, 9], "logprobs": 0, "seed": 3,
+  "stream": true, "stream_options": {"include_usage": true}, "user": "someone", "presence_penalty": 0.0,
+  "frequency_penalty": 0, "logit_bias": {}, "suffix": ""
+}"""
+
+
 def test_every_field_arrives():
-    wanted = parse(
-        prompt="a",
-        max_tokens=5,
-        n=2,
-        best_of=2,
-        temperature=0.5,
-        top_p=0.9,
-        top_k=7,
-        min_p=0.1,
-        repetition_penalty=1.2,
-        stop=["x", "yz"],
-        stop_token_ids=[9, 4, 9],
-        logprobs=0,
-        stream=True,
-        stream_options={"include_usage": True},
-        user="someone",
-        presence_penalty=0.0,
-        frequency_penalty=0,
-        logit_bias={},
-        suffix="",
-        seed=3,
-    )
-    assert wanted.sample == SampleConfig(
-        max_new_tokens=5,
-        num_samples=2,
-        temperature=0.5,
-        top_p=0.9,
-        top_k=7,
-        min_p=0.1,
-        repetition_penalty=1.2,
-        stop=("x", "yz"),
-        stop_tokens=(4, 9),
-        seed=3,
-    )
+    wanted = parse_completion(EVERY_FIELD, LIMITS)
+    sampler = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.2, "seed": 3}
+    expected = SampleConfig(max_new_tokens=5, num_samples=2, stop=("x", "yz"), stop_tokens=(4, 9), **sampler)
+    assert (wanted.prompts, wanted.sample, wanted.echo) == (("a",), expected, False)
     assert (wanted.logprobs, wanted.stream, wanted.include_usage) == (0, True, True)
     assert parse(top_k=-1).sample.top_k is parse(top_k=0).sample.top_k is None
     assert parse(stop="x").sample.stop == ("x",)
@@ -150,31 +134,18 @@ def test_a_mistake_is_reported_with_its_field(fields, param, message):
 
 def test_another_model_is_not_found():
     _, error = refusal(b'{"model": "large"}')
-    assert (error.status, error.content["error"]["code"], error.content["error"]["param"]) == (
-        *(404, "model_not_found", "model"),
-    )
+    content = error.content["error"]
+    assert (error.status, content["code"], content["param"]) == (404, "model_not_found", "model")
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b'{"model": "tiny"',
-        b"[]",
-        b'"text"',
-        b'{"temperature": NaN}',
-        b'{"temperature": -Infinity}',
-        b'{"temperature": 1e999}',
-        b'{"seed": ' + b"9" * 100_000 + b"}",
-        b'{"prompt": "\xff"}',
-        b'{"prompt": "\\ud800"}',
-        b'{"\\udfff": 1}',
-        "{}".encode("utf-16"),
-        b"\xef\xbb\xbf{}",
-        b"[" * 100_000,
-        b'{"a":' * 100_000,
-    ],
+NO_JSON_OBJECT = (
+    *(b"", b'{"model": "tiny"', b"[]", b'"text"', b"[" * 100_000, b'{"a":' * 100_000),
+    *(b'{"temperature": %s}' % number for number in (b"NaN", b"-Infinity", b"1e999", b"9" * 100_000)),
+    *(b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b'{"\\udfff": 1}', "{}".encode("utf-16"), b"\xef\xbb\xbf{}"),
 )
+
+
+@pytest.mark.parametrize("body", NO_JSON_OBJECT, ids=lambda body: repr(body[:20]))
 def test_what_is_no_json(body):
     message, error = refusal(body)
     assert error.status == 400
@@ -193,9 +164,9 @@ def test_what_is_long_is_cut(name, value):
         assert len(refusal(body)[0]) < 500
 
 
-@pytest.mark.parametrize("depth", range(900, 1100, 20))
-def test_brackets_just_below_what_can_be_read(depth):
-    refusal(b'{"model": "tiny", "prompt": ' + b"[" * depth + b"]" * depth + b"}")
+def test_brackets_just_below_what_can_be_read():
+    for depth in range(900, 1100, 20):
+        refusal(b'{"model": "tiny", "prompt": ' + b"[" * depth + b"]" * depth + b"}")
 
 
 JSON = st.recursive(
