@@ -80,14 +80,16 @@ def model_of(case: Case) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from moe_jax.data.tokenizer import build_tokenizer, load_tokenizer
+    from moe_jax.data.tokenizer import build_tokenizer
     from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
-    from moe_jax.sampling.engine import Generator, load_variables
+    from moe_jax.runs.opened import open_run
+    from moe_jax.sampling.api import load_variables
+    from moe_jax.sampling.engine import Generator
 
     if case.workdir:
-        directory = RunDirectory(Path(case.workdir))
-        generator = Generator(case.config, load_tokenizer(directory.tokenizer), case.dtype, end_token=-1)
-        return generator, generator.prepare(load_variables(directory, "best"))
+        opened = open_run(Path(case.workdir), "best")
+        generator = Generator(opened.config, opened.tokenizer, case.dtype, end_token=-1)
+        return generator, generator.prepare(load_variables(opened))
     # 65 characters, as in Tiny Shakespeare.
     generator = Generator(
         case.config, build_tokenizer("char", [bytes(range(48, 113)).decode()]), case.dtype, end_token=-1
@@ -117,7 +119,7 @@ def parts_of(case: Case, generator: Any, variables: Any) -> dict[str, Callable[[
     all_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
     buffers = [jnp.full(size, float(index)) for index in range(1 + all_bytes // (4 * size))]
     stream = jax.jit(jnp.sum)
-    batch = Batch(generator, variables, [case.batch])
+    batch = Batch(generator.programs, variables, [case.batch])
 
     def prefill() -> float:
         texts = [generator.begin(ids.tolist(), sample, number) for number, ids in enumerate(prompt_BL)]

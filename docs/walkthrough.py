@@ -592,7 +592,8 @@ from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import find_plays, render_play
 from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.sampling.engine import load_generator
+from moe_jax.runs.opened import open_run
+from moe_jax.sampling.api import load_engine
 from moe_jax.sampling.processors import keep_top_k, keep_top_p, scale_by_temperature
 from moe_jax.training.train import train
 
@@ -638,7 +639,7 @@ config = Config(
 )
 run = RunDirectory(Path(folder.name, "run"))
 train(config, run.path)
-generator, variables = load_generator(run, "newest")
+generator, variables = load_engine(open_run(run.path, "newest"))
 (sample,) = generator.generate(variables, "DROMIO", config.sample)
 print(sample.prompt + sample.text)
 assert len(sample.tokens) == config.sample.max_new_tokens or sample.finish_reason == "stop"

@@ -1,5 +1,7 @@
 """Sparse Mixture-of-Experts language models in JAX/Flax: prepare text, train, look inside, sample."""
 
+__version__ = "0.1.0"
+
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 

@@ -65,7 +65,7 @@ def main() -> None:
 
 def serve(opened: OpenedRun, command: ServerCommand) -> None:
     """Answers requests until SIGTERM or SIGINT. Raises UserError or EnvironmentFault before the first."""
-    from moe_jax.sampling.engine import load_generator
+    from moe_jax.sampling.api import load_engine
     from moe_jax.server.app import Service
     from moe_jax.server.requests import Limits
     from moe_jax.server.serve import KEY_VARIABLE, Server, listen, own_names, read_key
@@ -81,7 +81,7 @@ def serve(opened: OpenedRun, command: ServerCommand) -> None:
         print(f"warning: {what}; give --api-key-file, or {KEY_VARIABLE} in the environment", file=sys.stderr)
     if opened.config.train.compile_cache:
         enable_compile_cache()
-    generator, variables = load_generator(opened.directory, command.checkpoint, command.dtype)
+    generator, variables = load_engine(opened, command.dtype)
     limits = Limits(
         model=command.name or opened.directory.path.resolve().name,
         vocab_size=opened.tokenizer.vocab_size,

@@ -1,21 +1,15 @@
-"""What a run says while it trains: the console, train.log and the progress bar. Imports no jax."""
+"""Where a run's log messages go: the console and train.log. Imports no jax."""
 
 import contextlib
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from moe_jax.files import GrowingFile
 
 log = logging.getLogger("moe_jax")
-
-_SECONDS_BETWEEN_LINES = 10.0
 
 
 class _ConsoleHandler(logging.Handler):
@@ -92,60 +86,3 @@ def start_log(file: Path) -> Iterator[None]:
             handler.close()
         log.setLevel(level)
         log.propagate = propagate
-
-
-class TrainingBar:
-    """Shows steps done, loss, tokens per second and time left: as a bar on a terminal, else a line at times."""
-
-    def __init__(self, progress: Progress | None, num_steps: int, first: int):
-        self._progress, self._num_steps = progress, num_steps
-        self._task = (
-            None if progress is None else progress.add_task("compiling", total=num_steps, completed=first, values="")
-        )
-        # Speed and time left are of the steps, so the clock stands still while anything else is done.
-        self._seconds, self._steps = 0.0, 0
-        self._clock: float | None = None
-        self._last_line = time.monotonic()
-
-    def update(self, done: int, loss: float, tokens_per_step: int) -> None:
-        """After ``done`` steps, the last with ``loss`` in nats a token."""
-        now = time.monotonic()
-        if self._clock is not None:
-            self._seconds += now - self._clock
-            self._steps += 1
-        self._clock = now
-        text = f"loss {loss:.4f}"
-        if self._seconds:
-            step_seconds = self._seconds / self._steps
-            left = int((self._num_steps - done) * step_seconds)
-            text += f", {tokens_per_step / step_seconds:,.0f} tokens/s, {left // 60}:{left % 60:02d} left"
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=done, description="training", values=text)
-        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            log.log(
-                logging.INFO if self._progress is None else logging.DEBUG, f"step {done}/{self._num_steps}: {text}"
-            )
-
-    def describe(self, what: str) -> None:
-        """Names what is being done between steps, until the next ``update``."""
-        self._clock = None
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description=what)
-
-
-@contextlib.contextmanager
-def training_bar(num_steps: int, first: int) -> Iterator[TrainingBar]:
-    """A bar from step ``first`` to ``num_steps``."""
-    if not sys.stdout.isatty():
-        yield TrainingBar(None, num_steps, first)
-        return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[values]}"),
-    )
-    with Progress(*columns, console=Console(), transient=True) as progress:
-        bar = TrainingBar(progress, num_steps, first)
-        yield bar

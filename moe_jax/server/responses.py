@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.sampling.text_stream import TextStream
+from moe_jax.sampling.text import TextStream
 from moe_jax.server.requests import CompletionRequest, Prompt
 from moe_jax.server.worker import Call, Ticket
 

@@ -79,7 +79,7 @@ class Worker:
 
     def __init__(self, generator: Generator, variables: Variables, sizes: Sequence[int], max_queue: int):
         """``sizes`` are the batch sizes to compile; ``max_queue`` texts may wait for a row."""
-        self._batch = Batch(generator, variables, sizes, num_top=NUM_TOP)
+        self._batch = Batch(generator.programs, variables, sizes, num_top=NUM_TOP)
         self._max_queue = max_queue
         self._condition = threading.Condition()
         # Shared between the threads, under the condition.

@@ -8,6 +8,7 @@ import time
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from rich.console import Console
 
 from moe_jax.config import Config
 from moe_jax.data.batches import TrainBatches, batches_per_epoch, train_batches
@@ -17,8 +18,8 @@ from moe_jax.model.decoder import Decoder
 from moe_jax.runs.checkpoint.record import Record
 from moe_jax.runs.checkpoint.save import Checkpoints
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.runs.log import TrainingBar, training_bar
 from moe_jax.runs.metrics_file import MetricsWriter
+from moe_jax.runs.progress import Progress as Bar
 from moe_jax.sampling.engine import Generator, is_causal
 from moe_jax.sharding.mesh import put_batch
 from moe_jax.sharding.startup import compiler_options
@@ -106,7 +107,9 @@ class Loop:
         train, first = self.config.train, self.first
         batches = self._batches(self.progress.next_batch)
         watchdog = Watchdog(train.watchdog, self.run_directory.stacks)
-        with batches, watchdog, training_bar(train.num_steps, first) as bar:
+        with batches, watchdog, Bar(Console(), log) as bar:
+            bar.start("training", train.num_steps, first)
+            bar.describe("compiling")
             unread: StepOutput | None = None
             clock = time.perf_counter()
             for step in range(first, train.num_steps):
@@ -164,7 +167,7 @@ class Loop:
         patience = self.config.train.patience
         return patience is not None and self.progress.evaluations_without_gain >= patience
 
-    def _read(self, output: StepOutput | None, bar: TrainingBar, done: int) -> None:
+    def _read(self, output: StepOutput | None, bar: Bar, done: int) -> None:
         """Merges a step's metrics into the interval's; waits until the device has computed it."""
         if output is None:
             return
@@ -172,7 +175,7 @@ class Loop:
         num_tokens = int(output.num_targets)
         if done > self.first + 1:  # the first step of a start compiles, and is not timed
             self.interval.time(num_tokens)
-        bar.update(done, float(output.loss), num_tokens)
+        bar.update(done, f"step {done}/{self.config.train.num_steps}: loss {output.loss:.4f}", num_tokens)
         if not output.is_finite:
             self._count_skipped(done)
             return
@@ -236,7 +239,7 @@ class Loop:
         mfu = utilisation(flops_per_second, devices.flat[0].device_kind, devices.size)
         return speed if mfu is None else speed | {"train/mfu": mfu}
 
-    def _evaluate(self, done: int, bar: TrainingBar) -> float:
+    def _evaluate(self, done: int, bar: Bar) -> float:
         """Scores the validation split and as many tokens of the training split, and samples a text."""
         bar.describe("evaluating")
         by_corpus = self._score("val", None)
@@ -275,7 +278,6 @@ class Loop:
             text = self.generator.generate(self.generator.prepare(self.state.variables), "", sample)
             self.writer.write_text(done, "sample", text[0].text)
             log.info("sample:\n" + text[0].text.strip())
-        bar.describe("training")
         return val.loss
 
     def _score(self, name: str, max_tokens: int | None) -> dict[str, Evaluation]:

@@ -47,7 +47,8 @@ def test_what_is_left_out_is_as_the_run_samples(model, rotary):
     ("prompts", "settings", "words"),
     [
         ("ROMEO:", {}, r"prompts must be a list of texts, got 'ROMEO:'; write generate\(\[text\]\)"),
-        (["a", None], {}, r"prompts must be a list of texts, got \['a', None\]"),
+        (["a", None], {}, r"prompts\[1\] must be of type str, got None"),
+        (["a"], {"temprature": 1.0}, r"^there is no setting temprature; did you mean temperature\?"),
         (["a", "\udcff"], {}, r"prompts\[1\] must be UTF-8 text"),
         (["a" * 17], {}, "the prompt must fit the context of 16 tokens, got 17"),
         (["a"], {"top_p": 1.5}, r"^top_p must be in \[1e-06, 1.0\], got 1.5"),
@@ -66,5 +67,7 @@ def test_mistakes_are_told(model, prompts, settings, words):
 def test_loading_what_is_not_there(tmp_path):
     with pytest.raises(UserError, match="is not a run directory"):
         moe_jax.load(tmp_path)
-    with pytest.raises(UserError, match="checkpoint must be best or newest, got 'last'; choose one"):
+    with pytest.raises(UserError, match=r"^dtype must be one of float32, bfloat16; got 'float16'"):
+        moe_jax.load(tmp_path, dtype="float16")
+    with pytest.raises(UserError, match="checkpoint must be one of best, newest; got 'last'"):
         moe_jax.load(str(tmp_path), "last")

@@ -27,7 +27,7 @@ BIASED = {"moe": MoEConfig(4, 2, 8, router="sigmoid_bias", num_shared_experts=1,
 
 def texts_and_logits(generator, variables):
     """The texts of PROMPTS up to END tokens, drawn token by token in one ragged batch, and the logits before each."""
-    batch = Batch(generator, variables, [4])
+    batch = Batch(generator.programs, variables, [4])
     texts = [
         generator.begin(ids, SampleConfig(max_new_tokens=END - len(ids), temperature=1.0, top_p=1.0, seed=index))
         for index, ids in enumerate(PROMPTS)
@@ -122,8 +122,8 @@ def test_probabilities_are_the_same_alone_and_beside_fifteen_others(rotary):
         return texts
 
     V = generator.tokenizer.vocab_size
-    together = made(Batch(generator, variables, [16], num_top=V), prompts)
-    alone = Batch(generator, variables, [1], num_top=V)
+    together = made(Batch(generator.programs, variables, [16], num_top=V), prompts)
+    alone = Batch(generator.programs, variables, [1], num_top=V)
     for text, ids in zip(together, prompts, strict=True):
         (single,) = made(alone, [ids])
         assert (text.tokens, text.finish_reason) == (single.tokens, single.finish_reason)
@@ -138,7 +138,7 @@ def test_a_batch_grows_and_shrinks_and_texts_keep_their_rows(rotary, positions):
     changed = dataclasses.replace(CONFIG, positions="learned")
     generator, variables, _ = rotary if positions == "rotary" else make(changed, end_token=-1)
     random = np.random.default_rng(0)
-    batch, waiting, done, removed = Batch(generator, variables, [1, 2, 4]), [], [], []
+    batch, waiting, done, removed = Batch(generator.programs, variables, [1, 2, 4]), [], [], []
     for index in range(24):
         sample = SampleConfig(
             max_new_tokens=int(random.integers(1, 49)),
@@ -161,7 +161,7 @@ def test_a_batch_grows_and_shrinks_and_texts_keep_their_rows(rotary, positions):
     assert sizes == {1, 2, 4}
     assert removed
     assert all(text.finish_reason is None for text in removed)
-    single = Batch(generator, variables, [1])
+    single = Batch(generator.programs, variables, [1])
     for text in done:
         again = generator.begin(text.prompt_ids, text.sample, text.number)
         single.admit([again])
@@ -192,8 +192,9 @@ def test_what_is_warmed_up_is_not_compiled_again():
     generator = make(CONFIG)[0]
     # Where a checkpoint puts them.
     variables = jax.device_put(generator.prepare(make_trained(CONFIG)[1]), jax.devices()[0])
-    batch = Batch(generator, variables, [1, 2])
-    functions = (generator.prefill, generator.decode, generator.take_rows, generator.empty_state)
+    batch = Batch(generator.programs, variables, [1, 2])
+    programs = generator.programs
+    functions = (programs.prefill, programs.decode, programs.take_rows, programs.empty_state)
     batch.warm_up()
     before = [function._cache_size() for function in functions]
     waiting = [generator.begin([1] * length, SampleConfig(max_new_tokens=20)) for length in (1, 16, 5)]

@@ -51,7 +51,7 @@ def test_greedy_text_equals_a_loop_of_full_forwards(rotary, prompt):
 def test_what_was_drawn_is_penalised_as_the_prompt_is(rotary, penalty):
     generator, variables, decoder = rotary
     settings = SampleConfig(temperature=0.0, max_new_tokens=12, repetition_penalty=penalty)
-    tokens = [sample.tokens for sample in generator.generate_all(variables, ["bad", "hg"], settings)]
+    tokens = [sample.tokens for sample in generator.finish(variables, generator.begin_all(["bad", "hg"], settings))]
     expected = [naive_greedy(decoder, variables, TOKENIZER.encode(prompt), 12, penalty) for prompt in ("bad", "hg")]
     assert tokens == expected
     assert tokens[0] != naive_greedy(decoder, variables, TOKENIZER.encode("bad"), 12)
@@ -114,7 +114,7 @@ def test_prompts_of_many_lengths_in_one_batch_are_as_alone(rotary):
     generator, variables, _ = rotary
     prompts = ["", *("hgfedcbahgfedcba"[:length] for length in range(1, 16))]
     settings = SampleConfig(max_new_tokens=24, temperature=1.0, seed=5)
-    together = generator.generate_all(variables, prompts, settings)
+    together = generator.finish(variables, generator.begin_all(prompts, settings))
     assert [sample.prompt for sample in together] == prompts
     for sample, prompt in zip(together, prompts, strict=True):
         (alone,) = generator.generate(variables, prompt, settings)

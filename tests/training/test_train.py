@@ -20,7 +20,8 @@ from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.runs.layout import RunDirectory, saved_steps
 from moe_jax.runs.metrics_file import read_metrics
-from moe_jax.sampling.engine import load_generator, load_variables
+from moe_jax.runs.opened import open_run
+from moe_jax.sampling.api import load_engine, load_variables
 from moe_jax.training.loop import Loop
 from moe_jax.training.train import train
 from tests.oracles.texts import VERSE
@@ -77,7 +78,7 @@ def test_metrics_hold_every_promised_name(finished):
 
 
 def parameters(run):
-    return load_variables(run, "newest")
+    return load_variables(open_run(run.path, "newest"))
 
 
 # Step 15 is one that is only logged: the signal comes between the decision not to save and the end of the turn.
@@ -249,7 +250,7 @@ def test_a_run_trained_on_another_kind_of_device_can_be_sampled_from(finished, t
     saved = finished.load_config()
     moe = dataclasses.replace(saved.model.moe, dispatch="tokamax", capacity_factor=None)
     run.save_config(dataclasses.replace(saved, model=dataclasses.replace(saved.model, moe=moe)))
-    generator, variables = load_generator(run, "best")
+    generator, variables = load_engine(open_run(run.path, "best"))
     (sample,) = generator.generate(variables, "the", dataclasses.replace(saved.sample, max_new_tokens=3))
     assert len(sample.tokens) <= 3
 
@@ -263,7 +264,7 @@ def test_experts_that_choose_train_but_cannot_be_sampled_from(change, tmp_path):
     assert "dispatch in evaluation: gather" in log
     assert "sample" not in log.replace("no text can be sampled", "")
     with pytest.raises(UserError, match="expert_choice cannot be sampled from: its experts choose among all tokens"):
-        load_generator(run, "best")
+        load_engine(open_run(run.path, "best"))
     assert {line.get("moe/dropped_fraction", 0.0) for line in read_metrics(run.metrics_file)} == {0.0}
 
 
