@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from moe_jax.server.arguments import ServerCommand
 
 from moe_jax.cli import load_recipe, parse
 from moe_jax.commands.evaluate import EvaluateCommand
 from moe_jax.commands.sample import parse_sample
+from moe_jax.commands.server import ServerCommand
 from moe_jax.commands.train import parse_train
 from moe_jax.config import Config, SampleConfig
 from moe_jax.config.fields import settings

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -15,26 +16,11 @@ LONG = {"prompt": "ab", "max_tokens": 2000, "stream": True}
 BEGUN = b"data: "
 
 
-def in_threads(functions):
-    """What each of ``functions`` returns, called at the same time."""
-    results = [None] * len(functions)
-
-    def call(index):
-        results[index] = functions[index]()
-
-    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(functions))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    return results
-
-
 def test_together_each_gets_what_it_gets_alone(server):
     asked = [{"prompt": "abc"[: index % 4], "max_tokens": 5 + 7 * index, "seed": index} for index in range(12)]
     alone = [server.complete(**fields)[1]["choices"] for fields in asked]
-    together = in_threads([lambda fields=fields: server.complete(**fields)[1]["choices"] for fields in asked])
-    assert together == alone
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(lambda fields: server.complete(**fields)[1]["choices"], asked)) == alone
     assert server.is_idle
 
 
@@ -158,7 +144,8 @@ def test_many_connections_at_once(server):
             connection.close()
         return status
 
-    assert in_threads([lambda index=index: ask(index) for index in range(20)]) == [200] * 20
+    with ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(ask, range(20))) == [200] * 20
     wait_until(lambda: not server.server.server_state.connections)
 
 
