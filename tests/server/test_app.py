@@ -246,7 +246,8 @@ def test_another_name_of_the_host_is_refused(server):
 
 def test_requests_are_counted_by_a_few_names(server):
     before = {name: server.metric(f"moe_jax_{name}_total") for name in ("prompt_tokens", "generated_tokens")}
-    durations = server.metric("moe_jax_request_duration_seconds_count")
+    histograms = [f"moe_jax_{name}_seconds_count" for name in ("request_duration", "time_to_first_token")]
+    observed = [server.metric(name) for name in histograms]
     count = server.count
     others, refused = count("other", 404), count("/v1/completions", 400)
     for path in ("/a", "/b", "/v1/completions/x"):
@@ -258,7 +259,7 @@ def test_requests_are_counted_by_a_few_names(server):
     assert server.metric("moe_jax_prompt_tokens_total") == before["prompt_tokens"] + 3
     made_tokens = answer["usage"]["completion_tokens"]
     assert server.metric("moe_jax_generated_tokens_total") == before["generated_tokens"] + made_tokens
-    assert server.metric("moe_jax_request_duration_seconds_count") == durations + 1
+    assert [server.metric(name) for name in histograms] == [number + 1 for number in observed]
     assert server.request("GET", "/metrics")[1]["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
