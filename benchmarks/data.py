@@ -27,15 +27,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from moe_jax.config import DataConfig
-from moe_jax.data.dataset import Corpus, open_prepared, write_meta
-from moe_jax.data.shards import LENGTHS, Split, file_sha256, lengths_file, shard_file
-from moe_jax.data.tokenizer import build_tokenizer, save_tokenizer
+from moe_jax.data.byte_pairs import BpeTokenizer
+from moe_jax.data.dataset import FORMAT_VERSION, LENGTHS, Corpus, MadeFrom, Split, file_sha256, open_prepared
+from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.errors import run
 from moe_jax.prepare import folder as preparation
-from moe_jax.prepare.folder import prepare_folder
+from moe_jax.prepare.folder import prepare_folder, write_meta
 from moe_jax.prepare.formats import ReadOptions, read_play
 from moe_jax.prepare.plays import find_plays
 from moe_jax.prepare.settings import PrepareConfig
+from moe_jax.prepare.tokenizer import build_tokenizer
 
 LENGTH, BATCH = 512, 32
 MODES = ("windows", "packed", "padded")
@@ -67,9 +68,8 @@ def tokenization(folder: Path, megabytes: int, rounds: int) -> list[dict[str, An
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = build_tokenizer("bpe:2048", texts[:20_000])
     save_tokenizer(tokenizer, folder / "tokenizer")
-    values = tokenizer.to_json()
-    ranks = {token: rank for token, rank in getattr(tokenizer, "ranks").items()}  # noqa: B009, C416
-    alone = tiktoken.Encoding("alone", pat_str=values["pattern"], mergeable_ranks=ranks, special_tokens={})
+    assert isinstance(tokenizer, BpeTokenizer)
+    alone = tiktoken.Encoding("alone", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.ranks, special_tokens={})
     size = sum(len(text.encode()) for text in texts) / 1e6
     second_pass: list[float] = []
     real = preparation._write_corpus
@@ -115,15 +115,24 @@ def make_large(folder: Path, num_tokens: int) -> None:
         lengths = np.clip(random.lognormal(5.4, 0.5, size // 200), 8, 4000).astype(LENGTHS)
         lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), size)) + 1]
         total = int(lengths.sum())
-        lengths.tofile(lengths_file(folder / "text", name))
-        split = Split(name, folder / "text", "uint16", 100_000_000, total, len(lengths), 4 * total, 0, {})
-        for index, (file, size_in_bytes) in enumerate(list(split.files())[:-1]):
-            assert file == shard_file(folder / "text", name, index)
-            random.integers(tokenizer.vocab_size, size=size_in_bytes // 2, dtype=np.uint16).tofile(file)
+        split = Split(
+            name=name,
+            folder=folder / "text",
+            dtype="uint16",
+            shard_tokens=100_000_000,
+            num_tokens=total,
+            num_documents=len(lengths),
+            num_bytes=4 * total,
+            num_unknown=0,
+            sha256={},
+        )
+        lengths.tofile(split.lengths_file)
+        for file, num_tokens in split.shards():
+            random.integers(tokenizer.vocab_size, size=num_tokens, dtype=np.uint16).tofile(file)
         sha256 = {file.name: file_sha256(file) for file, _ in split.files()}
         splits[name] = dataclasses.replace(split, sha256=sha256)
-    settings = {"val_fraction": 0.0001}
-    write_meta(folder, tokenizer, (Corpus("text", 1.0, splits["train"], splits["val"]),), {"settings": settings})
+    origin = MadeFrom(FORMAT_VERSION, {"val_fraction": 0.0001}, {})
+    write_meta(folder, tokenizer, [Corpus("text", 1.0, splits["train"], splits["val"])], origin)
 
 
 def loading(folder: Path, rounds: int) -> list[dict[str, Any]]:

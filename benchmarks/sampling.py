@@ -80,21 +80,22 @@ def model_of(case: Case) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from moe_jax.data.tokenizer import build_tokenizer
     from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
+    from moe_jax.model.moe.backends import this_machine, with_dispatch
+    from moe_jax.prepare.tokenizer import build_tokenizer
     from moe_jax.runs.opened import open_run
     from moe_jax.sampling.api import load_variables
     from moe_jax.sampling.engine import Generator
 
     if case.workdir:
         opened = open_run(Path(case.workdir), "best")
-        generator = Generator(opened.config, opened.tokenizer, case.dtype, end_token=-1)
+        generator = Generator(opened.config, opened.tokenizer, this_machine(), case.dtype, end_token=-1)
         return generator, generator.prepare(load_variables(opened))
     # 65 characters, as in Tiny Shakespeare.
-    generator = Generator(
-        case.config, build_tokenizer("char", [bytes(range(48, 113)).decode()]), case.dtype, end_token=-1
-    )
-    decoder = Decoder(generator.config, generator.tokenizer.vocab_size)
+    tokenizer = build_tokenizer("char", [bytes(range(48, 113)).decode()])
+    generator = Generator(case.config, tokenizer, this_machine(), case.dtype, end_token=-1)
+    model = with_dispatch(generator.config, 2, train=False, machine=this_machine(), as_set=False)
+    decoder = Decoder(model, tokenizer.vocab_size)
     params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     return generator, generator.prepare(Variables(nn.unbox(params), initial_expert_bias(case.config.model)))
 
@@ -152,7 +153,7 @@ def bytes_of_step(case: Case, generator: Any, variables: Any) -> float:
     """Bytes that one token for each text has to read."""
     import jax
 
-    from moe_jax.model.unstacked import init_caches
+    from moe_jax.model.attention import init_caches
 
     moe = generator.config.moe
     # The mean number of experts that B tokens choose, of K each and all equally likely.
@@ -175,14 +176,14 @@ def with_torch(case: Case, generator: Any, variables: Any, num_tokens: int) -> C
     import jax
     import numpy as np
 
-    from moe_jax.model.decoder import Decoder, forward
+    from moe_jax.model.decoder import forward
 
     sys.path.insert(0, str(Path(__file__).parent))
     torch_decoder = importlib.import_module("torch_decoder")
     if not torch_decoder.is_of_this_kind(generator.config):
         return None
     prompt_BL = prompts_of(case, generator.tokenizer.vocab_size)
-    decoder = Decoder(generator.config, generator.tokenizer.vocab_size, unstacked=True)
+    decoder = generator.programs.decoder_for(prompt_BL.size)
     logits_BLV = np.asarray(jax.jit(lambda ids: forward(decoder, variables, ids).logits_BLV)(prompt_BL))
     draw = torch_decoder.loop(generator.config, variables.params, prompt_BL, logits_BLV, SAMPLE.temperature)
 

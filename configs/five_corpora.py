@@ -2,7 +2,7 @@ r"""A mixture of five corpora of different kinds, in the manner of LaMoE: news, 
 
 LaMoE's own are Kaggle data sets: pariza/bbc-news-summary, divaxshah/avengers-and-iron-man-movies-dataset,
 kingburrito666/shakespeare-plays, judehunt23/llm-science-exam-training-data-wiki-pages and
-ffatty/plaintext-wikipedia-full-english. Unpack them to these names, or put others in their place, and prepare
+ffatty/plaintext-wikipedia-full-english. Unpack them under these names, or put others in their place, and prepare
 them once; --text-key names the column of each CSV file that holds the text (the error lists the columns):
 
     python -m moe_jax.prepare --out data/five_corpora --tokenizer bpe:8192 --errors replace \
@@ -13,8 +13,8 @@ them once; --text-key names the column of each CSV file that holds the text (the
     python train.py --config configs/five_corpora.py
 
 The plays are those that come with the installation, whole, instead of single lines of a CSV file. Weights are shares
-of the training rows, whatever the sizes of the corpora; validation tells the loss of each and of all. RMSNorm, rotary
-positions, grouped-query attention and SwiGLU experts, as LaMoE has them, in a size for a processor: 4 layers of width
+of the training rows, whatever the sizes of the corpora; validation reports each one's loss and that of all. RMSNorm,
+rotary positions, grouped-query attention and SwiGLU experts, as LaMoE has them, in a size for a CPU: 4 layers of width
 128, 8 experts of which a token takes 2: 5.4 M parameters, in random windows of 256 tokens. No loss is stated: the data
 sets do not come with this package, and the recipe was run on stand-ins of their format only. No row is dropped.
 """

@@ -1,6 +1,6 @@
 r"""LaMoE: blocks of Llama 2, 8 experts of which a token takes 2; news, dialogue, plays, physics and encyclopedia.
 
-Prepare the five corpora by the command in configs/five_corpora.py, which is the same in a size for a processor; then
+Prepare the five corpora by the command in configs/five_corpora.py, which is the same in a size for a CPU; then
 
     python train.py --config configs/lamoe.py
     python sample.py --workdir runs/lamoe --interactive
@@ -8,7 +8,7 @@ Prepare the five corpora by the command in configs/five_corpora.py, which is the
 4 layers of width 512, 8 query and 4 key/value heads, RMSNorm, rotary positions, SwiGLU experts of width 2,048, noisy
 top-k routing balanced by the squared coefficient of variation of its importance, in random windows of 300 tokens:
 112.2 M parameters, 36.7 M active. For one GPU of 16 GB. No minutes and no loss are stated: the data sets do not come
-with this package, and no GPU was at hand. On a processor 60 steps of 4 windows were run, in float32: from 9.0 to 7.3
+with this package, and no GPU was at hand. On a CPU 60 steps of 4 windows were run, in float32: from 9.0 to 7.3
 nats. No row is dropped.
 """
 

@@ -9,10 +9,10 @@ publishes a validation loss of 1.751 (one seed, over random windows, the router'
 reach 1.734 in the mean (1.724 to 1.743) at the last step; on one core of a busy machine 5,000 steps take 25 minutes.
 No row is dropped.
 
-Not as there: attention scores are divided by the root of the head's width instead of the model's, the noise matrix
-starts at zero, biases, norms and embeddings do not decay, and the output has no bias. --model.moe.capacity-factor 1.0
-is its later version, with capacity; a context of 32 then drops a tenth of all rows even in good balance.
-configs/makemoe_best.py is our own of the same size.
+Unlike the original, attention scores are divided by the root of the head's width instead of the model's, the noise
+matrix starts at zero, biases, norms and embeddings do not decay, and the output has no bias.
+--model.moe.capacity-factor 1.0 is its later version, with capacity; a context of 32 then drops a tenth of all rows
+even in good balance. configs/makemoe_best.py is our own of the same size.
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, SampleConfig, TrainConfig

@@ -1,4 +1,4 @@
-"""The default: a sparse Mixture-of-Experts model that learns Shakespeare's plays on a laptop's processor.
+"""The default: a sparse Mixture-of-Experts model that learns Shakespeare's plays on a laptop's CPU.
 
     python train.py --config configs/moe.py
     python sample.py --workdir runs/moe

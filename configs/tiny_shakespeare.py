@@ -1,11 +1,11 @@
-"""Characters of Tiny Shakespeare in a context of 64, the setting of nanoGPT's recipe for a processor.
+"""Characters of Tiny Shakespeare in a context of 64, the setting of nanoGPT's recipe for a CPU.
 
     python train.py --config configs/tiny_shakespeare.py --data.path input.txt
 
-input.txt is the file of that name in karpathy/char-rnn; its last tenth is held out. 3.4 M parameters, 1.1 M active.
-On two cores 550 steps of 1,024 characters take 1.1 minutes, and 1.5 with compilation (8 s) and an evaluation:
-validation 1.821 nats per character at the last step; nanoGPT's recipe publishes 1.88 for about 3 minutes on a
-processor. No row is dropped.
+input.txt is the file of that name in karpathy/char-rnn; its last tenth is held out. 3.4 M parameters, 1.1 M active. On
+two cores 550 steps of 1,024 characters take 1.1 minutes, and 1.5 with compilation (8 s) and an evaluation: validation
+1.821 nats per character at the last step; nanoGPT's recipe publishes 1.88 for about 3 minutes on a CPU. No row is
+dropped.
 """
 
 from moe_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, SampleConfig, TrainConfig

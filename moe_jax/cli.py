@@ -1,9 +1,9 @@
 """From the command line to a checked configuration. Imports no jax."""
 
 import dataclasses
-import importlib.util
 import os
 import re
+import runpy
 import traceback
 from pathlib import Path
 from typing import TypeVar
@@ -33,13 +33,10 @@ def load_recipe(path: Path) -> Config:
         known = sorted(str(item) for item in Path("configs").glob("*.py"))
         what = "is a folder" if path.is_dir() else "does not exist"
         raise UserError(f"--config {path} {what}; recipes here: {', '.join(known) or 'none'}")
-    spec = importlib.util.spec_from_file_location("recipe", path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise UserError(f"--config {path} is not a Python file; a recipe ends in .py and has get_config()")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
+        config = runpy.run_path(str(path))["get_config"]()
     except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is reported with its line
         raise UserError(f"{path}{_line_in(path, error)}: {_explain(error)}") from error
     if not isinstance(config, Config):
@@ -64,7 +61,7 @@ def _explain(error: BaseException) -> str:
     section = getattr(sections, match[1], None) if match else None
     if match and dataclasses.is_dataclass(section):
         return unknown_name(f"{match[1]}.", match[2], [item.name for item in dataclasses.fields(section)])
-    if isinstance(error, AttributeError) and "get_config" in str(error):
+    if isinstance(error, KeyError) and error.args == ("get_config",):
         return "a recipe needs a function get_config() that returns a moe_jax.config.Config"
     if isinstance(error, SystemExit):
         return f"a recipe must return its settings, but ends the program (SystemExit: {error}); take that out"

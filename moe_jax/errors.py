@@ -29,17 +29,12 @@ class Interrupted(Exception):
         self.exit_code = exit_code
 
 
-# Faults of the machine, not of this program: one line instead of a traceback.
-_ENVIRONMENT_ERRNOS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR}
-    | {errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENOMEM}
-)
-
-_FULL = "free some space and run the same command again"
+# Faults of the machine, not of this program: one line, with the remedy, instead of a traceback.
 _REMEDIES = {
-    errno.ENOSPC: _FULL,
-    errno.EDQUOT: _FULL,
-    errno.EFBIG: "allow larger files (ulimit -f) and run the same command again",
+    **dict.fromkeys([errno.ENOSPC, errno.EDQUOT], "; free some space and run the same command again"),
+    errno.EFBIG: "; allow larger files (ulimit -f) and run the same command again",
+    **dict.fromkeys([errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EISDIR], ""),
+    **dict.fromkeys([errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENOMEM], ""),
 }
 
 
@@ -69,11 +64,10 @@ def run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
-        if error.errno not in _ENVIRONMENT_ERRNOS:
+        if error.errno not in _REMEDIES:
             raise
         where = f": {error.filename}" if error.filename else ""
-        remedy = f"; {_REMEDIES[error.errno]}" if error.errno in _REMEDIES else ""
-        _leave(f"{error.strerror}{where}{remedy}", 1)
+        _leave(f"{error.strerror}{where}{_REMEDIES[error.errno]}", 1)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -1,8 +1,9 @@
 """Files that are written whole or not at all, or grow on a full disk's terms; folders of one process at a time."""
 
 import contextlib
+import errno
 import fcntl
-import itertools
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,8 @@ from typing import TextIO, TypeVar
 import msgspec
 
 from moe_jax.errors import UserError
+
+log = logging.getLogger("moe_jax")
 
 T = TypeVar("T")
 
@@ -64,7 +67,7 @@ def atomic_write_text(file: Path, text: str) -> None:
 class GrowingFile:
     """A file that grows by whole records, and whose writer a full disk does not stop.
 
-    A record that cannot be written is kept in memory, and nothing of it stays in the file. It is tried again with the
+    Records that cannot be written wait in memory, and nothing of them stays in the file. They are tried again with the
     next one and at the end, so that none is lost, doubled or out of order once there is space. ``tell`` gets one line
     when writing begins to fail and one when it works again.
     """
@@ -78,9 +81,37 @@ class GrowingFile:
         self._end = os.fstat(self._descriptor).st_size
 
     def append(self, record: bytes) -> None:
-        """Writes ``record`` after all that are kept. No fault of the file system is raised."""
+        """Writes ``record`` after all that wait. No fault of the file system is raised."""
         self._unwritten.append(record)
-        self._write_what_is_kept()
+        self._write_what_waits()
+
+    def _write_what_waits(self) -> None:
+        try:
+            while self._unwritten:
+                self._write(self._unwritten[0])
+                del self._unwritten[0]
+        except OSError as error:
+            # Where even this fails, the next record is still written over the half one.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._descriptor, self._end)
+            if not self._is_failing:
+                self._tell(
+                    f"warning: {self._file} cannot be written ({error.strerror}); the run goes on, keeps what is due "
+                    "in memory and tries again each time"
+                )
+            self._is_failing = True
+            return
+        if self._is_failing:
+            self._tell(f"{self._file} can be written again, and nothing of it is lost")
+        self._is_failing = False
+
+    def _write(self, record: bytes) -> None:
+        # A file that somebody has cut must not get a hole.
+        self._end = min(self._end, os.fstat(self._descriptor).st_size)
+        written = 0
+        while written < len(record):
+            written += os.pwrite(self._descriptor, memoryview(record)[written:], self._end + written)
+        self._end += written
 
     def sync(self) -> None:
         """Puts what is written on disk, for a loss of power; a fault of the disk is left to the next ``append``."""
@@ -90,43 +121,12 @@ class GrowingFile:
     def close(self) -> list[bytes]:
         """Tries for the last time, and returns the records that are not in the file."""
         if self._unwritten:
-            self._write_what_is_kept()
+            self._write_what_waits()
         try:
             os.close(self._descriptor)
-        except OSError as error:  # a server's file system may tell of a lost write as late as here
+        except OSError as error:  # a server's file system may report a lost write as late as here
             self._tell(f"warning: the end of {self._file} may be missing ({error.strerror})")
         return self._unwritten
-
-    def _write_what_is_kept(self) -> None:
-        error = self._try()
-        if error is not None and not self._is_failing:
-            self._tell(
-                f"warning: {self._file} cannot be written ({error.strerror}); the run goes on, keeps what is due in "
-                "memory and tries again each time"
-            )
-        elif error is None and self._is_failing:
-            self._tell(f"{self._file} can be written again, and nothing of it is lost")
-        self._is_failing = error is not None
-
-    def _try(self) -> OSError | None:
-        """Writes as many of the kept records as there is space for; what hindered it."""
-        data, written, fault = b"".join(self._unwritten), 0, None
-        try:
-            # A file that somebody has cut must not get a hole.
-            self._end = min(self._end, os.fstat(self._descriptor).st_size)
-            while written < len(data):
-                written += os.pwrite(self._descriptor, memoryview(data)[written:], self._end + written)
-        except OSError as error:
-            fault = error
-        ends = [end for end in itertools.accumulate(map(len, self._unwritten)) if end <= written]
-        if ends:
-            self._end += ends[-1]
-            del self._unwritten[: len(ends)]
-        if fault is not None:
-            # Where even this fails, the next record is still written over the half one.
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._descriptor, self._end)
-        return fault
 
 
 @contextlib.contextmanager
@@ -134,7 +134,8 @@ def locked_folder(folder: Path, flag: str, what: str, *, wait: bool = False) -> 
     """Creates ``folder`` and keeps other processes from working in it at the same time.
 
     The lock is the kernel's, so that a killed process leaves none behind. Where another process has it, either waits
-    or raises UserError, which says that it is ``what`` ("training in") and that ``flag`` chooses another folder.
+    or raises UserError, which says that it is ``what`` ("training in") and that ``flag`` chooses another folder. On a
+    file system without locks there is a warning, and none.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -145,33 +146,41 @@ def locked_folder(folder: Path, flag: str, what: str, *, wait: bool = False) -> 
             raise
         raise UserError(f"{flag} {folder} is a link to nothing; remove it, or choose another") from None
     with open(folder / ".lock", "a+") as file:
-        if wait:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        else:
-            _lock_or_refuse(file, folder, flag, what)
+        if not _lock(file, folder, flag, what, wait=wait):
+            log.warning(
+                f"warning: the file system of {folder} has no locks, so nothing keeps a second process from {what} it "
+                "at the same time; start only one"
+            )
         with naming(folder / ".lock"):
             file.truncate(0)
             os.write(file.fileno(), str(os.getpid()).encode())
         try:
             yield
         finally:
-            file.truncate(0)  # whoever is refused from now on is not told of this process
+            file.truncate(0)  # whoever is refused from now on is not given this process's number
 
 
 def refuse_locked_folder(folder: Path, flag: str, what: str) -> None:
     """UserError where ``locked_folder`` would raise it now, so that no work is done in vain; creates nothing."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(folder / ".lock") as file:
-        _lock_or_refuse(file, folder, flag, what)
+        _lock(file, folder, flag, what)
 
 
-def _lock_or_refuse(file: TextIO, folder: Path, flag: str, what: str) -> None:
-    for is_last in (False,) * 10 + (True,):
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def _lock(file: TextIO, folder: Path, flag: str, what: str, *, wait: bool = False) -> bool:
+    """Whether the file system has locks; with one, ``file`` is locked then. UserError where another process has it."""
+    for _ in range(10):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return True
         except BlockingIOError:
-            if not is_last:  # it may be a process that only looks whether somebody works here
-                time.sleep(0.02)
+            time.sleep(0.02)  # it may be a process that only looks whether somebody works here
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            return False
     file.seek(0)
     raise UserError(
         f"process {file.read().strip()} is {what} {folder} already; wait for it, stop it, or name another {flag}"

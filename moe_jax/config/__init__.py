@@ -1,7 +1,7 @@
-"""Every setting of a run, as frozen typed sections. Imports no jax, so that a mistake is told within a second.
+"""Every setting of a run, as frozen typed sections. Imports no jax, so that a mistake is reported within a second.
 
 A recipe in ``configs/`` is a file with ``get_config() -> Config`` that names only what differs from the defaults here.
-``rules.check`` is called once, right after parsing; each part of the package then takes the section it needs.
+``rules.check`` is called once, right after parsing; each part of the package then takes the section that it needs.
 """
 
 import dataclasses
@@ -197,11 +197,11 @@ class TrainConfig:
     init_from: str | None = None
     """Run directory from whose best checkpoint a new run takes its parameters, as for fine-tuning; None: random."""
     deterministic: bool = False
-    """On a GPU, only use kernels that give the same bits each time, which is slower; a processor always does."""
+    """On a GPU, only use kernels that give the same bits each time, which is slower; a CPU always does."""
     max_skipped_steps: Count = 10
     """Steps in a row without a finite loss and gradient, each left out, after which the run stops."""
     watchdog: Annotated[float, Range(2.0, 1e6)] | None = 20.0
-    """Write down what every thread does when a step takes this many times its peers and a minute; None: never."""
+    """Log what every thread does when a step takes this many times its peers and a minute; None: never."""
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder, so that a later start skips compilation."""
     trackers: tuple[Literal["tensorboard", "mlflow"], ...] = ("tensorboard",)
@@ -260,9 +260,9 @@ class Config:
 OLD_SETTINGS: OldSettings = {
     ("model.moe.dispatch", "sorted"): ("model.moe.dispatch", "auto"),
     ("model.moe.grouped_matmul", "auto"): None,
-    ("model.moe.grouped_matmul", "blocked"): ("model.moe.dispatch", "blocked"),
-    ("model.moe.grouped_matmul", "ragged"): ("model.moe.dispatch", "ragged"),
-    ("model.moe.grouped_matmul", "tokamax"): ("model.moe.dispatch", "tokamax"),
-    ("model.moe.grouped_matmul", "by_row"): ("model.moe.dispatch", "by_row"),
+    **{
+        ("model.moe.grouped_matmul", name): ("model.moe.dispatch", name)
+        for name in ("blocked", "ragged", "tokamax", "by_row")
+    },
 }
 """The name and value of a setting in an older run's config.json, and what it is called today; None: it is gone."""

@@ -1,4 +1,4 @@
-"""What holds for every section of settings: a frozen dataclass of annotated fields, some of them sections."""
+"""Reading, walking and checking a section of settings: a frozen dataclass whose fields may be sections too."""
 
 import dataclasses
 import difflib
@@ -27,13 +27,11 @@ def section_from_dict(section: type, values: Any, source: str, old: OldSettings,
         if name.startswith(prefix) and values.get(name.removeprefix(prefix)) == value:
             del values[name.removeprefix(prefix)]
             values |= {today[0].removeprefix(prefix): today[1]} if today else {}
-    fields = {item.name: item for item in dataclasses.fields(section)}
-    for name in values:
-        if name not in fields:
-            raise UserError(f"{source}: " + unknown_name(prefix, name, list(fields)))
     hints = typing.get_type_hints(section)
     given = {}
     for name, value in values.items():
+        if name not in hints:
+            raise UserError(f"{source}: " + unknown_name(prefix, name, list(hints)))
         if dataclasses.is_dataclass(hints[name]):
             value = section_from_dict(hints[name], value, source, old, f"{prefix}{name}.")
         elif typing.get_origin(hints[name]) is tuple and isinstance(value, list):  # JSON has no tuples
@@ -70,11 +68,11 @@ def check_fields(section: T, name_of: Callable[[str], str] = str) -> T:
     return section
 
 
-def check_type(name: str, expected: Any, value: Any) -> None:
+def check_type(name: str, expected: Any, value: Any, or_none: str = "") -> None:
     """UserError unless ``value`` is of the annotated type ``expected``, in its bounds and finite."""
     kind, options = typing.get_origin(expected), typing.get_args(expected)
     if kind is Annotated:
-        check_type(name, options[0], value)
+        check_type(name, options[0], value, or_none)
         for bound in filter(callable, options[1:]):
             bound(name, value)
     elif kind is Literal:
@@ -86,19 +84,13 @@ def check_type(name: str, expected: Any, value: Any) -> None:
         for item in value:
             check_type(f"each of {name}", options[0], item)
     elif kind in (types.UnionType, typing.Union):
-        # The first type is the one to name in an error; the others are None and the like.
-        if not any(_fits(option, value) for option in options[1:]):
-            check_type(name, options[0], value)
+        # A type, and single values instead of it: None, or a Literal of one.
+        others = [None if option is types.NoneType else typing.get_args(option)[0] for option in options[1:]]
+        if value not in others:
+            check_type(name, options[0], value, " or None" if None in others else "")
     # A whole number is a float, but True is not a number.
     elif type(value) is not expected and not (expected is float and type(value) is int):
-        raise UserError(f"{name} must be of type {expected.__name__}, got {value!r} of type {type(value).__name__}")
+        kind = f"{expected.__name__}{or_none}"
+        raise UserError(f"{name} must be of type {kind}, got {value!r} of type {type(value).__name__}")
     elif isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{name} must be a finite number, got {value}")
-
-
-def _fits(expected: Any, value: Any) -> bool:
-    try:
-        check_type("", expected, value)
-    except UserError:
-        return False
-    return True

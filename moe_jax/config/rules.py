@@ -18,13 +18,13 @@ def check(config: Config) -> Config:
     _check_model(config.model)
     if config.model.moe.num_experts:
         _check_moe(config.model)
-    _check_schedule(config)
+    _check_training(config)
     _check_trackers(config.train)
     return config
 
 
 def check_sample(sample: SampleConfig, name_of: Callable[[str], str]) -> SampleConfig:
-    """Returns ``sample``, or raises UserError, which calls a setting what ``name_of`` makes of its field's name."""
+    """Returns ``sample``, or raises UserError; ``name_of`` maps a field's name to what the error calls it."""
     return check_fields(sample, name_of)
 
 
@@ -49,16 +49,14 @@ ROUTER_RULES = {
 }
 
 
+def _check_divides(name: str, value: int, of: str, whole: int) -> None:
+    if whole % value:
+        raise UserError(f"{name} must divide {of}={whole}, got {value}; change one of them")
+
+
 def _check_model(model: ModelConfig) -> None:
-    if model.embed_dim % model.num_heads:
-        raise UserError(
-            f"model.num_heads must divide model.embed_dim={model.embed_dim}, got {model.num_heads}; change one of them"
-        )
-    if model.num_kv_heads is not None and model.num_heads % model.num_kv_heads:
-        raise UserError(
-            f"model.num_kv_heads must divide model.num_heads={model.num_heads}, got {model.num_kv_heads}; "
-            "change one of them"
-        )
+    _check_divides("model.num_heads", model.num_heads, "model.embed_dim", model.embed_dim)
+    _check_divides("model.num_kv_heads", model.num_kv_heads or 1, "model.num_heads", model.num_heads)
     head_dim = model.embed_dim // model.num_heads
     if model.positions == "rotary" and head_dim % 2:
         raise UserError(
@@ -79,11 +77,7 @@ def _check_moe(model: ModelConfig) -> None:
             f"model.moe.first_dense must be below model.num_layers={model.num_layers}, got {moe.first_dense}; "
             "lower it, or set model.moe.num_experts to 0 for a dense model"
         )
-    if (model.num_layers - moe.first_dense) % moe.every:
-        raise UserError(
-            f"model.moe.every must divide num_layers - first_dense = {model.num_layers - moe.first_dense}, "
-            f"got {moe.every}; change model.num_layers, model.moe.first_dense or model.moe.every"
-        )
+    _check_divides("model.moe.every", moe.every, "num_layers - first_dense", model.num_layers - moe.first_dense)
     _check_router(moe)
     if moe.num_expert_groups > 1 or moe.top_k_groups > 1:
         _check_groups(moe)
@@ -116,11 +110,7 @@ def _check_groups(moe: MoEConfig) -> None:
             f"model.moe.num_expert_groups and top_k_groups are for model.moe.router={able}, got "
             f"{moe.num_expert_groups} and {moe.top_k_groups} with {moe.router}; leave them at 1"
         )
-    if moe.num_experts % moe.num_expert_groups:
-        raise UserError(
-            f"model.moe.num_expert_groups must divide num_experts={moe.num_experts}, got {moe.num_expert_groups}; "
-            "change one of them"
-        )
+    _check_divides("model.moe.num_expert_groups", moe.num_expert_groups, "num_experts", moe.num_experts)
     if moe.top_k_groups > moe.num_expert_groups:
         raise UserError(
             f"model.moe.top_k_groups must be in [1, num_expert_groups={moe.num_expert_groups}], "
@@ -134,13 +124,9 @@ def _check_groups(moe: MoEConfig) -> None:
         )
 
 
-def _check_schedule(config: Config) -> None:
+def _check_training(config: Config) -> None:
     data, optimizer, train = config.data, config.optimizer, config.train
-    if data.batch_size % optimizer.accumulation_steps:
-        raise UserError(
-            f"optimizer.accumulation_steps must divide data.batch_size={data.batch_size}, "
-            f"got {optimizer.accumulation_steps}; change one of them"
-        )
+    _check_divides("optimizer.accumulation_steps", optimizer.accumulation_steps, "data.batch_size", data.batch_size)
     decay_steps = optimizer.decay_steps or train.num_steps
     if optimizer.warmup_steps >= decay_steps:
         raise UserError(

@@ -1,7 +1,4 @@
-"""Text in, batches out. Nothing here but the pipeline imports jax.
+"""What a step eats: tokenizers, the prepared folder (dataset), and batches drawn from it.
 
-In the order in which a text passes through: ``plays``, ``formats`` and ``sources`` read documents, ``pieces`` cuts
-long ones, ``plan`` and ``split`` count them and hold some out, ``tokenizer`` (``byte_pairs``, ``hugging_face``) and
-``encode`` make tokens, ``shards`` keeps them on disk. ``prepare`` is the command that does all of it, ``prepared``
-opens and checks its folder, ``cache`` finds or makes one for a run. ``packing`` and ``pipeline`` draw batches from it.
+moe_jax.prepare writes what is read here. Only ``batches`` needs more than numpy.
 """

@@ -1,19 +1,18 @@
-"""Batches: rows drawn from prepared streams through a Grain pipeline for training, and once each for evaluation.
+"""Batches of token ids: drawn through a Grain pipeline for training, every row once for evaluation.
 
 In every mode row i of a run is a function of (seed, i), so batch n is one of (seed, n): the state is an integer.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol, Self
 
 import grain
 import numpy as np
 
 from moe_jax.config import DataConfig
-from moe_jax.data.dataset import PreparedData
+from moe_jax.data.dataset import PreparedData, Split, TokenStream
 from moe_jax.data.rows import PackedRows, Parts, ShuffledRows, cut_documents
-from moe_jax.data.shards import Split, TokenStream
 from moe_jax.data.tokenizer import UNKNOWN, Tokenizer, document_end
 from moe_jax.errors import UserError
 
@@ -38,7 +37,7 @@ def check_data(data: PreparedData, config: DataConfig, context_length: int) -> N
                 )
             if not split.num_documents:
                 raise UserError(f"the {split.name} split of {corpus.name} has no documents; give more text")
-    for corpus, count in zip(data.corpora, _rows_of_a_block([c.weight for c in data.corpora]), strict=True):
+    for corpus, count in zip(data.corpora, rows_of_a_block([c.weight for c in data.corpora]), strict=True):
         if not count:
             raise UserError(
                 f"the corpus {corpus.name} has {corpus.weight:.2g} of the rows, less than one in {_MIX_BLOCK:,}, and "
@@ -46,7 +45,7 @@ def check_data(data: PreparedData, config: DataConfig, context_length: int) -> N
             )
     if config.token_dropout and config.token_dropout_by == "unknown" and UNKNOWN not in data.tokenizer.specials:
         raise UserError(
-            f"data.token_dropout_by=unknown needs a token {UNKNOWN}, which {data.tokenizer.name} has not; "
+            f"data.token_dropout_by=unknown needs a token {UNKNOWN}, which {data.tokenizer.name} does not have; "
             "set it to random"
         )
 
@@ -125,7 +124,7 @@ class _DocumentRows:
         batch["mask"][place, :first] = True
 
 
-def document_rows(
+def _document_rows(
     split: Split, tokenizer: Tokenizer, mode: str, context_length: int, seed: int | None
 ) -> _DocumentRows:
     """The rows of ``packed`` or ``padded``; ``seed`` None: in one fixed order, every token of every document once."""
@@ -142,14 +141,26 @@ def document_rows(
     return _DocumentRows(split.stream(), parts, rows, document_end(tokenizer))
 
 
-def _training_rows(split: Split, data: PreparedData, config: DataConfig, context_length: int, seed: int) -> Rows:
-    if config.mode == "windows":
-        return _Windows(split, context_length, seed)
-    return document_rows(split, data.tokenizer, config.mode, context_length, seed)
+def _training_rows(data: PreparedData, config: DataConfig, context_length: int) -> Rows:
+    """The rows of a run, mapped from disk."""
+    corpora: list[Rows] = []
+    for index, corpus in enumerate(data.corpora):
+        # Another stream of random numbers for each corpus; the first one's is that of a run without a mixture.
+        seed = config.seed + 2**32 * index
+        if config.mode == "windows":
+            corpora.append(_Windows(corpus.train, context_length, seed))
+        else:
+            corpora.append(_document_rows(corpus.train, data.tokenizer, config.mode, context_length, seed))
+    weights = [corpus.weight for corpus in data.corpora]
+    return corpora[0] if len(corpora) == 1 else _Mixture(corpora, weights, config.seed)
 
 
-def _rows_of_a_block(weights: list[float]) -> np.ndarray:
-    """Rows of each corpus in a block of a mixture, [corpora]."""
+def rows_of_a_block(weights: Sequence[float]) -> np.ndarray:
+    """Rows of each corpus in a block of a mixture: [corpora] int64.
+
+    >>> rows_of_a_block([1.0, 3.0]).tolist()
+    [16384, 49152]
+    """
     return np.diff(np.round(np.cumsum(weights) / sum(weights) * _MIX_BLOCK).astype(np.int64), prepend=0)
 
 
@@ -158,7 +169,7 @@ class _Mixture:
 
     def __init__(self, corpora: list[Rows], weights: list[float], seed: int):
         self._corpora, self._seed = corpora, seed
-        self._counts = _rows_of_a_block(weights)
+        self._counts = rows_of_a_block(weights)
         bounds = np.cumsum(self._counts)
         # Of a block: the corpus of each place, and the places of the same corpus before it.
         self._corpus = np.searchsorted(bounds, np.arange(_MIX_BLOCK), side="right")
@@ -183,33 +194,19 @@ class _BatchSource:
     """Grain source: item n is this host's part of batch n."""
 
     def __init__(self, data: PreparedData, config: DataConfig, context_length: int, host: int, num_hosts: int):
-        self._data, self._config, self._length = data, config, context_length
+        self._rows = _training_rows(data, config, context_length)
+        self._tokenizer, self._config, self._length = data.tokenizer, config, context_length
         self._host, self._host_rows = host, config.batch_size // num_hosts
-        self._rows: Rows | None = None
 
     def __len__(self) -> int:
         return 2**62  # epochs follow each other without end
 
-    def rows(self) -> Rows:
-        """The rows of the run; mapped from disk by the process that reads."""
-        if self._rows is None:
-            data, config = self._data, self._config
-            # Another stream of random numbers for each corpus; the first one's is that of a run without a mixture.
-            corpora = [
-                _training_rows(corpus.train, data, config, self._length, config.seed + 2**32 * index)
-                for index, corpus in enumerate(data.corpora)
-            ]
-            weights = [corpus.weight for corpus in data.corpora]
-            self._rows = corpora[0] if len(corpora) == 1 else _Mixture(corpora, weights, config.seed)
-        return self._rows
-
     def __getitem__(self, index: int) -> Batch:
-        rows, B = self.rows(), self._config.batch_size
         batch = _empty_batch(self._host_rows, self._length, self._config.mode, has_mask=False)
         # Hosts take neighbouring rows, so that the global batch is the same array on any number of them.
-        first = int(index) * B + self._host * self._host_rows
+        first = int(index) * self._config.batch_size + self._host * self._host_rows
         for place in range(self._host_rows):
-            rows.write(first + place, batch, place)
+            self._rows.write(first + place, batch, place)
             if self._config.token_dropout:
                 self._drop(first + place, batch["inputs"][place])
         return batch
@@ -218,11 +215,10 @@ class _BatchSource:
         """Replaces a share of the tokens by others, drawn for (seed, row)."""
         random = np.random.Generator(np.random.Philox(key=self._config.seed, counter=[0, 3, 0, row]))
         is_dropped = random.random(len(inputs)) < self._config.token_dropout
-        tokenizer = self._data.tokenizer
         if self._config.token_dropout_by == "unknown":
-            inputs[is_dropped] = tokenizer.specials[UNKNOWN]
+            inputs[is_dropped] = self._tokenizer.specials[UNKNOWN]
         else:
-            inputs[is_dropped] = random.integers(tokenizer.vocab_size, size=int(is_dropped.sum()))
+            inputs[is_dropped] = random.integers(self._tokenizer.vocab_size, size=int(is_dropped.sum()))
 
 
 def _empty_batch(num_rows: int, context_length: int, mode: str, *, has_mask: bool) -> Batch:
@@ -274,7 +270,7 @@ def train_batches(
 
 def batches_per_epoch(data: PreparedData, config: DataConfig, context_length: int) -> int:
     """Optimizer steps in which as many rows are drawn as the training split has: whole epochs, rounded up."""
-    return math.ceil(len(_BatchSource(data, config, context_length, 0, 1).rows()) / config.batch_size)
+    return math.ceil(len(_training_rows(data, config, context_length)) / config.batch_size)
 
 
 def evaluation_batches(
@@ -296,7 +292,7 @@ def evaluation_batches(
     if mode == "windows":
         rows = _ConsecutiveWindows(split.stream(), context_length)
     else:
-        rows = document_rows(split, tokenizer, mode, context_length, None)
+        rows = _document_rows(split, tokenizer, mode, context_length, None)
     indices = np.arange(len(rows))
     if max_tokens is not None and max_tokens < split.num_tokens - 1:
         number = math.ceil(len(rows) * max_tokens / (split.num_tokens - 1))

@@ -1,23 +1,112 @@
-"""A prepared folder: its table of contents, and how it is checked before it is used. Imports no jax.
+"""A prepared folder: token streams on disk, checked before they are used. Imports no jax.
 
-``meta.json`` is written last, so a folder that has one is whole.
+A split of a corpus is the files ``train-00000.bin``, ``train-00001.bin``, ... of token ids, all but the last of the
+same length, and ``train.lengths``, the number of tokens of each document. ``meta.json`` is written last, so a folder
+that has one is whole.
 """
 
 import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from moe_jax.data.shards import Split, file_sha256
-from moe_jax.data.tokenizer import Tokenizer, fingerprint, load_tokenizer
+import msgspec
+import numpy as np
+
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer_file import fingerprint, load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import atomic_write_text, cache_folder
 
 # Raise it when the same text and settings would give other files.
 FORMAT_VERSION = 3
+LENGTHS = np.dtype(np.uint32)
+"""The type of the lengths of documents on disk."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SplitMeta:
+    """A split as meta.json has it."""
+
+    dtype: str
+    """Of token ids: uint16 or uint32."""
+    shard_tokens: int
+    num_tokens: int
+    num_documents: int
+    num_bytes: int
+    """Of the text in UTF-8."""
+    num_unknown: int
+    """Tokens that stand for text which the tokenizer cannot represent."""
+    sha256: dict[str, str]
+    """Of each file, by its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split(SplitMeta):
+    """The documents of a corpus that are trained on, or validated on, one after the other."""
+
+    name: str
+    """train or val."""
+    folder: Path
+
+    @property
+    def lengths_file(self) -> Path:
+        return self.folder / f"{self.name}.lengths"
+
+    def shard_file(self, index: int) -> Path:
+        return self.folder / f"{self.name}-{index:05d}.bin"
+
+    def shards(self) -> Iterator[tuple[Path, int]]:
+        """Every file of tokens and its number of them."""
+        for index, first in enumerate(range(0, self.num_tokens, self.shard_tokens)):
+            yield self.shard_file(index), min(self.num_tokens - first, self.shard_tokens)
+
+    def files(self) -> Iterator[tuple[Path, int]]:
+        """Every file and its size in bytes; the lengths come last."""
+        for file, size in self.shards():
+            yield file, size * np.dtype(self.dtype).itemsize
+        yield self.lengths_file, self.num_documents * LENGTHS.itemsize
+
+    def lengths(self) -> np.ndarray:
+        """[documents] tokens of each, with what stands before and after it; uint32, mapped from disk."""
+        return _map(self.lengths_file, LENGTHS, self.num_documents)
+
+    def stream(self) -> "TokenStream":
+        return TokenStream(self)
+
+    def meta(self) -> SplitMeta:
+        return SplitMeta(**{field.name: getattr(self, field.name) for field in dataclasses.fields(SplitMeta)})
+
+
+class TokenStream:
+    """The tokens of a split as one array, mapped from disk in the process that reads."""
+
+    def __init__(self, split: Split):
+        self._shard_tokens, self._length, self.dtype = split.shard_tokens, split.num_tokens, np.dtype(split.dtype)
+        self._shards = [_map(file, self.dtype, size) for file, size in split.shards()]
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop`` - 1 in the type of the shards."""
+        first, last = start // self._shard_tokens, max(start, stop - 1) // self._shard_tokens
+        offset = first * self._shard_tokens
+        if first == last:
+            return self._shards[first][start - offset : stop - offset]
+        middle = min(stop, offset + self._shard_tokens)
+        return np.concatenate([self.read(start, middle), self.read(middle, stop)])
+
+
+def _map(file: Path, dtype: np.dtype, size: int) -> np.ndarray:
+    # An ordinary array on the mapped memory: slices of np.memmap cost ten times as much.
+    return np.asarray(np.memmap(file, dtype=dtype, mode="r", shape=(size,))) if size else np.zeros(0, dtype)
 
 
 @dataclass(frozen=True)
@@ -30,18 +119,55 @@ class Corpus:
 
 
 @dataclass(frozen=True)
+class MadeFrom:
+    """Everything that the files of a folder depend on: if it is equal, so are they."""
+
+    version: int
+    settings: dict[str, Any]
+    """The flags of the preparation, but for those of inputs and weights."""
+    corpora: dict[str, Any]
+    """By corpus: its sources and what was counted in them."""
+
+
+@dataclass(frozen=True)
 class PreparedData:
     folder: Path
     tokenizer: Tokenizer
     corpora: tuple[Corpus, ...]
-    made_from: dict[str, Any]
-    """The settings, sources and split that the files were made with."""
+    made_from: MadeFrom
     fingerprint: str
     """Identifies the token streams and their mixture: equal fingerprints mean equal batches."""
 
     def splits(self, name: str) -> list[Split]:
         """The ``train`` or ``val`` split of each corpus."""
         return [corpus.train if name == "train" else corpus.val for corpus in self.corpora]
+
+
+class TokenizerMeta(msgspec.Struct):
+    name: str
+    vocab_size: int
+    sha256: str
+
+
+class CorpusMeta(msgspec.Struct):
+    name: str
+    weight: float
+    train: SplitMeta
+    val: SplitMeta
+
+
+class _Version(msgspec.Struct):
+    version: int
+
+
+class Meta(msgspec.Struct):
+    """The content of meta.json."""
+
+    version: int
+    fingerprint: str
+    tokenizer: TokenizerMeta
+    corpora: list[CorpusMeta]
+    made_from: MadeFrom
 
 
 def meta_file(folder: Path) -> Path:
@@ -58,25 +184,12 @@ def is_prepared(folder: Path) -> bool:
     return meta_file(folder).exists() or progress_file(folder).exists()
 
 
-def write_meta(folder: Path, tokenizer: Tokenizer, corpora: tuple[Corpus, ...], made_from: dict[str, Any]) -> None:
-    """Makes ``folder`` a prepared one: all its other files are whole."""
-    meta = {
-        "version": FORMAT_VERSION,
-        "fingerprint": _fingerprint(tokenizer, corpora),
-        "tokenizer": {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "sha256": fingerprint(tokenizer)},
-        "corpora": [
-            {
-                "name": corpus.name,
-                "weight": corpus.weight,
-                "train": _split_to_json(corpus.train),
-                "val": _split_to_json(corpus.val),
-            }
-            for corpus in corpora
-        ],
-        "made_from": made_from,
-    }
-    atomic_write_text(meta_file(folder), json.dumps(meta, indent=2) + "\n")
-    _remember_checked(folder, meta["fingerprint"], corpora)
+def read_typed(file: Path, kind: type[T], remedy: str) -> T:
+    """As ``files.read_json``, but with names of files that are not UTF-8, which msgspec's own parser refuses."""
+    try:
+        return msgspec.convert(json.loads(file.read_text(encoding="utf-8")), kind)
+    except (ValueError, msgspec.ValidationError, RecursionError) as error:
+        raise UserError(f"{file} is corrupt ({error}); {remedy}") from None
 
 
 def open_prepared(folder: Path) -> PreparedData:
@@ -92,90 +205,72 @@ def open_prepared(folder: Path) -> PreparedData:
             "to complete it"
         )
     tokenizer = load_tokenizer(folder / "tokenizer")
-    try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-        if meta["version"] != FORMAT_VERSION:
-            raise UserError(
-                f"{file} has format version {meta['version']}, this program reads {FORMAT_VERSION}; prepare it again"
-            )
-        corpora = tuple(
-            Corpus(
-                entry["name"],
-                entry["weight"],
-                Split(name="train", folder=folder / entry["name"], **entry["train"]),
-                Split(name="val", folder=folder / entry["name"], **entry["val"]),
-            )
-            for entry in meta["corpora"]
+    version = read_typed(file, _Version, "prepare the folder again").version
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{file} has format version {version}, this program reads {FORMAT_VERSION}; prepare the folder again"
         )
-        data = PreparedData(folder, tokenizer, corpora, meta["made_from"], meta["fingerprint"])
-        if meta["tokenizer"]["sha256"] != fingerprint(tokenizer):
-            raise UserError(f"the tokenizer in {folder} is not the one its tokens are from; prepare it again")
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{file} is corrupt ({error}); prepare the folder again") from None
-    if _fingerprint(tokenizer, corpora) != data.fingerprint:
+    meta = read_typed(file, Meta, "prepare the folder again")
+    if meta.tokenizer.sha256 != fingerprint(tokenizer):
+        raise UserError(f"the tokenizer in {folder} is not the one its tokens are from; prepare the folder again")
+    corpora = tuple(
+        Corpus(
+            corpus.name,
+            corpus.weight,
+            Split(name="train", folder=folder / corpus.name, **vars(corpus.train)),
+            Split(name="val", folder=folder / corpus.name, **vars(corpus.val)),
+        )
+        for corpus in meta.corpora
+    )
+    if data_fingerprint(tokenizer, corpora) != meta.fingerprint:
         raise UserError(f"{file} was changed after it was made; prepare the folder again")
+    data = PreparedData(folder, tokenizer, corpora, meta.made_from, meta.fingerprint)
     _check_files(data)
     return data
 
 
+def data_fingerprint(tokenizer: Tokenizer, corpora: Iterable[Corpus]) -> str:
+    parts = [[corpus.name, corpus.weight, [vars(corpus.train.meta()), vars(corpus.val.meta())]] for corpus in corpora]
+    content = json.dumps([FORMAT_VERSION, fingerprint(tokenizer), parts], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
 def _check_files(data: PreparedData) -> None:
-    known = _checked(data.fingerprint)
-    is_new = False
-    for corpus in data.corpora:
-        for split in (corpus.train, corpus.val):
-            for file, size in split.files():
-                if not file.exists():
-                    raise UserError(f"{file} is missing; put a copy of it back, or prepare the folder again")
-                if file.stat().st_size != size:
-                    raise UserError(
-                        f"{file} must have {size} bytes, has {file.stat().st_size}; put a copy of it back, or prepare "
-                        "the folder again"
-                    )
-                if known.get(str(file.resolve())) == _stamp(file):
-                    continue
-                if file_sha256(file) != split.sha256[file.name]:
-                    raise UserError(
-                        f"{file} was changed after it was made (its SHA-256 is another); put a copy of it back, or "
-                        "prepare the folder again"
-                    )
-                is_new = True
+    remedy = "put a copy of it back, or prepare the folder again"
+    known, is_new = _checked(data.fingerprint), False
+    for split in (*data.splits("train"), *data.splits("val")):
+        for file, size in split.files():
+            if not file.exists():
+                raise UserError(f"{file} is missing; {remedy}")
+            if file.stat().st_size != size:
+                raise UserError(f"{file} must have {size} bytes, has {file.stat().st_size}; {remedy}")
+            if known.get(str(file.resolve())) == file.stat().st_mtime_ns:
+                continue
+            if file_sha256(file) != split.sha256[file.name]:
+                raise UserError(f"{file} was changed after it was made (its SHA-256 is another); {remedy}")
+            is_new = True
     if is_new:
-        _remember_checked(data.folder, data.fingerprint, data.corpora)
+        remember_checked(data.fingerprint, data.corpora)
 
 
-def _checked(data_fingerprint: str) -> dict[str, int]:
+def _checked(fingerprint: str) -> dict[str, int]:
     """Time of change of each file when its content was last known to be right, by its path."""
     try:
-        return json.loads((cache_folder("checked") / f"{data_fingerprint}.json").read_text(encoding="utf-8"))
+        return json.loads((cache_folder("checked") / f"{fingerprint}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 
 
-def _remember_checked(folder: Path, data_fingerprint: str, corpora: tuple[Corpus, ...]) -> None:
+def remember_checked(fingerprint: str, corpora: Iterable[Corpus]) -> None:
+    """Notes on this machine that the files are now as they were made, so that ``open_prepared`` need not read them."""
     files = [file for corpus in corpora for split in (corpus.train, corpus.val) for file, _ in split.files()]
-    known = _checked(data_fingerprint) | {str(file.resolve()): _stamp(file) for file in files}
+    known = _checked(fingerprint) | {str(file.resolve()): file.stat().st_mtime_ns for file in files}
     cache = cache_folder("checked")
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a reading of the files at each start
         cache.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(cache / f"{data_fingerprint}.json", json.dumps(known))
+        atomic_write_text(cache / f"{fingerprint}.json", json.dumps(known))
 
 
-def _stamp(file: Path) -> int:
-    return file.stat().st_mtime_ns
-
-
-def _split_to_json(split: Split) -> dict[str, Any]:
-    values: dict[str, Any] = dataclasses.asdict(split)
-    del values["name"], values["folder"]
-    return values
-
-
-def _fingerprint(tokenizer: Tokenizer, corpora: tuple[Corpus, ...]) -> str:
-    parts = [
-        [corpus.name, corpus.weight, [_split_to_json(split) for split in (corpus.train, corpus.val)]]
-        for corpus in corpora
-    ]
-    content = json.dumps([FORMAT_VERSION, fingerprint(tokenizer), parts], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+def file_sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Any tokenizer of Hugging Face's library ``tokenizers`` (the extra ``huggingface``). Imports no jax."""
+"""Tokenizers of Hugging Face's library ``tokenizers`` (the extra ``text``), and ours in its format. Imports no jax."""
 
 import json
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.data.byte_pairs import BpeTokenizer
 from moe_jax.data.tokenizer import END_OF_TEXT, IM_END, IM_START, PAD, UNKNOWN, Delimiters
 from moe_jax.errors import UserError
 
@@ -29,7 +30,7 @@ class HuggingFaceTokenizer:
     is_lossless = False  # normalizers and vocabularies without all bytes lose text, and no flag of the file says so
 
     def __init__(self, content: str, delimiters: Delimiters, source: str):
-        """Raises UserError where ``content``, read from ``source``, is no tokenizer or names no end of text."""
+        """Raises UserError where ``content``, read from ``source``, is not a tokenizer or has no end of text."""
         try:
             import tokenizers
         except ImportError:
@@ -42,7 +43,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._content, self.delimiters = content, delimiters
+        self.content, self.delimiters = content, delimiters
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.specials: dict[str, int] = {}
@@ -68,5 +69,55 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=False)
 
-    def to_json(self) -> dict[str, Any]:
-        return {"kind": "huggingface", "json": self._content}
+
+def to_hugging_face(tokenizer: BpeTokenizer) -> dict[str, Any]:
+    """``tokenizer`` as the content of a ``tokenizer.json`` of Hugging Face's library, which gives the same ids.
+
+    tiktoken merges any two neighbours whose joint bytes have a rank, lowest rank first; Hugging Face's merges are
+    pairs in order. So each token's every division into two tokens is a merge, in the order of the tokens' ranks.
+    """
+    ranks, text_of = tokenizer.ranks, _visible_bytes()
+
+    def visible(token: bytes) -> str:
+        return "".join(text_of[byte] for byte in token)
+
+    merges = []
+    for token in tokenizer.by_rank():
+        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        known = [half for half in halves if half[0] in ranks and half[1] in ranks]
+        known.sort(key=lambda half: (ranks[half[0]], ranks[half[1]]))
+        merges += [[visible(first), visible(second)] for first, second in known]
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    as_it_is = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        # tiktoken, too, takes a word that is a token as it is.
+        "ignore_merges": True,
+        "vocab": {visible(token): rank for token, rank in ranks.items()},
+        "merges": merges,
+    }
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": index, "content": name} | as_it_is for name, index in tokenizer.specials.items()],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": None,
+        "decoder": byte_level,
+        "model": model,
+    }
+
+
+def _visible_bytes() -> list[str]:
+    """The character that stands for each byte in GPT-2's vocabulary files: itself, or one from U+0100 on."""
+    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in visible else next(others)) for byte in range(256)]

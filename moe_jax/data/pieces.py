@@ -9,9 +9,12 @@ PIECE = 1 << 18
 def in_pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
     """One document, given in chunks of any length, in pieces of at most ``size`` + 2 characters.
 
-    A cut is made where byte-pair encodings divide words anyway, so the tokens of the pieces are those of the whole: at
-    a single space or line end between two characters that are none. A stretch of ``size`` characters without such a
-    place is cut at its end. Where the cuts are depends on the text alone, not on the chunks.
+    Cuts are made where byte-pair encodings divide words anyway, so the tokens of the pieces are those of the whole: at
+    a single space or line end between two other characters. A stretch of ``size`` characters without such a place is
+    cut at its end. The cuts depend on the text alone, not on the chunks.
+
+    >>> list(in_pieces(["one two", " three"], size=9))
+    ['one two', ' three']
     """
     held = ""
     for chunk in chunks:

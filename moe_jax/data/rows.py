@@ -27,6 +27,10 @@ def cut_documents(lengths: np.ndarray, row_length: int, *, has_own_end: bool, on
 
     Every stored token is an input, but for the last one where a document ``has_own_end``: that is only a target.
     ``only_first`` keeps the first part of each document.
+
+    >>> parts = cut_documents(np.array([3, 9]), 4, has_own_end=False)
+    >>> parts.start.tolist(), parts.length.tolist(), parts.is_end.tolist()
+    ([0, 3, 7, 11], [3, 4, 4, 1], [True, False, False, True])
     """
     lengths = lengths.astype(np.int64)
     offsets = np.cumsum(lengths) - lengths
@@ -48,6 +52,9 @@ def best_fit(counts: np.ndarray, row_length: int) -> list[tuple[tuple[int, ...],
 
     Best fit decreasing, as on the parts one by one, but in a time that depends on the number of lengths only (the idea
     of arXiv 2107.02027, section 3.1, which fits greedily by histogram, too).
+
+    >>> best_fit(np.array([0, 0, 3, 1, 0, 1]), 8)  # three parts of 2, one of 3 and one of 5
+    [((5, 3), 1), ((2, 2, 2), 1)]
     """
     rows_by_space: list[list[tuple[tuple[int, ...], int]]] = [[] for _ in range(row_length + 1)]
     has_rows = np.zeros(row_length + 1, bool)
@@ -115,7 +122,7 @@ class PackedRows:
             # By length, and in random order within a length.
             key = self._lengths.astype(np.uint64) << np.uint64(40)
             key |= random.integers(2**40, size=len(key), dtype=np.uint64)
-            # Stable: what a processor's vector instructions make of equal keys must not matter.
+            # Stable: what a CPU's vector instructions make of equal keys must not matter.
             self._part_of_rank, self._row_order = np.argsort(key, kind="stable"), random.permutation(len(self))
         self._epoch = epoch
 

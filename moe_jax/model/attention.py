@@ -8,7 +8,8 @@ from flax.linen import initializers
 
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
-from moe_jax.model.layers import dropout, fold_in, matrix_init, rms_normalise, with_axes
+from moe_jax.model.layers import dropout, fold_in, matrix_init, rms_normalise
+from moe_jax.sharding.mesh import with_axes
 
 
 class LayerCache(flax.struct.PyTreeNode):
@@ -20,6 +21,14 @@ class LayerCache(flax.struct.PyTreeNode):
     key_BJMA: Array
     """Rotated already, each by its own position."""
     value_BJMA: Array
+
+
+def init_caches(config: ModelConfig, batch_size: int, cache_length: int) -> tuple[LayerCache, ...]:
+    """Empty caches for every layer: [B, J, M, A] in the activations' type."""
+    J = config.num_kv_heads or config.num_heads
+    shape = (batch_size, J, cache_length, config.embed_dim // config.num_heads)
+    zeros = jnp.zeros(shape, config.dtype)
+    return tuple(LayerCache(key_BJMA=zeros, value_BJMA=zeros) for _ in range(config.num_layers))
 
 
 def rotate(x_BLHA: Array, position_BL: Array, theta: float) -> Array:

@@ -16,10 +16,13 @@ from flax.linen import initializers
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import Attention, LayerCache, cache_mask, causal_mask
-from moe_jax.model.layers import Norm, dropout, fold_in, matrix_init, with_axes
+from moe_jax.model.layers import Norm, dropout, fold_in, matrix_init
 from moe_jax.model.mlp import DenseMLP
-from moe_jax.model.moe.grouped import PRODUCTS
-from moe_jax.model.moe.layer import MoE, MoEStatistics
+from moe_jax.model.moe.dispatch import PRODUCTS
+from moe_jax.model.moe.layer import MoE
+from moe_jax.model.moe.routing import ROUTERS
+from moe_jax.model.moe.statistics import MoEStatistics
+from moe_jax.sharding.mesh import with_axes
 
 
 class Variables(flax.struct.PyTreeNode):
@@ -281,11 +284,40 @@ def layout(config: ModelConfig) -> list[tuple[str, tuple[bool, ...], int, int]]:
 
 
 def initial_expert_bias(config: ModelConfig) -> Array | None:
-    """The router state before the first step: [MoE layers, E] zeros with ``sigmoid_bias``, otherwise None."""
+    """The router state before the first step: [MoE layers, E] zeros where the router has one."""
     moe = config.moe
-    if not moe.num_experts or moe.router != "sigmoid_bias":
+    if not moe.num_experts or not ROUTERS[moe.router].has_state:
         return None
     return jnp.zeros(((config.num_layers - moe.first_dense) // moe.every, moe.num_experts), jnp.float32)
+
+
+_MATRICES = frozenset({"query", "key", "value", "out", "w_up", "w_gate", "w_down", "output"})
+"""Parameters that are only ever multiplied in the type of the activations."""
+
+
+def unstack(variables: Variables, config: ModelConfig) -> Variables:
+    """The variables of a scanned ``Decoder`` for an ``unstacked`` one: parameters ``layer_0`` to ``layer_{N-1}``."""
+    params = variables.params
+    names = {name for name, _, _, _ in layout(config)}
+    unstacked = {name: value for name, value in params.items() if name not in names}
+    for name, kinds, first, repeats in layout(config):
+        for turn in range(repeats):
+            for index in range(len(kinds)):
+                block = jax.tree.map(lambda leaf, turn=turn: leaf[turn], params[name][f"block_{index}"])
+                unstacked[f"layer_{first + turn * len(kinds) + index}"] = block
+    return variables.replace(params=unstacked)
+
+
+def cast_matrices(variables: Variables, config: ModelConfig) -> Variables:
+    """``variables`` with the matrices in the type of the activations, in which they would be multiplied anyway.
+
+    What is computed with in float32 stays so: the router, norms and embeddings.
+    """
+
+    def cast(path: tuple, leaf: PyTree) -> PyTree:
+        return leaf.astype(config.dtype) if path[-1].key in _MATRICES else leaf
+
+    return variables.replace(params=jax.tree_util.tree_map_with_path(cast, variables.params))
 
 
 def _dropout(config: ModelConfig, x_BLD: Array, keys_B: Array | None, site: int) -> Array:

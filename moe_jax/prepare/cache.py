@@ -1,7 +1,4 @@
-"""The streams that a training run asks for: a prepared folder, or a text that is prepared once and found again.
-
-Imports no jax.
-"""
+"""The data of a run: a prepared folder, or a text that is prepared once and found again. Imports no jax."""
 
 import dataclasses
 import hashlib
@@ -12,20 +9,23 @@ from pathlib import Path
 
 from moe_jax.config import DataConfig
 from moe_jax.data.dataset import FORMAT_VERSION, PreparedData, is_prepared, meta_file, open_prepared
-from moe_jax.data.tokenizer import Delimiters, build_tokenizer, file_of_spec, fingerprint, spec_by_content
+from moe_jax.data.tokenizer import Delimiters
+from moe_jax.data.tokenizer_file import fingerprint
 from moe_jax.errors import UserError
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import PLAYS
 from moe_jax.prepare.settings import PrepareConfig
-from moe_jax.prepare.sources import find_corpora
+from moe_jax.prepare.sources import CorpusSources, find_corpora
+from moe_jax.prepare.tokenizer import build_tokenizer, file_of_spec, spec_by_content
 
 log = logging.getLogger("moe_jax")
 
 
 def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "endoftext") -> PreparedData:
-    """The streams of ``data``: a prepared folder, or those of a text, made in the cache where they are not there.
+    """The prepared folder that ``data`` names, or that of a text, made in ``cache`` unless it is there.
 
-    ``delimiters`` are those of a text's documents; a prepared folder has its own.
+    ``delimiters`` are those of a text's documents; a prepared folder has its own. UserError where the text or the
+    tokenizer does not exist, before any work, or where the folder was prepared with other settings.
     """
     if data.path is not None and Path(data.path).is_dir() and is_prepared(Path(data.path)):
         found = open_prepared(Path(data.path))
@@ -38,21 +38,22 @@ def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "end
         delimiters=delimiters,
     )
     try:
-        folder = cache / _cache_key(config)
+        (corpus,) = find_corpora(config)
     except UserError as error:
         raise UserError(f"data.path={data.path}: {error}") from None
+    folder = cache / _cache_key(config, corpus)
     config = dataclasses.replace(config, out=str(folder))
     if meta_file(folder).exists():
         try:
             return open_prepared(folder)
-        except UserError as error:  # damaged: it is a cache, and its text is at hand
-            log.debug(f"{folder} is made anew: {error}")
+        except UserError as error:  # damaged, but the text to make it from is there
+            log.debug(f"{folder} is made again: {error}")
     return prepare_folder(config, is_cache=True)
 
 
 def _check_matches(data: DataConfig, found: PreparedData) -> None:
     """UserError where settings that ask for something by name are not what the folder was prepared with."""
-    settings = found.made_from["settings"]
+    settings = found.made_from.settings
     if data.val_fraction is not None and data.val_fraction != settings["val_fraction"]:
         raise UserError(
             f"data.val_fraction is {data.val_fraction}, but {data.path} was prepared with {settings['val_fraction']}; "
@@ -70,14 +71,10 @@ def _check_matches(data: DataConfig, found: PreparedData) -> None:
     )
 
 
-def _cache_key(config: PrepareConfig) -> str:
+def _cache_key(config: PrepareConfig, corpus: CorpusSources) -> str:
     """A hash of what the streams are made from; files count by their content, the embedded plays by their sizes."""
-    (corpus,) = find_corpora(config)
-    digest = hashlib.sha256(
-        json.dumps(
-            [FORMAT_VERSION, spec_by_content(config.tokenizer), config.delimiters, config.val_fraction]
-        ).encode()
-    )
+    settings = [FORMAT_VERSION, spec_by_content(config.tokenizer), config.delimiters, config.val_fraction]
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for source in corpus.train:
         size = Path(source.path).stat().st_size if source.name.startswith(PLAYS) else source.sha256()
         digest.update(os.fsencode(f"\0{source.name}\0{size}"))

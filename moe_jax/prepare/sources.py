@@ -1,7 +1,4 @@
-"""Where text comes from: files, folders, globs and data sets, grouped into named corpora of documents.
-
-Imports no jax.
-"""
+"""Where text comes from: files, folders, globs and data sets, grouped into named corpora. Imports no jax."""
 
 import glob
 import hashlib
@@ -21,7 +18,7 @@ from moe_jax.prepare.settings import PrepareConfig
 DEFAULT_CORPUS = "text"
 HUB = "hf:"
 _NOT_TEXT = (".json", ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".npy", ".bin", ".pdf")
-"""A file of such a name is no text, though it is named."""
+"""Suffixes of files that are refused even if they are named one by one."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +201,7 @@ class Documents:
     def __init__(self, sources: Iterable[Source], options: ReadOptions, limit: int | None):
         self._sources, self._options, self._limit = sources, options, limit
         self.empty_sources: list[Source] = []
+        """Sources without a document, once all was read."""
 
     def __iter__(self) -> Iterator[Piece]:
         self.empty_sources = []
@@ -213,11 +211,11 @@ class Documents:
             for pieces in _documents(source.parts(self._options)):
                 if self._limit is not None and index >= self._limit:
                     return
-                # The only document of a file has the file's name.
-                name = f"{source.name}#{in_source}" if in_source else source.name
                 before = next(pieces, None)
                 if before is None:
                     continue
+                # The only document of a file has the file's name.
+                name = f"{source.name}#{in_source}" if in_source else source.name
                 is_first = True
                 for piece in pieces:
                     yield Piece(index, name, before, is_first, False)
@@ -231,21 +229,20 @@ class Documents:
 def _documents(parts: Iterator[Part]) -> Iterator[Iterator[str]]:
     """The pieces of each document, one document after the other; none for one that is white space only."""
     for text, is_last in parts:
-        if is_last:
-            yield _unless_blank(in_pieces([text])) if len(text) > PIECE else iter([text] if text.strip() else [])
-        else:
-            chunks = _chunks(text, parts)
-            yield _unless_blank(in_pieces(chunks))
-            for _ in chunks:  # what was not read of this document
-                continue
+        if is_last and len(text) <= PIECE:  # most of them
+            yield iter([text] if text.strip() else [])
+            continue
+        chunks = _until_end(text, is_last, parts)
+        yield _unless_blank(in_pieces(chunks))
+        for _ in chunks:  # what was not read of this document
+            continue
 
 
-def _chunks(first: str, parts: Iterator[Part]) -> Iterator[str]:
-    yield first
-    for text, is_last in parts:
+def _until_end(text: str, is_last: bool, parts: Iterator[Part]) -> Iterator[str]:
+    yield text
+    while not is_last:
+        text, is_last = next(parts)
         yield text
-        if is_last:
-            return
 
 
 def _unless_blank(pieces: Iterator[str]) -> Iterator[str]:

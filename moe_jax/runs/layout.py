@@ -1,88 +1,52 @@
 """The files of a run directory, written whole or not at all. Imports no jax."""
 
+import contextlib
 import dataclasses
 import json
 import re
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 from moe_jax.config import Config
 from moe_jax.config.fields import settings
 from moe_jax.config.rules import check
 from moe_jax.errors import UserError
-from moe_jax.files import atomic_write_text, locked_folder, refuse_locked_folder
+from moe_jax.files import atomic_write_text, locked_folder, read_json, refuse_locked_folder
+from moe_jax.sharding.processes import is_first_process
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """Names of everything in the run directory ``path``; creates nothing by itself."""
 
-    path: Path
-
-    @property
-    def config_file(self) -> Path:
-        return self.path / "config.json"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics_file(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log_file(self) -> Path:
-        return self.path / "train.log"
-
-    @property
-    def stacks(self) -> Path:
-        return self.path / "stacks.log"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def mlflow_file(self) -> Path:
-        return self.path / "mlflow.json"
-
-    @property
-    def loss_curve(self) -> Path:
-        return self.path / "loss_curve.png"
-
-    @property
-    def expert_load(self) -> Path:
-        return self.path / "expert_load.png"
-
-    @property
-    def generated_text(self) -> Path:
-        return self.path / "generated_text.txt"
-
-    @property
-    def profile(self) -> Path:
-        return self.path / "profile"
+    def __init__(self, path: Path):
+        self.path = path
+        self.config_file = path / "config.json"
+        self.tokenizer = path / "tokenizer"
+        self.checkpoints = path / "checkpoints"
+        self.metrics_file = path / "metrics.jsonl"
+        self.log_file = path / "train.log"
+        self.stacks = path / "stacks.log"
+        self.tensorboard = path / "tensorboard"
+        self.mlflow_file = path / "mlflow.json"
+        self.loss_curve = path / "loss_curve.png"
+        self.expert_load = path / "expert_load.png"
+        self.generated_text = path / "generated_text.txt"
+        self.profile = path / "profile"
 
     def save_config(self, config: Config) -> None:
-        atomic_write_text(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
+        if is_first_process():
+            atomic_write_text(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
 
     def load_config(self) -> Config:
         """The validated configuration of the run. UserError where it is missing, damaged or of other settings."""
         file = self.config_file
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file, dict, "put a copy of it back, or name another --workdir")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.path} is not a run directory (it has no config.json); "
                 "train one with train.py, or name another by --workdir"
             ) from None
-        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            raise UserError(f"{file} is corrupt ({error}); put a copy of it back, or name another --workdir") from None
         config = Config.from_dict(values, str(file))
         data = config.data
         if isinstance(data.tokenizer, str):
@@ -95,11 +59,17 @@ class RunDirectory:
         return config
 
     def check_unlocked(self) -> None:
-        """UserError where another process trains in the folder; creates nothing."""
-        refuse_locked_folder(self.path, "--workdir", "training in")
+        """UserError where another run's process trains in the folder; creates nothing."""
+        if is_first_process():
+            refuse_locked_folder(self.path, "--workdir", "training in")
 
     def lock(self) -> AbstractContextManager[None]:
-        """Creates the folder and keeps other processes from training in it. UserError where one already does."""
+        """Creates the folder and keeps other runs from training in it. UserError where one already does.
+
+        Of a run of several processes the first holds the lock.
+        """
+        if not is_first_process():
+            return contextlib.nullcontext()
         return locked_folder(self.path, "--workdir", "training in")
 
 

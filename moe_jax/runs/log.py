@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from moe_jax.files import GrowingFile
+from moe_jax.sharding.processes import is_first_process
 
 log = logging.getLogger("moe_jax")
 
@@ -40,10 +41,11 @@ def _drop_what_cannot_be_printed() -> None:
 
 
 class _FileHandler(logging.Handler):
-    """Appends to ``file``, which is made with the first message; that it cannot be written is told by ``console``."""
+    """Appends to ``file``, which is made with the first message; ``console`` reports that it cannot be written."""
 
     def __init__(self, file: Path, console: logging.Handler):
         super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         self._path, self._console = file, console
         self._file: GrowingFile | None = None
 
@@ -68,20 +70,23 @@ class _FileHandler(logging.Handler):
 def start_log(file: Path) -> Iterator[None]:
     """Within it, log messages go to the console and, with their time, to the end of ``file``.
 
-    Where either is on a full disk the run goes on, with what the other one has.
+    Where either is on a full disk the run goes on, with what the other one has. Of several processes only the first
+    writes the file, and the others print warnings alone.
     """
-    console = _ConsoleHandler(logging.INFO)
-    to_file = _FileHandler(file, console)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    is_first = is_first_process()
+    console = _ConsoleHandler(logging.INFO if is_first else logging.WARNING)
+    handlers: list[logging.Handler] = [console]
+    if is_first:
+        handlers.append(_FileHandler(file, console))
     level, propagate = log.level, log.propagate
     log.setLevel(logging.DEBUG)
     log.propagate = False
-    for handler in (console, to_file):
+    for handler in handlers:
         log.addHandler(handler)
     try:
         yield
     finally:
-        for handler in (to_file, console):  # the file's last words go to the console
+        for handler in reversed(handlers):  # the file's last words go to the console
             log.removeHandler(handler)
             handler.close()
         log.setLevel(level)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.config import Config
-from moe_jax.data.tokenizer import Tokenizer, load_tokenizer
+from moe_jax.data.tokenizer import Tokenizer
+from moe_jax.data.tokenizer_file import load_tokenizer
 from moe_jax.runs.checkpoint.record import Found, Which, find_checkpoint
 from moe_jax.runs.layout import RunDirectory, latest_run
 

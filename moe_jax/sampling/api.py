@@ -16,7 +16,7 @@ from moe_jax.config.fields import check_type, unknown_name
 from moe_jax.config.rules import check_sample
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
-from moe_jax.model.moe.choice import on_this_machine
+from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.runs.opened import OpenedRun, open_run
 from moe_jax.sampling.engine import Dtype, Generator
 from moe_jax.sampling.text import Sample
@@ -84,13 +84,14 @@ def load_engine(opened: OpenedRun, dtype: Dtype | None = None) -> tuple[Generato
 
     ``dtype`` of activations and matrices, None: as the run was trained. Raises UserError.
     """
-    generator = Generator(opened.config, opened.tokenizer, dtype)
+    generator = Generator(opened.config, opened.tokenizer, this_machine(), dtype)
     return generator, generator.prepare(load_variables(opened))
 
 
 def load_variables(opened: OpenedRun) -> Variables:
     """The opened checkpoint's variables, as the training decoder takes them, on one device. Raises UserError."""
-    decoder = Decoder(on_this_machine(opened.config.model), opened.tokenizer.vocab_size)
+    model = with_dispatch(opened.config.model, 1, train=False, machine=this_machine(), as_set=False)
+    decoder = Decoder(model, opened.tokenizer.vocab_size)
 
     def initial() -> dict[str, Any]:
         boxed = decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]

@@ -42,8 +42,6 @@ class Batch:
         self._programs, self._variables, self._sizes = programs, variables, tuple(sizes)
         self._reported = {"num_top": num_top, "keep_experts": keep_experts}
         self._texts: list[Text | None] = [None] * self._sizes[0]
-        self._window_starts = np.zeros(self._sizes[0], np.int64)
-        """Of each row, the place in its text of the model's position 0."""
         self.state: DecodeState = programs.empty_state(self._sizes[0], variables)
         self._rows: Rows | None = None
 
@@ -66,7 +64,7 @@ class Batch:
             part = chosen[start : start + _PREFILL]
             self._read([(row, text.prompt_ids, True) for row, text in part])
         for row, text in chosen:
-            self._texts[row], self._window_starts[row] = text, 0
+            self._texts[row] = text
         self._rows = None
 
     def advance(self, steps: int = MAX_STEPS) -> None:
@@ -74,11 +72,7 @@ class Batch:
         if not self.texts:
             return
         steps = min(steps, MAX_STEPS, *self._room())
-        if self._rows is None:
-            self._rows = _rows(self._texts, self._programs.vocab_size)
-        index_B = np.array([_length(text) if text else 0 for text in self._texts], np.int32)
-        left_B = np.array([text.num_left if text else 0 for text in self._texts], np.int32)
-        drawn = self._decode(self._rows, index_B, left_B, steps)
+        drawn = self._draw(steps)
         for row, text in enumerate(self._texts):
             if text is not None:
                 text.add(drawn, row, steps)
@@ -95,8 +89,7 @@ class Batch:
         """Compiles what texts of any length and number need, one prompt read at a time, before the first one comes."""
         for size in self._sizes:
             self._resize(size)
-            nothing_B = np.zeros(size, np.int32)
-            self._decode(_rows(self._texts, self._programs.vocab_size), nothing_B, nothing_B, 1)
+            self._draw(1)
             for length in {min(_SHORTEST << power, self._context) for power in range(self._context.bit_length())}:
                 self._read([(size, [0] * length, True)])
         self._resize(0)
@@ -105,10 +98,14 @@ class Batch:
     def _context(self) -> int:
         return self._programs.config.context_length
 
-    def _decode(self, rows: Rows, index_B: np.ndarray, left_B: np.ndarray, steps: int) -> Drawn:
-        """Draws in every row; what was drawn comes to the host."""
+    def _draw(self, steps: int) -> Drawn:
+        """Up to ``steps`` more tokens in every row that has a text, as arrays of the host."""
+        if self._rows is None:
+            self._rows = _rows(self._texts, self._programs.vocab_size)
+        index_B = np.array([text.length if text else 0 for text in self._texts], np.int32)
+        left_B = np.array([text.num_left if text else 0 for text in self._texts], np.int32)
         drawn, self.state = self._programs.decode(
-            self._variables, self.state, rows, index_B, left_B, np.int32(steps), **self._reported
+            self._variables, self.state, self._rows, index_B, left_B, np.int32(steps), **self._reported
         )
         return jax.device_get(drawn)
 
@@ -120,24 +117,20 @@ class Batch:
         """Of each text with learned positions, the tokens that can be drawn in its window: one more than positions."""
         if self._programs.config.positions != "learned":
             return []
-        return [
-            self._context + 1 - (_length(text) - int(start))
-            for text, start in zip(self._texts, self._window_starts, strict=True)
-            if text is not None
-        ]
+        return [self._context + 1 - (text.length - text.window_start) for text in self.texts]
 
     def _begin_windows(self) -> None:
         """Where learned positions are used up, cuts the text to its last half-window, which is read again."""
         if self._programs.config.positions != "learned":
             return
         for row, text in enumerate(self._texts):
-            if text is not None and _length(text) - self._window_starts[row] > self._context:
+            if text is not None and text.length - text.window_start > self._context:
                 window = (text.prompt_ids + text.tokens)[-max(1, self._context // 2) :]
                 self._read([(row, window, False)])
                 if text.experts:
                     # What had no position of its own is read within the new window, where nobody counts its rows.
                     text.experts[-1] = np.zeros_like(text.experts[-1])
-                self._window_starts[row] = _length(text) - len(window)
+                text.window_start = text.length - len(window)
 
     def _read(self, chosen: Sequence[tuple[int, list[int], bool]]) -> None:
         """Prefills (row, tokens, whether the text is new to its row)."""
@@ -160,12 +153,7 @@ class Batch:
             row_B = np.array(order + [0] * (new_size - len(order)), np.int32)
             self.state = self._programs.take_rows(self.state, row_B)
             self._texts = [self._texts[row] for row in order] + [None] * (new_size - len(order))
-            self._window_starts = self._window_starts[row_B]
             self._rows = None
-
-
-def _length(text: Text) -> int:
-    return len(text.prompt_ids) + len(text.tokens)
 
 
 def _rows(texts: Sequence[Text | None], vocab_size: int) -> Rows:

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
-from moe_jax.model.attention import LayerCache
+from moe_jax.model.attention import LayerCache, init_caches
 from moe_jax.model.decoder import Decoder, Variables, forward
-from moe_jax.model.unstacked import init_caches
+from moe_jax.model.moe.backends import Machine, with_dispatch
 from moe_jax.sampling.processors import (
     keep_min_p,
     keep_top_k,
@@ -249,23 +249,23 @@ def _nothing_drawn(config: ModelConfig, B: int, end_token: int, num_top: int, ke
 class Programs:
     """The functions above for one model, each compiled once for a shape."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, end_token: int):
+    def __init__(self, config: ModelConfig, vocab_size: int, machine: Machine, end_token: int):
         """``end_token`` ends a text."""
-        self.config, self.vocab_size = config, vocab_size
-
-        @functools.cache
-        def decoder_for(num_tokens: int) -> Decoder:
-            return Decoder(config, vocab_size, unstacked=True)
-
+        self.config, self.vocab_size, self._machine = config, vocab_size, machine
         # It takes the variables to be where they are, or the first call of each function would be compiled twice.
         self.empty_state = jax.jit(
             lambda B, variables: empty_state(config, B, vocab_size), static_argnums=0, keep_unused=True
         )
         # The state is donated, so that its caches are changed in place.
-        self.prefill = jax.jit(functools.partial(prefill, decoder_for), donate_argnums=1)
+        self.prefill = jax.jit(functools.partial(prefill, self.decoder_for), donate_argnums=1)
         self.decode = jax.jit(
-            functools.partial(decode, decoder_for, end_token=end_token),
+            functools.partial(decode, self.decoder_for, end_token=end_token),
             donate_argnums=1,
             static_argnames=("num_top", "keep_experts"),
         )
         self.take_rows = jax.jit(take_rows)
+
+    def decoder_for(self, num_tokens: int) -> Decoder:
+        """The ``unstacked`` decoder for so many tokens at a time, whatever backend the run was trained with."""
+        model = with_dispatch(self.config, num_tokens, train=False, machine=self._machine, as_set=False)
+        return Decoder(model, self.vocab_size, unstacked=True)

@@ -10,9 +10,9 @@ import jax
 from moe_jax.config import Config, ModelConfig, SampleConfig
 from moe_jax.data.tokenizer import Tokenizer, document_end, document_start
 from moe_jax.errors import UserError
-from moe_jax.model.decoder import Variables
-from moe_jax.model.moe.choice import on_this_machine
-from moe_jax.model.unstacked import cast_matrices, unstack
+from moe_jax.model.decoder import Variables, cast_matrices, unstack
+from moe_jax.model.moe.backends import Machine
+from moe_jax.model.moe.routing import ROUTERS
 from moe_jax.sampling.batch import STREAM_STEPS, Batch
 from moe_jax.sampling.decode import Programs
 from moe_jax.sampling.text import Sample, Text
@@ -26,7 +26,14 @@ Dtype = Literal["float32", "bfloat16"]
 class Generator:
     """A model that is ready to sample from: its compiled programs, kept from call to call."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, dtype: Dtype | None = None, end_token: int | None = None):
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        machine: Machine,
+        dtype: Dtype | None = None,
+        end_token: int | None = None,
+    ):
         """``config`` of the run; ``dtype`` of activations and matrices, None: the run's.
 
         ``end_token`` ends a text; None: the end of a document, -1: none does.
@@ -38,7 +45,7 @@ class Generator:
                 "a model of model.moe.router=expert_choice cannot be sampled from: its experts choose among all "
                 "tokens of a text, later ones included; train one with another router"
             )
-        model = dataclasses.replace(on_this_machine(config.model), dtype=dtype or config.model.dtype)
+        model = dataclasses.replace(config.model, dtype=dtype or config.model.dtype)
         self.config, self.tokenizer = model, tokenizer
         self._start = document_start(tokenizer)
         self._end = document_end(tokenizer) if end_token is None else end_token
@@ -46,7 +53,7 @@ class Generator:
         self._prefix = [] if config.data.mode == "windows" else [self._start]
         self.prepare = jax.jit(lambda variables: cast_matrices(unstack(variables, model), model))
         """The variables of the training decoder as all else here takes them: unstacked, matrices in ``dtype``."""
-        self.programs = Programs(model, tokenizer.vocab_size, self._end)
+        self.programs = Programs(model, tokenizer.vocab_size, machine, self._end)
 
     def begin(self, prompt: str | Sequence[int], sample: SampleConfig, number: int = 0) -> Text:
         """A text that continues ``prompt``, or token ids, as its sample ``number``. Raises UserError."""
@@ -108,4 +115,4 @@ class Generator:
 
 def is_causal(config: ModelConfig) -> bool:
     """Whether the logits after a token depend on it and earlier ones only, as sampling needs."""
-    return not config.moe.num_experts or config.moe.router != "expert_choice"
+    return not config.moe.num_experts or ROUTERS[config.moe.router].is_causal

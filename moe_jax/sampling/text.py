@@ -18,6 +18,11 @@ class TextStream:
 
     The bytes of one character may be spread over several tokens: they are held back until it is whole, or the text
     ends. A foreign tokenizer that changes earlier text when more follows is streamed as the text first stood.
+
+    >>> from moe_jax.data.tokenizer import ByteTokenizer
+    >>> stream = TextStream(ByteTokenizer("endoftext"))
+    >>> [stream.add([token]) for token in "né".encode()]
+    ['n', '', 'é']
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -48,7 +53,11 @@ class TextStream:
 
 
 def stop_in(text: str, stops: Sequence[str]) -> int | None:
-    """Where the stop begins that is whole first, and of those the longest; None where there is none in ``text``."""
+    """Where the stop begins that is whole first, and of those the longest; None where there is none in ``text``.
+
+    >>> stop_in("no END here", ["END", "here"])
+    3
+    """
     found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     return min(found)[1] if found else None
 
@@ -129,9 +138,16 @@ class Text:
         """None while the text goes on; "stop": the end of a document, or a stop; "length": max_new_tokens."""
         self.num_read = 0
         """Tokens that the model had read, prompt included, when it drew the last one."""
+        self.window_start = 0
+        """The place in the text of the model's position 0: moves on where learned positions are used up."""
         self._ends = {end_token, *sample.stop_tokens}
         self._text, self._shown = TextStream(tokenizer), StopStream(sample.stop)
         self._pieces: list[str] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, prompt included."""
+        return len(self.prompt_ids) + len(self.tokens)
 
     @property
     def num_left(self) -> int:
@@ -143,7 +159,7 @@ class Text:
         tokens = drawn.tokens_BS[row, : min(steps, self.num_left)].tolist()
         size = next((index for index, token in enumerate(tokens) if token in self._ends), len(tokens))
         has_ended = size < len(tokens)
-        self.num_read = len(self.prompt_ids) + len(self.tokens) + size - (not has_ended)
+        self.num_read = self.length + size - (not has_ended)
         # A stop may end the text at any token; without one, all of them make one piece.
         parts = [[token] for token in tokens[:size]] if self.sample.stop else [tokens[:size]]
         kept = 0

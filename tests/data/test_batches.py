@@ -248,5 +248,5 @@ def test_what_cannot_be_trained_on_is_refused(data, tmp_path):
     with pytest.raises(UserError, match=r"the corpus one has 1e-06 of the rows, less than one in 65,536"):
         check_data(dataclasses.replace(data, corpora=rare), DataConfig(), 10)
     check_data(gpt2, DataConfig(token_dropout=0.1, token_dropout_by="random"), 10)
-    with pytest.raises(UserError, match=r"token_dropout_by=unknown needs a token <\|unknown\|>, which gpt2 has not"):
+    with pytest.raises(UserError, match=r"unknown needs a token <\|unknown\|>, which gpt2 does not have"):
         check_data(gpt2, dataclasses.replace(DataConfig(), token_dropout=0.1), 10)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.data.pieces import in_pieces
-from moe_jax.data.tokenizer import build_tokenizer
+from moe_jax.prepare.tokenizer import build_tokenizer
 
 WORDS = st.lists(
     st.sampled_from(

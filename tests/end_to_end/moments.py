@@ -58,9 +58,9 @@ def _preparation(number: int, send: Callable[[], None]) -> None:
 
 
 def _compilation(number: int, send: Callable[[], None]) -> None:
-    from moe_jax.training import loop
+    from moe_jax.trackers import watchdog
 
-    _before_call(loop.Trace, "before_step", number, send)
+    _before_call(watchdog.Watchdog, "step_begins", number, send)
 
 
 def _step(number: int, send: Callable[[], None]) -> None:

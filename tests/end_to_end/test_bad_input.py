@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from moe_jax.cli import load_recipe
-from moe_jax.data.tokenizer import build_tokenizer, save_tokenizer
+from moe_jax.data.tokenizer_file import save_tokenizer
+from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.runs.checkpoint.seal import seal
 from tests.oracles.runs import write_run
 from tests.oracles.texts import VERSE
@@ -197,7 +198,7 @@ BAD_INPUT = [
     mistake(f"{TRAIN} --train.keep-every 0", "train.keep_every must be at least 1, got 0"),
     mistake(f"{TRAIN} --train.watchdog 1", "train.watchdog must be"),
     mistake(f"{TRAIN} --train.max-skipped-steps 0", "train.max_skipped_steps must be at least 1, got 0"),
-    mistake(f"{TRAIN} --data.tokenizer word", "there is no tokenizer at word; name a tokenizer.json"),
+    mistake(f"{TRAIN} --workdir new --data.tokenizer word", "there is no tokenizer at word; name a tokenizer.json"),
     box(f"{TRAIN} --model.num-layer 3", "--model.num-layers"),
     box(f"{TRAIN} --model.num-layers three", "'three'"),
     box(f"{TRAIN} --model.num-layers", "Missing value for argument '--model.num-layers'"),
@@ -328,7 +329,7 @@ BAD_INPUT = [
     mistake("prepare --input latin.txt --out new", "latin.txt is not UTF-8 text (byte 3); convert it, or prepare it"),
     mistake("prepare --input nul.txt --out new", "nul.txt is not text (a NUL byte at 2)", slow=True),
     mistake(
-        "prepare --input good.jsonl key.jsonl --out new", "key.jsonl, line 2 has no key text (txt); mend the line"
+        "prepare --input good.jsonl key.jsonl --out new", "key.jsonl, line 2 has no key text (txt); correct the line"
     ),
     mistake("prepare --input broken.jsonl --out new", "broken.jsonl, line 3 is not JSON"),
     mistake(
@@ -380,7 +381,7 @@ BAD_INPUT = [
     mistake(f"{PREPARE} --separator ''", "--separator must have at least one character", slow=True),
     mistake(f"{PREPARE} --tokenizer word", "there is no tokenizer at word; name", slow=True),
     mistake(f"{PREPARE} --tokenizer bpe:100", "needs VOCAB in [300, 262144], got 100"),
-    mistake(f"{PREPARE} --tokenizer words", "words/tokenizer.json is corrupt (it has no 'version')"),
+    mistake(f"{PREPARE} --tokenizer words", "words/tokenizer.json is corrupt (Object missing required field"),
     mistake(f"{PREPARE} --tokenizer folder", "there is no tokenizer at folder/tokenizer.json; name a tokenizer.json"),
     mistake(
         f"{PREPARE} --tokenizer deep",

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moe_jax.trackers.trackers import TensorBoard
+from moe_jax.trackers.writer import MetricsWriter
 
-from moe_jax.data.shards import SplitCounts, SplitWriter
 from moe_jax.files import GrowingFile, atomic_write_text, locked_folder
 from moe_jax.prepare.encode import Encoded
+from moe_jax.prepare.shards import SplitCounts, SplitWriter
 from moe_jax.report.pictures import plot_loss_curve
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.log import log, start_log
-from moe_jax.runs.metrics_file import MetricsWriter
-from moe_jax.trackers.trackers import TensorBoard
 from tests.end_to_end.faulty import ROOT
 from tests.end_to_end.tiny import steps_of
 from tests.oracles.events import events
@@ -111,7 +111,7 @@ def test_a_file_that_somebody_cut_gets_no_hole(tmp_path):
 
 def encoded(length):
     ids = np.zeros(length, np.uint16)
-    return Encoded("train", 0, ids, np.array([length]), np.array([True]), length, length, 0)
+    return Encoded("train", ids, np.array([length, 0]), length, 0)
 
 
 @pytest.mark.parametrize("length", [100, 100_000])

@@ -121,7 +121,7 @@ import json, logging, os, sys
 from pathlib import Path
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.log import log, start_log
-from moe_jax.runs.metrics_file import MetricsWriter
+from moe_jax.trackers.writer import MetricsWriter
 from moe_jax.trackers.trackers import TensorBoard
 
 disk = Path(sys.argv[1])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.decoder import Decoder, Variables, forward
-from moe_jax.model.unstacked import unstack
+from moe_jax.model.decoder import Decoder, Variables, forward, unstack
+from tests.oracles.moe import on_cpu
 
 VOCAB, L = 24, 12
 CONFIG = ModelConfig(
@@ -41,7 +41,7 @@ PATHS = {
 @pytest.fixture(scope="module", params=PATHS)
 def model(request):
     """(function of variables, tokens_BL and options to logits, variables, the same compiled for them, tolerance)."""
-    config = dataclasses.replace(CONFIG, **PATHS[request.param])
+    config = on_cpu(dataclasses.replace(CONFIG, **PATHS[request.param]))
     variables = Variables(
         jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     )

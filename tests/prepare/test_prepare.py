@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig
-from moe_jax.data import shards
 from moe_jax.data.dataset import open_prepared
-from moe_jax.data.tokenizer import build_tokenizer, document_end, document_start, save_tokenizer
+from moe_jax.data.tokenizer import document_start
+from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.prepare import encode, folder
+from moe_jax.prepare import encode, folder, shards
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.settings import PrepareConfig
+from moe_jax.prepare.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,6 +44,13 @@ def stories(tmp_path):
 @pytest.fixture
 def config(stories, tmp_path):
     return PrepareConfig(input=(str(stories[0]),), out=str(tmp_path / "out"), tokenizer="bpe:300", shard_tokens=2000)
+
+
+def made(folder, text, **settings):
+    """What is prepared from a file of ``text``; a token a byte."""
+    (folder / "a.txt").write_text(text)
+    config = PrepareConfig(input=(str(folder / "a.txt"),), out=str(folder / "out"), tokenizer="byte")
+    return prepare_folder(dataclasses.replace(config, **settings))
 
 
 def documents_of(split, tokenizer):
@@ -91,34 +99,42 @@ def test_twice_the_same_bytes_whatever_the_number_of_processes(config, tmp_path,
     assert os.stat(tmp_path / "out" / "meta.json").st_mtime_ns == before, "what is there is not made again"
 
 
-@pytest.mark.parametrize("at", [0, 1, 3, 10, 20])
-def test_an_interrupted_preparation_is_completed(config, tmp_path, monkeypatch, at):
-    monkeypatch.setattr(encode, "_TASK_CHARACTERS", 1000)
-    monkeypatch.setattr(folder, "BLOCK_CHARACTERS", 4000)
-    prepare_folder(config)
-    other = dataclasses.replace(config, out=str(tmp_path / "other"))
-    real, written = folder.SplitWriter.write, []
+WRITE = folder.SplitWriter.write
+
+
+def stop_after(monkeypatch, number):
+    """Interrupts a preparation after so many tasks; returns a list of those that were written."""
+    written = []
 
     def write(self, encoded):
-        real(self, encoded)
-        written.append(encoded.block)
-        if len(written) > at:
+        WRITE(self, encoded)
+        written.append(encoded)
+        if len(written) == number:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(folder.SplitWriter, "write", write)
+    return written
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 10, 20])
+def test_an_interrupted_preparation_is_completed(config, tmp_path, monkeypatch, at):
+    monkeypatch.setattr(encode, "_TASK_CHARACTERS", 1000)
+    monkeypatch.setattr(folder, "COMMIT_TASKS", 4)
+    written = stop_after(monkeypatch, None)
+    prepare_folder(config)
+    num_tasks = len(written)
+    assert num_tasks > 30
+    other = dataclasses.replace(config, out=str(tmp_path / "other"))
+    written = stop_after(monkeypatch, at + 1)
     with pytest.raises(KeyboardInterrupt):
         prepare_folder(other)
     assert not (tmp_path / "other" / "meta.json").exists()
     with pytest.raises(UserError, match=r"was interrupted; run the same .* command again"):
         find_or_prepare(DataConfig(path=other.out), tmp_path / "unused")
-    monkeypatch.setattr(
-        folder.SplitWriter, "write", lambda self, encoded: (written.append(encoded), real(self, encoded))
-    )
-    first = written[-1]
+    written = stop_after(monkeypatch, None)
     prepare_folder(other)
     assert files_of(other.out) == files_of(config.out)
-    resumed = written[at + 1].block
-    assert resumed == first, "blocks that were finished are not tokenized again"
+    assert len(written) == num_tasks - at // 4 * 4, "what was on disk for good is not tokenized again"
 
 
 def test_an_interrupted_preparation_does_not_go_on_with_something_else(config, stories, monkeypatch):
@@ -133,6 +149,10 @@ def test_an_interrupted_preparation_does_not_go_on_with_something_else(config, s
     stories[0].write_text(json.dumps({"text": "another text " * 9}) + "\n")
     with pytest.raises(UserError, match="the input of text is another"):
         prepare_folder(config)
+    # As an older version left it.
+    (Path(config.out) / "progress.json").write_text('{"made_from": {}, "tokenizer_sha256": "", "counts": {}}')
+    with pytest.raises(UserError, match=r"progress.json is corrupt \(.*\); remove the folder and prepare again"):
+        prepare_folder(config)
 
 
 def test_a_killed_preparation_is_completed_and_leaves_no_process(config, tmp_path, monkeypatch):
@@ -140,8 +160,8 @@ def test_a_killed_preparation_is_completed_and_leaves_no_process(config, tmp_pat
     out = tmp_path / "killed"
     program = (
         "import sys, time; from moe_jax import errors; from moe_jax.prepare import __main__, encode, folder\n"
-        "encode._TASK_CHARACTERS = 1000; folder.BLOCK_CHARACTERS = 4000; real = folder.SplitWriter.write\n"
-        "def write(self, encoded): real(self, encoded); print(encoded.block, flush=True); time.sleep(0.02)\n"
+        "encode._TASK_CHARACTERS = 1000; folder.COMMIT_TASKS = 4; real = folder.SplitWriter.write\n"
+        "def write(self, encoded): real(self, encoded); print(encoded.split, flush=True); time.sleep(0.02)\n"
         "folder.SplitWriter.write = write\n"
         "if __name__ == '__main__': errors.run(__main__.main)\n"
     )
@@ -199,27 +219,20 @@ def test_limits_and_given_validation_files(config, stories, tmp_path):
 
 
 def test_specials_in_the_text_when_asked(tmp_path):
-    (tmp_path / "chat.txt").write_text("<|im_start|>hi<|im_end|>|")
-    asked = PrepareConfig(
-        input=(str(tmp_path / "chat.txt"),), out=str(tmp_path / "out"), tokenizer="byte", parse_specials=True
-    )
-    data = prepare_folder(asked)
-    (train,) = data.splits("train")
-    specials = data.tokenizer.specials
-    assert train.stream().read(0, 5).tolist() == [
-        specials["<|endoftext|>"], specials["<|im_start|>"], *b"hi", specials["<|im_end|>"]
-    ]  # fmt: skip
+    (tmp_path / "b.txt").write_text("<|im_start|>yo<|im_end|>")
+    data = made(
+        tmp_path, "<|im_start|>hi<|im_end|>", val_input=(str(tmp_path / "b.txt"),), parse_specials=True
+    )  # fmt: skip
+    (train,), specials = data.splits("train"), data.tokenizer.specials
+    expected = [specials["<|endoftext|>"], specials["<|im_start|>"], *b"hi", specials["<|im_end|>"]]
+    assert train.stream().read(0, 5).tolist() == expected
+    # They are no bytes of text.
+    assert [data.splits(name)[0].num_bytes for name in ("train", "val")] == [2, 2]
 
 
 def test_the_sample_of_a_tokenizer_is_spread_over_the_text(tmp_path):
-    (tmp_path / "a.jsonl").write_text(
-        "".join(json.dumps({"text": chr(ord("a") + index // 100) * 50}) + "\n" for index in range(1000))
-    )
-    data = prepare_folder(
-        PrepareConfig(
-            input=(str(tmp_path / "a.jsonl"),), out=str(tmp_path / "out"), tokenizer="bpe:300", tokenizer_sample=2000
-        )
-    )
+    text = "|".join(chr(ord("a") + index // 100) * 50 for index in range(1000))
+    data = made(tmp_path, text, separator="|", tokenizer="bpe:300", tokenizer_sample=2000)
     # Every one of the ten letters was seen often enough for a token of several of it.
     assert all(len(data.tokenizer.encode(letter * 50)) < 20 for letter in "abcdefghij")
 
@@ -313,10 +326,14 @@ def test_a_run_that_asks_for_something_else_is_refused(config, tmp_path, setting
 def test_other_files_are_left_alone(config, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("x")
-    with pytest.raises(UserError, match="holds other files; choose a new or an empty folder"):
-        prepare_folder(config)
-    with pytest.raises(UserError, match="--out must be a folder, but"):
-        prepare_folder(dataclasses.replace(config, out=str(tmp_path / "out" / "mine.txt")))
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for out, words in (
+        ("out", "holds other files; choose a new or an empty folder"),
+        ("out/mine.txt", "--out must be a folder, but"),
+        ("link", r"--out .* is a link to nothing; remove it"),
+    ):
+        with pytest.raises(UserError, match=words):
+            prepare_folder(dataclasses.replace(config, out=str(tmp_path / out)))
 
 
 @pytest.mark.parametrize(
@@ -362,32 +379,20 @@ def test_a_damaged_cache_is_made_anew(stories, tmp_path, damage, _):
 
 
 def test_unknown_characters_are_counted(tmp_path):
-    (tmp_path / "a.txt").write_text("abc" * 100 + "ééé")
-    data = prepare_folder(
-        PrepareConfig(input=(str(tmp_path / "a.txt"),), out=str(tmp_path / "out"), tokenizer="char", val_fraction=0.01)
-    )
-    (val,) = data.splits("val")
+    data = made(tmp_path, "abc" * 100 + "ééé", tokenizer="char", val_fraction=0.01)
+    (val,), unknown = data.splits("val"), data.tokenizer.unknown_id
     assert val.num_unknown == 3
-    assert val.stream().read(0, 4).tolist() == [document_start(data.tokenizer)] + 3 * [data.tokenizer.unknown_id]
-    assert document_end(data.tokenizer) == document_start(data.tokenizer)
+    assert val.stream().read(0, 4).tolist() == [document_start(data.tokenizer), unknown, unknown, unknown]
 
 
 def interrupted(config, monkeypatch, at=6):
-    """A preparation of several blocks that stopped within one."""
+    """The folder of a preparation that stopped between two commits."""
     monkeypatch.setattr(encode, "_TASK_CHARACTERS", 1000)
-    monkeypatch.setattr(folder, "BLOCK_CHARACTERS", 4000)
-    real, written = folder.SplitWriter.write, []
-
-    def write(self, encoded):
-        real(self, encoded)
-        written.append(encoded)
-        if len(written) > at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(folder.SplitWriter, "write", write)
-        with pytest.raises(KeyboardInterrupt):
-            prepare_folder(config)
+    monkeypatch.setattr(folder, "COMMIT_TASKS", 4)
+    stop_after(monkeypatch, at + 1)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_folder(config)
+    stop_after(monkeypatch, None)
     return Path(config.out)
 
 
@@ -413,10 +418,8 @@ def test_what_a_kill_leaves_of_a_file_being_written_is_removed(config, tmp_path)
 
 def test_a_document_of_more_tokens_than_its_length_can_hold_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "LENGTHS", np.dtype(np.uint8))
-    (tmp_path / "a.txt").write_text("x" * 300)
-    config = PrepareConfig(input=(str(tmp_path / "a.txt"),), out=str(tmp_path / "out"), tokenizer="byte")
     with pytest.raises(UserError, match="a document must have at most 255 tokens, got 286; divide"):
-        prepare_folder(config)
+        made(tmp_path, "x" * 300)
 
 
 def test_a_cache_folder_that_cannot_be_written_costs_only_time(config, tmp_path, monkeypatch):
@@ -447,34 +450,28 @@ def test_any_change_between_the_passes_is_told(config, stories, monkeypatch, cha
         prepare_folder(dataclasses.replace(config, tokenizer="byte"))
 
 
-def test_another_tokenizer_at_the_same_path_is_another_cache_entry(stories, tmp_path):
+def test_another_tokenizer_at_the_same_path_is_another_cache_entry(stories, tmp_path, monkeypatch):
     file = tmp_path / "tokenizer.json"
     data = DataConfig(path=str(stories[0]), tokenizer=str(file))
+    with pytest.raises(UserError, match=r"there is no tokenizer at .*; name a tokenizer.json, a folder"):
+        find_or_prepare(data, tmp_path / "made")
     for spec, size in (("byte", 261), ("bpe:300", 300)):
         save_tokenizer(build_tokenizer(spec, stories[1]), tmp_path / spec)
         file.write_bytes((tmp_path / spec / "tokenizer.json").read_bytes())
         assert find_or_prepare(data, tmp_path / "made").tokenizer.vocab_size == size
-
-
-def test_names_of_ours_are_ours_whatever_lies_in_the_working_folder(config, tmp_path, monkeypatch):
+    # A name of ours is ours, whatever lies in the working folder.
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "byte").mkdir()
-    assert prepare_folder(dataclasses.replace(config, tokenizer="byte")).tokenizer.name == "byte"
+    named = find_or_prepare(dataclasses.replace(data, tokenizer="byte"), tmp_path / "made")
+    assert named.tokenizer.name == "byte"
 
 
 def test_names_of_files_that_are_no_unicode(config, tmp_path):
     (tmp_path / "texts").mkdir()
-    for name in (b"caf\xe9.txt", b"tea.txt", b"milk.txt"):
+    for name in (b"caf\xe9.txt", b"tea.txt", b"milk.txt"):  # the first is not UTF-8, and meta.json has it
         Path(os.fsdecode(os.fsencode(tmp_path) + b"/texts/" + name)).write_text("a text of some length " * 9)
     data = prepare_folder(dataclasses.replace(config, input=(str(tmp_path / "texts"),), val_documents=1))
     assert data.splits("train")[0].num_documents == 2
     assert find_or_prepare(DataConfig(path=str(tmp_path / "texts"), tokenizer="byte"), tmp_path / "made")
-
-
-def test_a_link_to_nothing_is_refused(config, tmp_path):
-    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"--out .* is a link to nothing; remove it"):
-        prepare_folder(config)
 
 
 @pytest.mark.parametrize("parse_specials", [False, True])
@@ -491,28 +488,7 @@ def test_text_that_a_foreign_tokenizer_loses_ends_bits_per_byte(tmp_path, model,
     (tmp_path / "tokenizer.json").write_text(
         json.dumps({"version": "1.0", "added_tokens": [end], "decoder": {"type": "Fuse"}, "model": model})
     )
+    settings = {"tokenizer": str(tmp_path / "tokenizer.json"), "val_fraction": 0.2, "parse_specials": parse_specials}
     for text, is_lost in (("ab" * 50, False), ("abz" * 50, True)):
-        (tmp_path / "a.txt").write_text(text)
-        out = str(tmp_path / f"out {is_lost}")
-        config = PrepareConfig(input=(str(tmp_path / "a.txt"),), out=out, tokenizer=str(tmp_path / "tokenizer.json"))
-        assert (
-            prepare_folder(dataclasses.replace(config, val_fraction=0.2, parse_specials=parse_specials))
-            .splits("val")[0]
-            .num_unknown
-            > 0
-        ) == is_lost
-
-
-def test_specials_that_are_parsed_are_no_bytes_of_text(tmp_path):
-    (tmp_path / "a.txt").write_text("<|im_start|>hi<|im_end|>")
-    (tmp_path / "b.txt").write_text("<|im_start|>yo<|im_end|>")
-    data = prepare_folder(
-        PrepareConfig(
-            input=(str(tmp_path / "a.txt"),),
-            val_input=(str(tmp_path / "b.txt"),),
-            out=str(tmp_path / "out"),
-            tokenizer="byte",
-            parse_specials=True,
-        )
-    )
-    assert [data.splits(name)[0].num_bytes for name in ("train", "val")] == [2, 2]
+        data = made(tmp_path, text, out=str(tmp_path / f"out {is_lost}"), **settings)
+        assert (data.splits("val")[0].num_unknown > 0) == is_lost

@@ -28,7 +28,7 @@ def test_a_configuration_comes_back_as_it_was_saved(tmp_path):
         (b"{ not json", "is corrupt"),
         (b"\xff\xfe", "is corrupt"),
         (b"", "is corrupt"),
-        (b"[]", "must be an object"),
+        (b"[]", "is corrupt"),
         (b'{"model": 3}', "model must be an object"),
         (b'{"model": {"num_layer": 3}}', "did you mean model.num_layers?"),
         (b'{"model": ' * 100_000, "is corrupt"),

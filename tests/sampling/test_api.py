@@ -1,4 +1,4 @@
-"""What Python code gets from ``moe_jax.load``; tests/test_commands.py loads a run as the README does."""
+"""What Python code gets from ``moe_jax.load``; tests/end_to_end/test_commands.py loads a run as the README does."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import pytest
 import moe_jax
 from moe_jax.config import SampleConfig
 from moe_jax.errors import UserError
-from moe_jax.sampling.api import Model
+from moe_jax.sampling.api import Model, Settings
 
 DEFAULTS = SampleConfig(max_new_tokens=5, temperature=1.0, top_k=3, seed=7)
 
@@ -38,6 +38,7 @@ def test_what_is_left_out_is_as_the_run_samples(model, rotary):
     assert model.generate(["ab"]) == generator.generate(variables, "ab", DEFAULTS)
     every = {"num_samples": 2, "max_new_tokens": 12, "temperature": 0.5, "top_k": 2, "top_p": 0.5, "seed": 0}
     every |= {"min_p": 0.3, "repetition_penalty": 1.5, "stop": ("b",), "stop_tokens": (2,)}
+    assert set(every) == set(Settings.__annotations__) == {each.name for each in dataclasses.fields(SampleConfig)}
     for name, value in every.items():
         changed = dataclasses.replace(DEFAULTS, **{name: value})
         assert model.generate(["ab"], **{name: value}) == generator.generate(variables, "ab", changed), name
@@ -59,7 +60,7 @@ def test_what_is_left_out_is_as_the_run_samples(model, rotary):
         (["a"], {"seed": "0"}, "^seed must be of type int, got '0' of type str"),
     ],
 )
-def test_mistakes_are_told(model, prompts, settings, words):
+def test_mistakes_are_reported(model, prompts, settings, words):
     with pytest.raises(UserError, match=words):
         model.generate(prompts, **settings)
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from moe_jax.data.tokenizer import REPLACEMENT, build_tokenizer
+from moe_jax.data.tokenizer import REPLACEMENT
+from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.sampling.text import StopStream, TextStream, stop_in
 
 BYTES = build_tokenizer("byte", [])

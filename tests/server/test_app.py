@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from moe_jax.config import Config, DataConfig, SampleConfig
+from moe_jax.model.moe.backends import Machine
 from moe_jax.sampling.engine import Generator
 from moe_jax.sampling.text import Text
 from moe_jax.server.app import Service, build_app
@@ -178,7 +179,8 @@ def test_limits_on_tokens(server, fields, param, code, message):
 
 def test_the_start_of_a_document_counts_as_a_token_of_the_prompt():
     config = Config(model=MODEL, data=DataConfig(mode="documents"))
-    service = Service(Generator(config, BYTES), mock.Mock(), Limits("tiny", BYTES.vocab_size, 64, 100, 8))
+    generator = Generator(config, BYTES, Machine("cpu"))
+    service = Service(generator, mock.Mock(), Limits("tiny", BYTES.vocab_size, 64, 100, 8))
     client = TestClient(build_app(service, None))
     for size in (64, 65):
         answer = client.post("/v1/completions", json={"model": "tiny", "prompt": "a" * size})

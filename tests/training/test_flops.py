@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.decoder import Decoder, Variables, forward
-from moe_jax.model.unstacked import unstack
+from moe_jax.model.decoder import Decoder, Variables, forward, unstack
 from moe_jax.training.flops import PEAK_FLOPS, count_params, flops_per_token, utilisation
 from moe_jax.training.step import cross_entropy
 

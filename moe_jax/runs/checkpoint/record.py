@@ -19,7 +19,7 @@ Which = Literal["best", "newest"]
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What a checkpoint remembers beside its arrays; a file of JSON in it."""
+    """What a checkpoint remembers beside its arrays: a file of JSON in it."""
 
     format_version: int = FORMAT_VERSION
     step: int
@@ -39,21 +39,21 @@ class Record:
 
 @dataclass(frozen=True)
 class Saved:
-    """The newest sound checkpoint of a run: each of its files is as when it was sealed."""
+    """The newest sound checkpoint of a run: each of its files is as it was when it was sealed."""
 
     folder: Path
     record: Record
     damaged: dict[Path, str]
-    """Newer ones, which are not sound, and what is wrong with each."""
+    """Newer checkpoints, and what is wrong with each."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """The checkpoint that somebody asked for; its record is sound, and of its arrays those that were checked."""
+    """The checkpoint that was asked for; its record is sound, and so are the items that were checked."""
 
     which: Which
     folders: Mapping[Which, Path]
-    """The folder of either choice."""
+    """That of either choice."""
     record: Record
     _sound: set[str] = field(default_factory=set, repr=False)
 
@@ -62,9 +62,11 @@ class Found:
         return self.folders[self.which]
 
     def check(self, items: Iterable[str]) -> None:
-        """UserError where one of ``items`` is damaged. Each is read and hashed the first time only."""
+        """UserError where one of ``items`` is damaged; each is read and hashed once."""
         unchecked = set(items) - self._sound
-        _check(self.which, self.folders, unchecked)
+        damage = find_damage(self.folder, unchecked)
+        if damage is not None:
+            raise _damaged(self.which, self.folders, damage, unchecked)
         self._sound.update(unchecked)
 
 
@@ -77,10 +79,10 @@ def newest_sound(folder: Path) -> Saved | None:
     for step in reversed(saved_steps(folder)):
         step_folder = folder / str(step)
         record = _checked_record(step_folder)
-        damage = find_damage(step_folder)
-        if damage is None and record is not None:
+        damage = record if isinstance(record, str) else find_damage(step_folder)
+        if isinstance(record, Record) and damage is None:
             return Saved(step_folder, record, damaged)
-        damaged[step_folder] = damage or "its record cannot be read"
+        damaged[step_folder] = str(damage)
     if damaged:
         raise UserError(
             f"every checkpoint in {folder} is damaged, the newest one by {next(iter(damaged.values()))}; "
@@ -101,9 +103,8 @@ def find_checkpoint(folder: Path, which: Which) -> Found:
     best = min(losses, key=lambda step: losses[step], default=steps[-1])
     folders: dict[Which, Path] = {"best": folder / str(best), "newest": folder / str(steps[-1])}
     record = _checked_record(folders[which])
-    if record is None:
-        _check(which, folders, ())
-        raise UserError(f"the record of {folders[which]} cannot be read; put a copy of it back")
+    if isinstance(record, str):
+        raise _damaged(which, folders, record, ())
     return Found(which, folders, record)
 
 
@@ -114,40 +115,24 @@ def losses_of(folder: Path) -> dict[int, float]:
 
 
 def read_record(step_folder: Path) -> Record | None:
-    """The record as it stands, for what a wrong one can do no harm to; None where it cannot be read."""
+    """The record as it stands, where a wrong one can do no harm; None where it cannot be read."""
     try:
         return msgspec.json.decode((step_folder / "record" / "metadata").read_bytes(), type=Record)
     except (OSError, ValueError):
         return None
 
 
-def _check(which: Which, folders: Mapping[Which, Path], items: Iterable[str]) -> None:
-    needed = ("record", *items)
-    damage = find_damage(folders[which], needed)
-    if damage is None:
-        return
-    others = [name for name, folder in folders.items() if find_damage(folder, needed) is None]
-    raise UserError(
-        f"the {which} checkpoint {folders[which]} is damaged ({damage}); put a copy of it back"
-        + (
-            f", or use --checkpoint {others[0]}"
-            if others
-            else ", or train on: the same train.py command goes on from the newest sound one"
-        )
-    )
-
-
 class _Version(msgspec.Struct):
     format_version: int = 1
 
 
-def _checked_record(step_folder: Path) -> Record | None:
-    """The record of a step, None where it is damaged. UserError where it was written by another version."""
-    if (step_folder / "progress").is_dir() and not (step_folder / "record").exists():
-        version = 1
-    elif find_damage(step_folder, ["record"]) is not None:
-        return None
-    else:
+def _checked_record(step_folder: Path) -> Record | str:
+    """The record of a step, or what is damaged in it. UserError where it was written by another version."""
+    version = 1  # its record was called progress
+    if (step_folder / "record").exists() or not (step_folder / "progress").is_dir():
+        damage = find_damage(step_folder, ["record"])
+        if damage is not None:
+            return damage
         content = (step_folder / "record" / "metadata").read_bytes()
         version = msgspec.json.decode(content, type=_Version).format_version
         if version == FORMAT_VERSION:
@@ -158,3 +143,15 @@ def _checked_record(step_folder: Path) -> Record | None:
         else "install the newer moe_jax that wrote it"
     )
     raise UserError(f"{step_folder} must have checkpoint format {FORMAT_VERSION}, got {version}; {remedy}")
+
+
+def _damaged(which: Which, folders: Mapping[Which, Path], damage: str, items: Iterable[str]) -> UserError:
+    others = [name for name, folder in folders.items() if find_damage(folder, ("record", *items)) is None]
+    remedy = (
+        f"use --checkpoint {others[0]}"
+        if others
+        else "train on: the same train.py command goes on from the newest sound one"
+    )
+    return UserError(
+        f"the {which} checkpoint {folders[which]} is damaged ({damage}); put a copy of it back, or {remedy}"
+    )

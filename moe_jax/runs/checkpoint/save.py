@@ -2,6 +2,9 @@
 
 A step holds the items params, router_state (where the router has one) and optimizer_state, arrays that Orbax writes,
 and the record, a file of JSON: what else the run must remember. Sampling reads the first two items and the record.
+
+In a run of several processes each writes its own shards, in a folder that all see; the first one alone cleans, seals,
+names and removes. All of them call everything here at the same places of the program.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import jax
 import orbax.checkpoint as ocp
 
 from moe_jax.axes import PyTree
@@ -26,6 +30,7 @@ from moe_jax.runs.checkpoint.record import Record, Saved, losses_of, read_record
 from moe_jax.runs.checkpoint.restore import restore_items, shapes_of
 from moe_jax.runs.checkpoint.seal import seal
 from moe_jax.runs.layout import saved_steps
+from moe_jax.sharding.processes import all_well, is_first_process
 
 log = logging.getLogger("moe_jax")
 
@@ -44,7 +49,7 @@ class Retention:
 
 
 class Checkpoints:
-    """Saves into ``folder``, whose newest sound checkpoint is ``saved`` (``newest_sound``), and restores that.
+    """Saves into ``folder``, whose newest sound checkpoint is ``saved`` (``newest_sound``), and restores that one.
 
     Newer ones, which are damaged, are moved to ``damaged/`` beside ``folder`` first. What a killed save or removal
     left is removed. A save that fails, as on a full disk, is logged and harms nothing that is there;
@@ -55,12 +60,11 @@ class Checkpoints:
         self._folder, self._saved, self._retention = folder.absolute(), saved, retention
         self._unfinished = self._folder / _UNFINISHED
         self._newest = None if saved is None else saved.record.step
-        for damaged, damage in ({} if saved is None else saved.damaged).items():
-            _move_aside(damaged, damage)
-        if saved_steps(self._folder)[-1:] != ([] if saved is None else [saved.record.step]):
-            raise UserError(f"another process has trained in {folder.parent} meanwhile; run the same command again")
-        shutil.rmtree(self._unfinished, ignore_errors=True)
-        self._unfinished.mkdir(parents=True)  # now, and not in hours, is the time to learn that it cannot be
+        self._is_first = is_first_process()
+        all_well(True)  # no process still looks at what is moved now
+        if self._is_first:
+            self._clean()
+        all_well(True)
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
@@ -69,48 +73,77 @@ class Checkpoints:
         self.seconds = 0.0
         """How long saves have kept the caller waiting."""
 
+    def _clean(self) -> None:
+        """Moves damaged checkpoints away, and removes what a process that was killed left."""
+        for damaged, damage in ({} if self._saved is None else self._saved.damaged).items():
+            aside = self._folder.parent / "damaged" / damaged.name
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            shutil.move(damaged, aside)
+            log.warning(f"the checkpoint of step {damaged.name} is damaged ({damage}) and was moved to {aside.parent}")
+        if next(reversed(saved_steps(self._folder)), None) != self._newest:
+            raise UserError(f"{self._folder.parent} was trained on by another process; run the same command again")
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        self._unfinished.mkdir(parents=True)  # now, and not in hours, is the time to learn that it cannot be
+
     def __enter__(self) -> Self:
         self._quiet = contextlib.ExitStack()
         self._quiet.enter_context(quiet_libraries())
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.wait()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or jax.process_count() == 1:
+            self.wait()  # where something else ended this process, the others may never come to agree
         self._thread.shutdown()
         self._checkpointer.close()
         self._quiet.close()
-        shutil.rmtree(self._unfinished, ignore_errors=True)
+        self._remove_unfinished()
 
     def save(self, record: Record, items: Mapping[str, PyTree]) -> None:
         """Starts to write the arrays ``items`` and the ``record`` of a step; returns once the arrays are copied.
 
-        A step that is on disk is not written again. The record's shapes are filled in here.
+        The record's shapes are filled in. A step that is on disk is not written again.
         """
         started = time.perf_counter()
         self.wait()
         if record.step != self._newest:
-            is_finite = record.val_loss is not None and math.isfinite(record.val_loss)
-            record = dataclasses.replace(
-                record, val_loss=record.val_loss if is_finite else None, shapes=shapes_of(items)
-            )
+            future: Future[None] = Future()
             try:
-                shutil.rmtree(self._unfinished, ignore_errors=True)
-                check_space(self._folder, items)
-                self._checkpointer.save(
-                    self._unfinished / str(record.step),
-                    args=ocp.args.Composite(
-                        record=ocp.args.JsonSave(dataclasses.asdict(record)),
-                        **{name: ocp.args.StandardSave(tree) for name, tree in items.items()},
-                    ),
-                )
-                self._saving = record.step, self._thread.submit(self._commit, record.step)
+                self._make_room(items)
+                self._write(record, items)
+                future = self._thread.submit(self._commit, record.step)
             except Exception as error:  # noqa: BLE001 - a file system's faults have many types in Orbax
-                self._tell_failure(record.step, error)
+                future.set_exception(error)
+            self._saving = record.step, future
         self.seconds += time.perf_counter() - started
+
+    def _make_room(self, items: Mapping[str, PyTree]) -> None:
+        """Raises in every process where the first one cannot begin."""
+        fault = None
+        self._remove_unfinished()
+        try:
+            if self._is_first:
+                check_space(self._folder, items)
+        except OSError as error:
+            fault = error
+        if not all_well(fault is None):
+            raise fault or OSError("the first process could not begin")
+
+    def _write(self, record: Record, items: Mapping[str, PyTree]) -> None:
+        is_finite = record.val_loss is not None and math.isfinite(record.val_loss)
+        val_loss = record.val_loss if is_finite else None
+        record = dataclasses.replace(record, val_loss=val_loss, shapes=shapes_of(items))
+        arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        self._checkpointer.save(
+            self._unfinished / str(record.step),
+            args=ocp.args.Composite(record=ocp.args.JsonSave(dataclasses.asdict(record)), **arguments),
+        )
 
     def _commit(self, step: int) -> None:
         """Runs beside the training: gives the step its name once all of it is on disk, then removes old ones."""
-        self._checkpointer.wait_until_finished()
+        self._checkpointer.wait_until_finished()  # for the writes of all processes
+        if not self._is_first:
+            return
         staged = self._unfinished / str(step)
         seal(staged)
         staged.rename(self._folder / str(step))
@@ -128,14 +161,19 @@ class Checkpoints:
             step, future = self._saving
             self._saving = None
             error = future.exception()
-            if error is None:
+            if all_well(error is None):
                 self._newest, self._failure, self._retry_at = step, None, math.inf
             else:
-                self._tell_failure(step, error)
+                self._fail(step, "another process could not write it" if error is None else reason(error))
         return self._failure is None
 
     def is_retry_due(self) -> bool:
-        """Whether the last save has failed a while ago, so that another one may be tried."""
+        """Whether the last save has failed a while ago, so that another one may be tried.
+
+        Never with several processes: their clocks differ, and they must all save at the same step.
+        """
+        if jax.process_count() > 1:
+            return False
         if self._saving is not None and self._saving[1].done():
             self.wait()
         return time.monotonic() >= self._retry_at
@@ -151,17 +189,21 @@ class Checkpoints:
             )
 
     def restore(self, items: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        """The arrays of ``saved``, in the shapes, types and shardings of ``items``."""
+        """The arrays of ``saved``, in the shapes, types and shardings of ``items``; each process reads its shards."""
         assert self._saved is not None, "there is nothing to restore"
         return restore_items(self._saved.folder, self._saved.record, items)
 
-    def _tell_failure(self, step: int, error: BaseException) -> None:
-        self._failure = reason(error)
+    def _remove_unfinished(self) -> None:
+        if self._is_first:
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+
+    def _fail(self, step: int, why: str) -> None:
+        self._failure = why
         self._retry_at = time.monotonic() + _RETRY_SECONDS
-        shutil.rmtree(self._unfinished, ignore_errors=True)  # half a checkpoint takes room that the next one needs
+        self._remove_unfinished()  # half a checkpoint takes room that the next one needs
         newest = "none is on disk yet" if self._newest is None else f"the newest on disk is of step {self._newest}"
         log.warning(
-            f"warning: the checkpoint of step {step} is not saved ({self._failure}); training goes on, and it is "
+            f"warning: the checkpoint of step {step} is not saved ({why}); training goes on, and it is "
             f"tried again in {_RETRY_SECONDS:.0f} s; {newest}"
         )
         gc.collect()  # Orbax's futures refer to each other, and hold a copy of the whole state
@@ -175,11 +217,3 @@ def _steps_to_keep(folder: Path, retention: Retention) -> set[int]:
     # One whose record cannot be read may have been saved for good.
     for_good = [step for step, record in records.items() if record is None or record.for_good]
     return {*newest, *best, *for_good}
-
-
-def _move_aside(step_folder: Path, damage: str) -> None:
-    aside = step_folder.parent.parent / "damaged" / step_folder.name
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.parent.mkdir(exist_ok=True)
-    shutil.move(step_folder, aside)
-    log.warning(f"the checkpoint of step {step_folder.name} is damaged ({damage}) and was moved to {aside.parent}")

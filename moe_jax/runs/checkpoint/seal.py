@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+import msgspec
+
 from moe_jax.files import atomic_write_text
 
 SUMS = "SHA256SUMS.json"
@@ -29,10 +31,10 @@ def seal(folder: Path) -> None:
 def find_damage(folder: Path, items: Iterable[str] | None = None) -> str | None:
     """What is wrong with the files of ``folder``, or of these folders in it; None where all are as when sealed."""
     try:
-        sums = {name: str(value) for name, value in json.loads((folder / SUMS).read_text(encoding="utf-8")).items()}
+        sums = msgspec.json.decode((folder / SUMS).read_bytes(), type=dict[str, str])
     except FileNotFoundError:
         return f"{SUMS} is missing"
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, RecursionError):
         return f"{SUMS} cannot be read"
     except OSError as error:
         return _damage_of(SUMS, error)
@@ -53,7 +55,7 @@ def find_damage(folder: Path, items: Iterable[str] | None = None) -> str | None:
 
 
 def _damage_of(name: str, error: OSError) -> str:
-    """What a file that cannot be opened or read says of the disk; raises what may pass, as a missing permission."""
+    """The damage that a file which cannot be opened or read is; raises what may pass, as a missing permission."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
         return f"{name} is missing"
     if error.errno in (errno.EIO, errno.EUCLEAN):

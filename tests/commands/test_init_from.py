@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.commands.training import train
 from moe_jax.errors import UserError
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.opened import open_run
 from moe_jax.sampling.api import load_variables
 from moe_jax.training.loop import Loop
-from moe_jax.training.train import train
 from tests.oracles.runs import write_run
 from tests.oracles.texts import VERSE
 

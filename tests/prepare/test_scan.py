@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 
 from moe_jax.errors import UserError
+from moe_jax.prepare.scan import InputScan, hold_out
 from moe_jax.prepare.sources import Piece
-from moe_jax.prepare.split import InputScan, hold_out
 
 
 def pieces_of(documents, size=7):

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.commands.training import train
 from moe_jax.config import MoEConfig
 from moe_jax.data.dataset import open_prepared
 from moe_jax.errors import Interrupted, UserError
@@ -23,7 +24,6 @@ from moe_jax.runs.metrics_file import read_metrics
 from moe_jax.runs.opened import open_run
 from moe_jax.sampling.api import load_engine, load_variables
 from moe_jax.training.loop import Loop
-from moe_jax.training.train import train
 from tests.oracles.texts import VERSE
 
 
@@ -89,8 +89,8 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, finished, tmp_p
     run = RunDirectory(tmp_path / "run")
     read, sent = Loop._read, []
 
-    def interrupt(self, output, bar, done):
-        read(self, output, bar, done)
+    def interrupt(self, output, done):
+        read(self, output, done)
         if done == at and not sent:
             sent.append(done)
             os.kill(os.getpid(), number)
@@ -147,8 +147,8 @@ def test_a_mixture_in_packed_rows_goes_on_and_ends_bit_identical(change, tmp_pat
     np.testing.assert_allclose(last["val/bits_per_byte"], last["val/loss"] * tokens / size / math.log(2), rtol=1e-9)
     read, at, sent = Loop._read, steps // 2 + 1, []
 
-    def interrupt(self, output, bar, done):
-        read(self, output, bar, done)
+    def interrupt(self, output, done):
+        read(self, output, done)
         if done == at and not sent:
             sent.append(done)
             os.kill(os.getpid(), signal.SIGINT)
@@ -241,7 +241,7 @@ def test_router_state_is_saved_restored_and_sampled_with(change, tiny, tmp_path)
     assert whole.expert_bias_NE.shape == (2, 4)
     assert 0.01 < float(np.max(np.abs(whole.expert_bias_NE))) <= 0.0401
     log = RunDirectory(tmp_path / "whole").log_file.read_text()
-    assert "dispatch in training: sorted (blocked), the fastest measured on a processor" in log
+    assert "dispatch in training: blocked, the fastest measured on a CPU" in log
 
 
 def test_a_run_trained_on_another_kind_of_device_can_be_sampled_from(finished, tmp_path):
