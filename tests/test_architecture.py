@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted([*ROOT.glob("*.py"), *(ROOT / "moe_jax").rglob("*.py")])
 WITHOUT_JAX = [
     *("errors", "cli", "config", "files", "commands/train", "commands/sample"),
-    *("data/byte_pairs", "data/hugging_face", "data/rows", "prepare/cache", "prepare/folder"),
+    *("data/dataset", "data/rows", "data/tokenizer_file", "prepare/cache", "prepare/folder"),
     *("runs/layout", "runs/opened", "runs/progress"),
     *("commands/server", "server/counters", "server/requests", "terminal/prompts"),
 ]
