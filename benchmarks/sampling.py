@@ -81,7 +81,7 @@ def model_of(case: Case) -> tuple[Any, Any]:
     import jax.numpy as jnp
 
     from moe_jax.data.tokenizer import build_tokenizer, load_tokenizer
-    from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
+    from moe_jax.model.decoder import Decoder, Tokens, Variables, initial_expert_bias
     from moe_jax.model.moe.backends import this_machine, with_dispatch
     from moe_jax.sampling.engine import Generator, load_variables
 
@@ -95,7 +95,7 @@ def model_of(case: Case) -> tuple[Any, Any]:
     )
     model = with_dispatch(generator.config, 2, train=False, machine=this_machine(), as_set=False)
     decoder = Decoder(model, generator.tokenizer.vocab_size)
-    params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.jit(decoder.init)(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
     return generator, generator.prepare(Variables(nn.unbox(params), initial_expert_bias(case.config.model)))
 
 
@@ -175,7 +175,7 @@ def with_torch(case: Case, generator: Any, variables: Any, num_tokens: int) -> C
     import jax
     import numpy as np
 
-    from moe_jax.model.decoder import Decoder, forward
+    from moe_jax.model.decoder import Decoder, Tokens, forward
     from moe_jax.model.moe.backends import this_machine, with_dispatch
 
     sys.path.insert(0, str(Path(__file__).parent))
@@ -185,7 +185,7 @@ def with_torch(case: Case, generator: Any, variables: Any, num_tokens: int) -> C
     prompt_BL = prompts_of(case, generator.tokenizer.vocab_size)
     model = with_dispatch(generator.config, prompt_BL.size, train=False, machine=this_machine(), as_set=False)
     decoder = Decoder(model, generator.tokenizer.vocab_size, unstacked=True)
-    logits_BLV = np.asarray(jax.jit(lambda ids: forward(decoder, variables, ids).logits_BLV)(prompt_BL))
+    logits_BLV = np.asarray(jax.jit(lambda ids: forward(decoder, variables, Tokens(ids)).logits_BLV)(prompt_BL))
     draw = torch_decoder.loop(generator.config, variables.params, prompt_BL, logits_BLV, SAMPLE.temperature)
 
     def turn() -> float:

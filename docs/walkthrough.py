@@ -581,7 +581,7 @@ import numpy as np
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from moe_jax.model.attention import init_caches
-from moe_jax.model.decoder import Decoder, forward
+from moe_jax.model.decoder import Decoder, Tokens, forward
 from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import find_plays, render_play
@@ -650,12 +650,12 @@ prompt = "ANTIPHOLUS OF SYRACUSE:\nThe"
 settings = dataclasses.replace(config.sample, max_new_tokens=30, temperature=0.0)
 (greedy,) = generator.generate(variables, prompt, settings)
 tokens_L = np.array([*generator.tokenizer.encode(prompt), *greedy.tokens], np.int32)
-full_LV = forward(decoder, variables, tokens_L[None]).logits_BLV[0]
+full_LV = forward(decoder, variables, Tokens(tokens_L[None])).logits_BLV[0]
 
 
 @jax.jit
 def turn(token_BL, position_BL, caches):
-    return forward(decoder, variables, token_BL, position_BL=position_BL, caches=caches)
+    return forward(decoder, variables, Tokens(token_BL, position_BL=position_BL), caches=caches)
 
 
 caches = init_caches(generator.config, batch_size=1, cache_length=64)

@@ -15,7 +15,7 @@ from moe_jax.axes import Array
 from moe_jax.config import Config, ModelConfig, SampleConfig
 from moe_jax.data.tokenizer import Tokenizer, document_end, document_start, load_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.model.decoder import Decoder, Variables, cast_matrices, initial_expert_bias, unstack
+from moe_jax.model.decoder import Decoder, Tokens, Variables, cast_matrices, initial_expert_bias, unstack
 from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.model.moe.routing import ROUTERS
 from moe_jax.runs.checkpoint.restore import restore_items
@@ -188,5 +188,5 @@ def load_variables(run: RunDirectory, which: Literal["best", "newest"]) -> Varia
 
 
 def _initial_variables(decoder: Decoder) -> Variables:
-    boxed = decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    boxed = decoder.init(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
     return Variables(nn.unbox(boxed), initial_expert_bias(decoder.config))

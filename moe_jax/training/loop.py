@@ -13,8 +13,6 @@ from moe_jax.config import Config
 from moe_jax.data.batches import TrainBatches, batches_per_epoch, train_batches
 from moe_jax.data.dataset import PreparedData
 from moe_jax.errors import EnvironmentFault
-from moe_jax.model.decoder import Decoder
-from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.runs.checkpoint.save import Checkpoints
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.log import TrainingBar, training_bar
@@ -37,7 +35,7 @@ from moe_jax.training.metrics import (
 )
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.signals import StopRequest
-from moe_jax.training.state import TrainState, random_record
+from moe_jax.training.state import TrainState, make_decoders, random_record
 from moe_jax.training.step import StepOutput, make_eval_step, make_train_step
 
 log = logging.getLogger("moe_jax")
@@ -59,17 +57,6 @@ class Progress:
     evaluations_without_gain: int = 0
     train_seconds: float = 0.0
     """Spent in steps: without start-up, compilation, evaluation and saving."""
-
-
-def make_decoders(config: Config, vocab_size: int) -> tuple[Decoder, Decoder]:
-    """The decoder of the training step and that of evaluation, each with the backend for its batches."""
-    num_tokens = config.data.batch_size // config.optimizer.accumulation_steps * config.model.context_length
-    machine = this_machine()
-    train, evaluation = (
-        Decoder(with_dispatch(config.model, num_tokens, train=train, machine=machine), vocab_size)
-        for train in (True, False)
-    )
-    return train, evaluation
 
 
 class Loop:

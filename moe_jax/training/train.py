@@ -31,10 +31,10 @@ from moe_jax.trackers.trackers import check_trackers, open_trackers
 from moe_jax.training.evaluate import check_same_text
 from moe_jax.training.flops import count_params, flops_per_token
 from moe_jax.training.init_from import check_source, load_into
-from moe_jax.training.loop import Loop, Progress, make_decoders
+from moe_jax.training.loop import Loop, Progress
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.signals import catch_signals
-from moe_jax.training.state import TrainState, abstract_state, check_random, init_state
+from moe_jax.training.state import TrainState, abstract_state, check_random, init_state, make_decoders
 
 log = logging.getLogger("moe_jax")
 
