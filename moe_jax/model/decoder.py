@@ -5,7 +5,7 @@ the same blocks run one by one on unstacked parameters (``unstack``): a scan wou
 every token.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import flax.struct
