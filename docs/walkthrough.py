@@ -655,7 +655,7 @@ full_LV = forward(decoder, variables, tokens_L[None]).logits_BLV[0]
 
 @jax.jit
 def turn(token_BL, position_BL, caches):
-    return forward(decoder, variables, token_BL, position_BL=position_BL, caches=caches)
+    return forward(decoder, variables, Tokens(token_BL, position_BL=position_BL), caches=caches)
 
 
 caches = init_caches(engine.config, batch_size=1, cache_length=64)

@@ -52,13 +52,10 @@ def _first_bad_output(config: Config, decoder: Decoder, state: TrainState, batch
     def are_finite(variables: Variables, rows: dict[str, Array], keys_B: Array | None) -> dict[str, Array]:
         _, kept = walking.apply(
             {"params": unstack(variables, config.model).params},
-            rows["inputs"],
+            tokens_of(rows),
             train=True,
             expert_bias_NE=variables.expert_bias_NE,
-            token_mask_BL=rows.get("mask"),
             keys_B=keys_B,
-            position_BL=rows.get("positions"),
-            segment_BL=rows.get("segments"),
             capture_intermediates=lambda module, _: isinstance(module, Block),
             mutable=["intermediates"],
         )

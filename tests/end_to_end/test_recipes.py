@@ -25,7 +25,7 @@ from moe_jax.commands.training import train
 from moe_jax.config import Config, MeshConfig
 from moe_jax.config.rules import check
 from moe_jax.files import cache_folder
-from moe_jax.model.decoder import Decoder
+from moe_jax.model.decoder import Decoder, Tokens
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.settings import parse_prepare
