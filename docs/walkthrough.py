@@ -477,7 +477,7 @@ import numpy as np
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.data.batches import train_batches
-from moe_jax.model.decoder import Decoder
+from moe_jax.model.decoder import Decoder, Tokens
 from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import find_plays, render_play
@@ -650,7 +650,7 @@ prompt = "ANTIPHOLUS OF SYRACUSE:\nThe"
 settings = dataclasses.replace(config.sample, max_new_tokens=30, temperature=0.0)
 (greedy,) = engine.generate(variables, prompt, settings)
 tokens_L = np.array([*engine.tokenizer.encode(prompt), *greedy.tokens], np.int32)
-full_LV = forward(decoder, variables, tokens_L[None]).logits_BLV[0]
+full_LV = forward(decoder, variables, Tokens(tokens_L[None])).logits_BLV[0]
 
 
 @jax.jit

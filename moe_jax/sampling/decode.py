@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import LayerCache, init_caches
-from moe_jax.model.decoder import Decoder, Variables, forward
+from moe_jax.model.decoder import Decoder, Tokens, Variables, forward
 from moe_jax.model.moe.backends import Machine, with_dispatch
 from moe_jax.sampling.processors import (
     keep_min_p,

@@ -11,7 +11,7 @@ from moe_jax.axes import Array, PyTree
 from moe_jax.config import Config
 from moe_jax.model.decoder import Block, Decoder, Variables, unstack
 from moe_jax.training.state import TrainState
-from moe_jax.training.step import gradient, sequence_keys
+from moe_jax.training.step import gradient, sequence_keys, tokens_of
 
 
 def find_not_finite(config: Config, decoder: Decoder, state: TrainState, batch: dict[str, Array]) -> str:

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.data.tokenizer_file import save_tokenizer
-from moe_jax.model.decoder import Decoder, Variables
+from moe_jax.model.decoder import Decoder, Tokens, Variables
 from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.runs.checkpoint.record import Record
 from moe_jax.runs.checkpoint.save import Checkpoints, Retention

@@ -178,7 +178,7 @@ def test_a_penalty_knows_what_the_window_has_left():
     engine, variables, decoder = make(config, end_token=-1)
     text = engine.begin(PROMPTS[1], SampleConfig(max_new_tokens=30, temperature=0.0, repetition_penalty=1.6))
     engine.finish(variables, [text])
-    run = jax.jit(lambda tokens_BL: forward(decoder, variables, tokens_BL).logits_BLV)
+    run = jax.jit(lambda tokens_BL: forward(decoder, variables, Tokens(tokens_BL)).logits_BLV)
     ids, start = list(PROMPTS[1]), 0
     while len(ids) < len(PROMPTS[1]) + 30:
         start = len(ids) - M // 2 if len(ids) - start > M else start

@@ -10,7 +10,7 @@ import pytest
 from moe_jax.config import Config, DataConfig, SampleConfig
 from moe_jax.data.tokenizer import document_end, document_start
 from moe_jax.errors import UserError
-from moe_jax.model.decoder import forward
+from moe_jax.model.decoder import Tokens, forward
 from moe_jax.model.moe.backends import Machine
 from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.sampling.engine import Engine

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import Config, ModelConfig, MoEConfig
-from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
+from moe_jax.model.decoder import Decoder, Tokens, Variables, initial_expert_bias
 from moe_jax.model.moe.backends import Machine
 from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.sampling.engine import Engine

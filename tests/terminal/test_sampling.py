@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import SampleConfig
-from moe_jax.model.decoder import forward
+from moe_jax.model.decoder import Tokens, forward
 from moe_jax.sampling.text import Text
 from moe_jax.terminal import sampling as terminal
 from tests.sampling.tiny import CONFIG, TOKENIZER, make

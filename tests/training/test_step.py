@@ -212,7 +212,7 @@ def test_the_reported_loss_is_the_language_model_loss_alone():
     with use_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
         params = init_state(decoder, optimizer, mesh, seed=0).params
-        logits = jax.jit(decoder.apply)({"params": params}, batch()["inputs"]).logits_BLV
+        logits = jax.jit(decoder.apply)({"params": params}, Tokens(batch()["inputs"])).logits_BLV
         everything = {**batch(), "mask": np.ones((BATCH, L), bool)}
         evaluated = jax.jit(functools.partial(eval_step, decoder))(Variables(params), everything)
     log_probs = jax.nn.log_softmax(logits)
