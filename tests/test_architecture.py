@@ -48,6 +48,8 @@ WITHOUT_JAX = (
     "prepare/cache",
     "prepare/folder",
     "runs/layout",
+    "runs/log",
+    "runs/metrics_file",
     "runs/opened",
     "runs/progress",
     "server/arguments",
