@@ -87,7 +87,7 @@ def test_two_processes_save_and_restore_a_checkpoint(tmp_path):
         for index in ("0", "1")
     ]
     try:
-        outputs = [process.communicate(timeout=120) for process in processes]
+        outputs = [process.communicate(timeout=180) for process in processes]
     finally:
         for process in processes:
             process.kill()
