@@ -9,6 +9,7 @@ every ``--steps`` steps. ``written`` is when it was whole: copied, hashed, flush
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -30,23 +31,26 @@ def measure(config: Config, vocab_size: int, steps: int, rounds: int, folder: Pa
     import numpy as np
 
     from moe_jax.model.decoder import Decoder
+    from moe_jax.model.moe.backends import this_machine, with_dispatch
     from moe_jax.runs.checkpoint.record import Record
     from moe_jax.runs.checkpoint.save import Checkpoints, Retention
     from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
     from moe_jax.training.optimizer import make_optimizer, make_schedule
     from moe_jax.training.state import init_state
-    from moe_jax.training.step import make_train_step
+    from moe_jax.training.step import train_step
 
     B, L = config.data.batch_size, config.model.context_length
     mesh = make_mesh(config.mesh, B // config.optimizer.accumulation_steps)
-    decoder = Decoder(config.model, vocab_size)
+    num_tokens = B // config.optimizer.accumulation_steps * L
+    model = with_dispatch(config.model, num_tokens, train=True, machine=this_machine())
+    decoder = Decoder(model, vocab_size)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
     tokens_BL = np.random.default_rng(0).integers(0, vocab_size, (B, L + 1), dtype=np.int32)
     plain, beside, stalled, written = [], [], [], []
     with use_mesh(mesh), Checkpoints(folder, None, Retention(newest=2, best=1)) as checkpoints:
         state = init_state(decoder, optimizer, mesh, 0)
         batch = put_batch({"inputs": tokens_BL[:, :-1], "targets": tokens_BL[:, 1:]}, mesh)
-        step = jax.jit(make_train_step(config, decoder, optimizer), donate_argnums=0)
+        step = jax.jit(functools.partial(train_step, config, decoder, optimizer), donate_argnums=0)
         state, output = step(state, batch)
         jax.block_until_ready(output)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state.checkpoint_items()))

@@ -111,11 +111,9 @@ def passes(case: Case, names: list[str]) -> dict[str, tuple[Pass, Pass]]:
     """(forward, forward and backward) of the bound, of its products and of each variant."""
     import jax
 
-    from moe_jax.model.moe.choice import choose_dispatch
-    from moe_jax.model.moe.experts import ExpertWeights, expert_mlp
-    from moe_jax.model.moe.layer import carry_out
-    from moe_jax.model.moe.plan import expert_capacity
-    from moe_jax.model.moe.routing import top_k_plan
+    from moe_jax.model.mlp import ExpertWeights, expert_mlp
+    from moe_jax.model.moe.backends import BACKENDS
+    from moe_jax.model.moe.routing import expert_capacity, top_k_plan
 
     D, F, E, K, R = case.D, case.F, case.E, case.K, case.T * case.K
     keys = iter(jax.random.split(jax.random.key(0), 8))
@@ -146,12 +144,11 @@ def passes(case: Case, names: list[str]) -> dict[str, tuple[Pass, Pass]]:
         return (jax.jit(function), arguments), (jax.jit(both(function)), (cotangent, *arguments))
 
     def layer(moe: MoEConfig) -> Callable:
-        choice = choose_dispatch(moe, case.T, train=True)
         capacity = expert_capacity(moe, case.group, train=True)
 
         def apply(weights: ExpertWeights, x_GTD: Any, logits_GTE: Any) -> Any:
             plan = jax.vmap(lambda logits_TE: top_k_plan(logits_TE, K))(logits_GTE)
-            return carry_out(choice, x_GTD, plan, weights, "swiglu", capacity)[0]
+            return BACKENDS[moe.dispatch].run(x_GTD, plan, weights, "swiglu", capacity)[0]
 
         return apply
 

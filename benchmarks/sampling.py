@@ -75,27 +75,29 @@ def cases(arguments: argparse.Namespace) -> list[Case]:
 
 
 def model_of(case: Case) -> tuple[Any, Any]:
-    """(generator whose texts have no end but their length, its variables)."""
+    """(engine whose texts have no end but their length, its variables)."""
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
 
-    from moe_jax.data.tokenizer_file import load_tokenizer
-    from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
+    from moe_jax.model.decoder import Decoder, Tokens, Variables, initial_expert_bias
+    from moe_jax.model.moe.backends import this_machine, with_dispatch
     from moe_jax.prepare.tokenizer import build_tokenizer
-    from moe_jax.sampling.engine import Generator, load_variables
+    from moe_jax.runs.opened import open_run
+    from moe_jax.sampling.api import load_variables
+    from moe_jax.sampling.engine import Engine
 
     if case.workdir:
-        directory = RunDirectory(Path(case.workdir))
-        generator = Generator(case.config, load_tokenizer(directory.tokenizer), case.dtype, end_token=-1)
-        return generator, generator.prepare(load_variables(directory, "best"))
+        opened = open_run(Path(case.workdir), "best")
+        engine = Engine(opened.config, opened.tokenizer, this_machine(), case.dtype, end_token=-1)
+        return engine, engine.prepare(load_variables(opened))
     # 65 characters, as in Tiny Shakespeare.
-    generator = Generator(
-        case.config, build_tokenizer("char", [bytes(range(48, 113)).decode()]), case.dtype, end_token=-1
-    )
-    decoder = Decoder(generator.config, generator.tokenizer.vocab_size)
-    params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    return generator, generator.prepare(Variables(nn.unbox(params), initial_expert_bias(case.config.model)))
+    tokenizer = build_tokenizer("char", [bytes(range(48, 113)).decode()])
+    engine = Engine(case.config, tokenizer, this_machine(), case.dtype, end_token=-1)
+    model = with_dispatch(engine.config, 2, train=False, machine=this_machine(), as_set=False)
+    decoder = Decoder(model, tokenizer.vocab_size)
+    params = jax.jit(decoder.init)(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
+    return engine, engine.prepare(Variables(nn.unbox(params), initial_expert_bias(case.config.model)))
 
 
 def prompts_of(case: Case, vocab_size: int) -> Any:
@@ -105,23 +107,23 @@ def prompts_of(case: Case, vocab_size: int) -> Any:
     return np.random.default_rng(0).integers(0, vocab_size, (case.batch, case.prompt_tokens))
 
 
-def parts_of(case: Case, generator: Any, variables: Any) -> dict[str, Callable[[], float]]:
+def parts_of(case: Case, engine: Any, variables: Any) -> dict[str, Callable[[], float]]:
     """Functions that each take one part's turn and return its seconds."""
     import jax
     import jax.numpy as jnp
 
     from moe_jax.sampling.batch import Batch
 
-    prompt_BL = prompts_of(case, generator.tokenizer.vocab_size)
+    prompt_BL = prompts_of(case, engine.tokenizer.vocab_size)
     sample = dataclasses.replace(SAMPLE, max_new_tokens=case.new_tokens)
-    size = int(bytes_of_step(case, generator, variables) / 4)
+    size = int(bytes_of_step(case, engine, variables) / 4)
     all_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
     buffers = [jnp.full(size, float(index)) for index in range(1 + all_bytes // (4 * size))]
     stream = jax.jit(jnp.sum)
-    batch = Batch(generator, variables, [case.batch])
+    batch = Batch(engine.programs, variables, [case.batch])
 
     def prefill() -> float:
-        texts = [generator.begin(ids.tolist(), sample, number) for number, ids in enumerate(prompt_BL)]
+        texts = [engine.begin(ids.tolist(), sample, number) for number, ids in enumerate(prompt_BL)]
         start = time.perf_counter()
         batch.admit(texts)
         jax.block_until_ready(batch.state)
@@ -147,43 +149,43 @@ def parts_of(case: Case, generator: Any, variables: Any) -> dict[str, Callable[[
     }
 
 
-def bytes_of_step(case: Case, generator: Any, variables: Any) -> float:
+def bytes_of_step(case: Case, engine: Any, variables: Any) -> float:
     """Bytes that one token for each text has to read."""
     import jax
 
-    from moe_jax.model.unstacked import init_caches
+    from moe_jax.model.attention import init_caches
 
-    moe = generator.config.moe
+    moe = engine.config.moe
     # The mean number of experts that B tokens choose, of K each and all equally likely.
     share = 1 - (1 - moe.top_k / moe.num_experts) ** case.batch if moe.num_experts else 1.0
     total = 0.0
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables.params):
         name = jax.tree_util.keystr(path)
-        if "'positions'" in name or ("embedding" in name and not generator.config.tie_embeddings):
+        if "'positions'" in name or ("embedding" in name and not engine.config.tie_embeddings):
             continue  # a row for each text
         routed = "'moe'" in name and "'shared'" not in name and "router" not in name
         total += leaf.nbytes * (share if routed else 1.0)
-    caches = jax.eval_shape(lambda: init_caches(generator.config, case.batch, generator.config.context_length))
+    caches = jax.eval_shape(lambda: init_caches(engine.config, case.batch, engine.config.context_length))
     return total + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(caches))
 
 
-def with_torch(case: Case, generator: Any, variables: Any, num_tokens: int) -> Callable[[], float] | None:
+def with_torch(case: Case, engine: Any, variables: Any, num_tokens: int) -> Callable[[], float] | None:
     """The PyTorch loop's turn, or None where torch is missing or the model is one that it does not have."""
     if not importlib.util.find_spec("torch"):
         return None
     import jax
     import numpy as np
 
-    from moe_jax.model.decoder import Decoder, forward
+    from moe_jax.model.decoder import Tokens, forward
 
     sys.path.insert(0, str(Path(__file__).parent))
     torch_decoder = importlib.import_module("torch_decoder")
-    if not torch_decoder.is_of_this_kind(generator.config):
+    if not torch_decoder.is_of_this_kind(engine.config):
         return None
-    prompt_BL = prompts_of(case, generator.tokenizer.vocab_size)
-    decoder = Decoder(generator.config, generator.tokenizer.vocab_size, unstacked=True)
-    logits_BLV = np.asarray(jax.jit(lambda ids: forward(decoder, variables, ids).logits_BLV)(prompt_BL))
-    draw = torch_decoder.loop(generator.config, variables.params, prompt_BL, logits_BLV, SAMPLE.temperature)
+    prompt_BL = prompts_of(case, engine.tokenizer.vocab_size)
+    decoder = engine.programs.decoder_for(prompt_BL.size)
+    logits_BLV = np.asarray(jax.jit(lambda ids: forward(decoder, variables, Tokens(ids)).logits_BLV)(prompt_BL))
+    draw = torch_decoder.loop(engine.config, variables.params, prompt_BL, logits_BLV, SAMPLE.temperature)
 
     def turn() -> float:
         start = time.perf_counter()
@@ -218,10 +220,10 @@ def peaks(chosen: list[Case]) -> tuple[int, list[int]]:
 
 def measure(chosen: list[Case], rounds: int, torch_tokens: int) -> list[dict[str, float]]:
     """The median seconds of each part of each case, and the bytes that its step reads."""
-    generator, variables = model_of(chosen[0])
-    parts = [parts_of(case, generator, variables) for case in chosen]
+    engine, variables = model_of(chosen[0])
+    parts = [parts_of(case, engine, variables) for case in chosen]
     for case, each in zip(chosen, parts, strict=True):
-        turn = with_torch(case, generator, variables, torch_tokens) if torch_tokens else None
+        turn = with_torch(case, engine, variables, torch_tokens) if torch_tokens else None
         if turn is not None:
             each["torch"] = turn
     taken: list[dict[str, list[float]]] = [{name: [] for name in each} for each in parts]
@@ -231,7 +233,7 @@ def measure(chosen: list[Case], rounds: int, torch_tokens: int) -> list[dict[str
                 seconds = part()
                 if turn_number:
                     times[name].append(seconds)
-    read = [bytes_of_step(case, generator, variables) for case in chosen]
+    read = [bytes_of_step(case, engine, variables) for case in chosen]
     return [
         {name: statistics.median(each) for name, each in times.items()} | {"bytes": size}
         for times, size in zip(taken, read, strict=True)

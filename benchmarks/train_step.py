@@ -10,6 +10,7 @@ of the K experts that a token is sent to, without padding, routing, or anything 
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -61,13 +62,16 @@ def prepare_step(config: Config, vocab_size: int) -> tuple[Callable[[], None], f
     import numpy as np
 
     from moe_jax.model.decoder import Decoder
+    from moe_jax.model.moe.backends import this_machine, with_dispatch
     from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
     from moe_jax.training.flops import count_params
     from moe_jax.training.optimizer import make_optimizer, make_schedule
     from moe_jax.training.state import init_state
-    from moe_jax.training.step import make_train_step
+    from moe_jax.training.step import train_step
 
-    model, B, L = config.model, config.data.batch_size, config.model.context_length
+    B, L = config.data.batch_size, config.model.context_length
+    num_tokens = B // config.optimizer.accumulation_steps * L
+    model = with_dispatch(config.model, num_tokens, train=True, machine=this_machine())
     mesh = make_mesh(config.mesh, B // config.optimizer.accumulation_steps)
     decoder = Decoder(model, vocab_size)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
@@ -75,7 +79,7 @@ def prepare_step(config: Config, vocab_size: int) -> tuple[Callable[[], None], f
     with use_mesh(mesh):
         state = init_state(decoder, optimizer, mesh, 0)
         batch = put_batch({"inputs": tokens_BL[:, :-1], "targets": tokens_BL[:, 1:]}, mesh)
-        step = jax.jit(make_train_step(config, decoder, optimizer), donate_argnums=0)
+        step = jax.jit(functools.partial(train_step, config, decoder, optimizer), donate_argnums=0)
         _, active = count_params(state.params, model.moe)
         looked_up = 0 if model.tie_embeddings else vocab_size * model.embed_dim
         # Forward and backward: 6 operations a parameter and token, and 12 a layer, key and channel for attention.

@@ -243,23 +243,20 @@ assert masked.statistics.num_tokens == T - 2
 # %% [markdown]
 # ## 4. Dispatch and capacity
 #
-# A *row* is a token on its way to one of its experts. The dispatcher brings rows to experts and the weighted results
+# A *row* is a token on its way to one of its experts. The backend brings rows to experts and the weighted results
 # back. The naive way is a loop over tokens and choices, one row at a time.
 
 # %%
-import functools
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
 from moe_jax.config import MoEConfig
-from moe_jax.model.moe.dispatch import einsum_dispatch, gather_dispatch, sorted_dispatch
-from moe_jax.model.moe.experts import ExpertWeights, expert_mlp
-from moe_jax.model.moe.grouped import ragged_mlp
-from moe_jax.model.moe.plan import expert_capacity, place
-from moe_jax.model.moe.routing import top_k_plan
+from moe_jax.model.mlp import ExpertWeights
+from moe_jax.model.moe.backends import BACKENDS
+from moe_jax.model.moe.plan import place
+from moe_jax.model.moe.routing import expert_capacity, top_k_plan
 
 T, D, F, E, K = 16, 8, 32, 4, 2  # tokens, model width, expert width, experts, experts a token
 keys = jax.random.split(jax.random.key(0), 4)
@@ -284,20 +281,15 @@ def one_by_one(kept_TK):
 
 # %% [markdown]
 # Fast ways move all rows at once. `einsum` gives every expert C slots and multiplies by one-hot masks [T, E, C]: the
-# clearest, at a cost that grows with T². `gather` reads rows into the same slots by index. `sorted` lays the rows one
-# expert after the other, as many as there are, and needs no slots. With C = T nothing is dropped, and all agree.
+# clearest, at a cost that grows with T². `gather` reads rows into the same slots by index. `blocked` sorts the rows,
+# one expert after the other, as many as there are, and needs no slots. With C = T nothing is dropped, and all agree.
 #
-# Dispatchers take groups of tokens, one a sequence: [G, T, D]; here is one group.
+# Backends take groups of tokens, one a sequence: [G, T, D]; here is one group.
 
 # %%
 groups = jax.tree.map(lambda leaf: leaf[None], (x_TD, plan))
-experts = functools.partial(expert_mlp, weights, activation="relu")
-sorted_experts = functools.partial(ragged_mlp, weights, activation="relu")
-for y_GTD, kept_GTK in (
-    einsum_dispatch(*groups, E, T, experts),
-    gather_dispatch(*groups, E, T, experts),
-    sorted_dispatch(*groups, E, 1, sorted_experts),
-):
+for name in ("einsum", "gather", "blocked"):
+    y_GTD, kept_GTK = BACKENDS[name].run(*groups, weights, "relu", T)
     assert kept_GTK.all()
     np.testing.assert_allclose(y_GTD[0], one_by_one(kept_GTK[0]), rtol=1e-4, atol=1e-5)
 
@@ -312,8 +304,8 @@ assert np.ceil(T * K / E * 0.75) == C
 assert expert_capacity(moe, T, train=False) == T, "in evaluation nothing is dropped"
 
 placement = place(plan.expert_TK, E, C)
-for dispatch in (einsum_dispatch, gather_dispatch):
-    y_GTD, kept_GTK = dispatch(*groups, E, C, experts)
+for name in ("einsum", "gather"):
+    y_GTD, kept_GTK = BACKENDS[name].run(*groups, weights, "relu", C)
     assert (kept_GTK[0] == placement.kept_TK).all()
     np.testing.assert_allclose(y_GTD[0], one_by_one(placement.kept_TK), rtol=1e-4, atol=1e-5)
 assert placement.kept_TK[:C].all(), "an expert is full only after C tokens"
@@ -361,12 +353,12 @@ assert (place(jnp.asarray(first_TK), E, 2).kept_TK == keep(first_TK, 2, by_token
 # The same of the real thing, whatever the last token becomes: outputs and kept rows before it stay as they are.
 
 # %%
-y_GTD, kept_GTK = gather_dispatch(*groups, E, C, experts)
+y_GTD, kept_GTK = BACKENDS["gather"].run(*groups, weights, "relu", C)
 for seed in range(5):
     other_TD = x_TD.at[-1].set(jax.random.normal(jax.random.key(seed), (D,)))
     other_plan = top_k_plan(other_TD @ jax.random.normal(keys[3], (D, E)), K)
     other = jax.tree.map(lambda leaf: leaf[None], (other_TD, other_plan))
-    other_GTD, other_GTK = gather_dispatch(*other, E, C, experts)
+    other_GTD, other_GTK = BACKENDS["gather"].run(*other, weights, "relu", C)
     assert (other_GTK[0, :-1] == kept_GTK[0, :-1]).all()
     np.testing.assert_allclose(other_GTD[0, :-1], y_GTD[0, :-1], rtol=1e-6)
 
@@ -474,6 +466,7 @@ assert router_z_loss(statistics(random_TE + 10.0), T) > 20 * naive_z
 # goes on, evaluates, keeps checkpoints, divides the batch over devices.
 
 # %%
+import functools
 import math
 import tempfile
 from pathlib import Path
@@ -484,19 +477,20 @@ import numpy as np
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.data.batches import train_batches
-from moe_jax.model.decoder import Decoder
+from moe_jax.model.decoder import Decoder, Tokens
+from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import find_plays, render_play
 from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.report.pictures import plot_expert_load, plot_loss_curve
 from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.metrics_file import MetricsFile
 from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
-from moe_jax.trackers.writer import MetricsWriter
 from moe_jax.training.flops import count_params
 from moe_jax.training.metrics import named_metrics, routing_by_layer, step_metrics
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import init_state
-from moe_jax.training.step import make_train_step
+from moe_jax.training.step import train_step
 
 folder = tempfile.TemporaryDirectory()
 text = render_play(dict(find_plays())["the-comedy-of-errors"].read_text(encoding="utf-8"))
@@ -526,7 +520,8 @@ assert unigram_entropy < math.log(V)
 
 # %%
 mesh = make_mesh(config.mesh, config.data.batch_size)
-decoder = Decoder(config.model, V)
+num_tokens = config.data.batch_size * config.model.context_length
+decoder = Decoder(with_dispatch(config.model, num_tokens, train=True, machine=this_machine()), V)
 optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, num_steps=100))
 state = init_state(decoder, optimizer, mesh, seed=0)
 total, active = count_params(state.params, moe)
@@ -538,17 +533,17 @@ assert total - active > total / 3, "more than two thirds are experts'"
 # cross-entropy of the next token plus the weighted losses of part 5; the loss it reports is the cross-entropy alone.
 
 # %%
-train_step = jax.jit(make_train_step(config, decoder, optimizer), donate_argnums=0)
+one_step = jax.jit(functools.partial(train_step, config, decoder, optimizer), donate_argnums=0)
 run = RunDirectory(Path(folder.name, "run"))
 run.path.mkdir()
 losses_S, share_NE = [], np.zeros((2, 4))
 with (
     use_mesh(mesh),
     train_batches(data, config.data, context_length=64) as batches,
-    MetricsWriter(run, None) as writer,
+    MetricsFile(run, None) as writer,
 ):
     for step in range(1, 101):
-        state, output = train_step(state, put_batch(next(batches), mesh))
+        state, output = one_step(state, put_batch(next(batches), mesh))
         losses_S.append(float(output.loss))
         load = routing_by_layer(output.routing)
         share_NE += np.array(load["moe/load"]) / 100
@@ -585,16 +580,17 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+from moe_jax.commands.training import train
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
-from moe_jax.model.decoder import Decoder, forward
-from moe_jax.model.unstacked import init_caches
+from moe_jax.model.attention import init_caches
+from moe_jax.model.decoder import forward
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import find_plays, render_play
 from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.sampling.engine import load_generator
+from moe_jax.runs.opened import open_run
+from moe_jax.sampling.api import load_engine
 from moe_jax.sampling.processors import keep_top_k, keep_top_p, scale_by_temperature
-from moe_jax.training.train import train
 
 logits_V = jnp.log(jnp.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04]))
 shaped = {
@@ -638,8 +634,8 @@ config = Config(
 )
 run = RunDirectory(Path(folder.name, "run"))
 train(config, run.path)
-generator, variables = load_generator(run, "newest")
-(sample,) = generator.generate(variables, "DROMIO", config.sample)
+engine, variables = load_engine(open_run(run.path, "newest"))
+(sample,) = engine.generate(variables, "DROMIO", config.sample)
 print(sample.prompt + sample.text)
 assert len(sample.tokens) == config.sample.max_new_tokens or sample.finish_reason == "stop"
 
@@ -649,20 +645,20 @@ assert len(sample.tokens) == config.sample.max_new_tokens or sample.finish_reaso
 # token only. Token by token through the cache gives the logits of one full pass.
 
 # %%
-decoder = Decoder(generator.config, generator.tokenizer.vocab_size, unstacked=True)
+decoder = engine.programs.decoder_for(num_tokens=1)
 prompt = "ANTIPHOLUS OF SYRACUSE:\nThe"
 settings = dataclasses.replace(config.sample, max_new_tokens=30, temperature=0.0)
-(greedy,) = generator.generate(variables, prompt, settings)
-tokens_L = np.array([*generator.tokenizer.encode(prompt), *greedy.tokens], np.int32)
-full_LV = forward(decoder, variables, tokens_L[None]).logits_BLV[0]
+(greedy,) = engine.generate(variables, prompt, settings)
+tokens_L = np.array([*engine.tokenizer.encode(prompt), *greedy.tokens], np.int32)
+full_LV = forward(decoder, variables, Tokens(tokens_L[None])).logits_BLV[0]
 
 
 @jax.jit
 def turn(token_BL, position_BL, caches):
-    return forward(decoder, variables, token_BL, position_BL=position_BL, caches=caches)
+    return forward(decoder, variables, Tokens(token_BL, position_BL=position_BL), caches=caches)
 
 
-caches = init_caches(generator.config, batch_size=1, cache_length=64)
+caches = init_caches(engine.config, batch_size=1, cache_length=64)
 for position, token in enumerate(tokens_L):
     output = turn(token[None, None], jnp.full((1, 1), position), caches)
     caches = output.caches

@@ -35,3 +35,11 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def rotary():
+    """(engine, its variables, the decoder that takes them) of an untrained model with a context of 16."""
+    from tests.sampling.tiny import CONFIG, make
+
+    return make(CONFIG)

@@ -6,10 +6,18 @@ import importlib
 import pytest
 
 MODULES = (
+    "model.attention",
+    "model.layers",
+    "model.moe.dispatch",
+    "model.moe.plan",
+    "model.moe.routing",
+    "model.moe.statistics",
     "data.batches",
     "data.pieces",
     "data.rows",
     "data.tokenizer",
+    "sampling.processors",
+    "sampling.text",
 )
 
 

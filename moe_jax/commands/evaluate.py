@@ -9,29 +9,21 @@ from typing import Literal
 from moe_jax.cli import parse
 from moe_jax.commands.startup import use_huge_pages
 from moe_jax.config.bounds import LocalInput, RunFolder
+from moe_jax.runs.metrics_file import finite
+from moe_jax.runs.opened import open_run
 
 
 def main() -> None:
-    from moe_jax.runs.layout import RunDirectory, latest_run
-
     arguments = parse(EvaluateCommand, sys.argv[1:], "python -m moe_jax.evaluate")
     use_huge_pages()
-    if arguments.workdir is not None:
-        run = RunDirectory(Path(arguments.workdir))
-    else:
-        run = latest_run()
-        print(f"note: scoring {run.path}, the run that changed last", file=sys.stderr)
-    config = run.load_config()  # what is wrong with it is told before jax is loaded
+    workdir = None if arguments.workdir is None else Path(arguments.workdir)
+    opened = open_run(workdir, arguments.checkpoint)
+    if opened.is_latest:
+        print(f"note: scoring {opened.directory.path}, the run that changed last", file=sys.stderr)
 
-    from moe_jax.runs.metrics_file import finite
-    from moe_jax.sampling.engine import is_causal
-    from moe_jax.training.evaluate import evaluate_run
+    from moe_jax.commands.scoring import score  # loads jax: mistakes were reported before
 
-    if not is_causal(config.model):
-        print("note: experts that choose have seen later tokens too, and drop some", file=sys.stderr)
-
-    scores = evaluate_run(run, arguments.data, arguments.split, arguments.checkpoint)
-    print(json.dumps(finite(scores), allow_nan=False))
+    print(json.dumps(finite(score(opened, arguments.data, arguments.split)), allow_nan=False))
 
 
 @dataclass(frozen=True)

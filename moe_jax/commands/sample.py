@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import time
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,31 +12,36 @@ import tyro
 
 from moe_jax.cli import parse
 from moe_jax.config import SampleConfig
-from moe_jax.config.bounds import RunFolder
+from moe_jax.config.bounds import RunFolder, Utf8
 from moe_jax.errors import UserError
 
 
 def main() -> None:
-    from moe_jax.runs.layout import RunDirectory, latest_run
+    command = parse_sample(sys.argv[1:])
 
-    arguments = parse_sample(sys.argv[1:])
-    if arguments.workdir is not None:
-        run = RunDirectory(Path(arguments.workdir))
-    else:
-        run = latest_run()
-        print(f"note: sampling from {run.path}, the run that changed last", file=sys.stderr)
-    sample = arguments.sample_config(run.load_config().sample)
-
+    from moe_jax.runs.opened import open_run
     from moe_jax.terminal.prompts import read_prompts
 
-    prompts = [] if arguments.interactive else read_prompts(arguments.prompt, arguments.prompt_file)
+    opened = open_run(None if command.workdir is None else Path(command.workdir), command.checkpoint)
+    if opened.is_latest:
+        print(f"note: sampling from {opened.directory.path}, the run that changed last", file=sys.stderr)
+    sample = command.sample_config(opened.config.sample)
+    prompts = [] if command.interactive else read_prompts(command.prompt, command.prompt_file)
 
-    from moe_jax.terminal.sampling import converse, sample_to_terminal
+    from moe_jax.sampling.api import load_engine
+    from moe_jax.sharding.startup import enable_compile_cache
+    from moe_jax.terminal.sampling import converse, print_samples
 
-    if arguments.interactive:
-        converse(run, arguments.checkpoint, arguments.dtype, sample)
+    start = time.perf_counter()
+    if opened.config.train.compile_cache:
+        enable_compile_cache()
+    engine, variables = load_engine(opened, command.dtype)
+    file = opened.directory.generated_text
+    if command.interactive:
+        converse(engine, variables, sample, file)
     else:
-        sample_to_terminal(run, arguments.checkpoint, arguments.dtype, prompts, sample, jsonl=arguments.jsonl)
+        load_seconds = time.perf_counter() - start if command.jsonl else None
+        print_samples(engine, variables, prompts, sample, file, load_seconds=load_seconds)
 
 
 SampleFlags: type[SampleConfig] = dataclasses.make_dataclass(
@@ -59,7 +65,7 @@ class SampleCommand:
 
     workdir: RunFolder | None = None
     """Run directory of the model; None: the run under runs/ that changed last."""
-    prompt: str | None = None
+    prompt: Utf8 | None = None
     """Text to continue; - reads it from standard input, without its last line end; None: start from nothing."""
     prompt_file: str | None = None
     """File with the text to continue, or, where its name ends in .jsonl, with an object with a "prompt" a line."""

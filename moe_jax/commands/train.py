@@ -20,7 +20,7 @@ def main() -> None:
     config, workdir = parse_train(sys.argv[1:])
     use_huge_pages()
 
-    from moe_jax.training.train import train
+    from moe_jax.commands.training import train
 
     train(config, workdir)
 

@@ -51,6 +51,16 @@ def _not_empty(name: str, text: str) -> None:
 Text = Annotated[str, _not_empty]
 
 
+def _utf8(name: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # bytes of a command line that are no text arrive as lone surrogates
+        raise UserError(f"{name} must be UTF-8 text, got another byte at {error.start}; give text") from None
+
+
+Utf8 = Annotated[str, _utf8]
+
+
 def _tokenizer(name: str, spec: str) -> None:
     size = spec.removeprefix("bpe:")
     if size != spec and not (re.fullmatch(r"\d{1,6}", size) and 300 <= int(size) <= 262144):

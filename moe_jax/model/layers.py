@@ -1,20 +1,23 @@
 """Small building blocks: normalisation, dropout and initialisation."""
 
-import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import initializers
 
-from moe_jax.axes import Array, PyTree
+from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
+from moe_jax.sharding.mesh import with_axes
 
 
 def rms_normalise(x: Array, scale_D: Array, epsilon: float = 1e-6) -> Array:
-    """x / sqrt(mean(x²) + ε) · scale over the last axis (arXiv 1910.07467, eq. 4), computed in float32."""
+    """x / sqrt(mean(x²) + ε) · scale over the last axis (arXiv 1910.07467, eq. 4), computed in float32.
+
+    >>> rms_normalise(jnp.array([3.0, 4.0]), jnp.array([1.0, 2.0])).round(4).tolist()  # over sqrt((9 + 16) / 2)
+    [0.8485, 2.2627]
+    """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
     return _match(scale_D, x32) * x32
@@ -32,8 +35,11 @@ def _match(vector_D: Array, x: Array) -> Array:
     return vector_D.reshape((1,) * (x.ndim - 1) + vector_D.shape)
 
 
-def dropout(x: Array, rate: float, sequence_keys_B: Array) -> Array:
-    """Zeroes elements with probability ``rate`` and scales the rest by 1/(1 - rate); one random key a sequence."""
+def dropout(x: Array, rate: float, sequence_keys_B: Array | None) -> Array:
+    """Zeroes elements with probability ``rate`` and scales the rest by 1/(1 - rate); one random key a sequence, or
+    None for no dropout."""
+    if sequence_keys_B is None or not rate:
+        return x
     keep = jax.vmap(lambda key, row: jax.random.bernoulli(key, 1.0 - rate, row.shape))(sequence_keys_B, x)
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 
@@ -43,31 +49,6 @@ def fold_in(sequence_keys_B: Array | None, data: int | Array) -> Array | None:
     if sequence_keys_B is None:
         return None
     return jax.vmap(lambda key: jax.random.fold_in(key, data))(sequence_keys_B)
-
-
-def with_axes(init: Callable[..., Array], axes: tuple[str, ...]) -> Any:
-    """``init``, with the logical axis names of the parameter that it makes."""
-    return nn.with_logical_partitioning(init, axes)
-
-
-def on_each_device(function: Callable[[PyTree, PyTree], PyTree], batch: PyTree, shared: PyTree) -> PyTree:
-    """``function(batch, shared)``, on each device for its own part of the batch, where a mesh divides the batch.
-
-    Every leaf of ``batch`` and of the result has the batch as its leading axis; ``shared`` is the same everywhere, and
-    its gradients are summed over the devices. A batch that the devices do not divide evenly, as the single sequence of
-    a sample, is left to the compiler.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = nn.logical_to_mesh_axes(("batch",))
-    if mesh.empty or not axes or axes[0] is None:
-        return function(batch, shared)
-    names = axes[0] if isinstance(axes[0], tuple) else (axes[0],)
-    num_parts = math.prod(mesh.shape[name] for name in names)
-    if num_parts == 1 or jax.tree.leaves(batch)[0].shape[0] % num_parts:
-        return function(batch, shared)
-    replicated = jax.sharding.PartitionSpec()
-    # check_vma=False: the sums over devices are those of the transposition, which custom_vjp functions take part in.
-    return jax.shard_map(function, in_specs=(axes, replicated), out_specs=axes, check_vma=False)(batch, shared)
 
 
 class Norm(nn.Module):

@@ -1,12 +1,64 @@
-"""The MLP: its parameters, of one or of many experts, and the dense one that every token passes."""
+"""The MLP as pure functions, of one or of many experts, and the modules' part: its parameters, and the dense MLP."""
+
+from collections.abc import Callable
+from typing import Literal
 
 import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
 from flax.linen import initializers
 
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
-from moe_jax.model.layers import matrix_init, with_axes
-from moe_jax.model.moe.experts import ExpertWeights, expert_mlp
+from moe_jax.model.layers import matrix_init
+from moe_jax.sharding.mesh import with_axes
+
+Activation = Literal["swiglu", "gelu", "relu"]
+
+
+class ExpertWeights(flax.struct.PyTreeNode):
+    """The matrices of E experts (or of one dense MLP, without the expert axis)."""
+
+    w_up_EDF: Array
+    w_down_EFD: Array
+    w_gate_EDF: Array | None = None
+    """Only with swiglu."""
+    b_up_EF: Array | None = None
+    b_gate_EF: Array | None = None
+    b_down_ED: Array | None = None
+
+
+def expert_mlp(weights: ExpertWeights, x_ERD: Array, activation: Activation) -> Array:
+    """Applies expert e to the rows x_ERD[e]: [..., E, R, D] -> [..., E, R, D] in the type of ``x``.
+
+    swiglu: w_down(silu(w_gate x) * w_up x) (arXiv 2002.05202, eq. 6); gelu and relu: w_down(act(w_up x)).
+    The weights are cast to the type of ``x``; every leading axis of the weights is a batch axis.
+    """
+    return mlp(_linear, weights, x_ERD, activation)[0]
+
+
+def mlp(
+    linear: Callable[[Array, Array, Array | None], Array], weights: ExpertWeights, x: Array, activation: Activation
+) -> tuple[Array, tuple[Array, ...]]:
+    """The MLP, with ``linear`` multiplying rows by (kernel, bias), and its pre-activations: up, and gate if any."""
+    pre_activations = (linear(x, weights.w_up_EDF, weights.b_up_EF),)
+    if weights.w_gate_EDF is not None:
+        pre_activations += (linear(x, weights.w_gate_EDF, weights.b_gate_EF),)
+    return linear(activate(pre_activations, activation), weights.w_down_EFD, weights.b_down_ED), pre_activations
+
+
+def activate(pre_activations: tuple[Array, ...], activation: Activation) -> Array:
+    """The hidden layer: of (up, gate) with swiglu, otherwise of (up,)."""
+    if activation == "swiglu":
+        up, gate = pre_activations
+        return jax.nn.silu(gate) * up
+    return {"gelu": jax.nn.gelu, "relu": jax.nn.relu}[activation](pre_activations[0])
+
+
+def _linear(x: Array, kernel: Array, bias: Array | None) -> Array:
+    y = jnp.matmul(x, kernel.astype(x.dtype))
+    return y if bias is None else y + bias.astype(x.dtype)[..., None, :]
 
 
 class DenseMLP(nn.Module):
@@ -20,6 +72,11 @@ class DenseMLP(nn.Module):
         D = x_BLD.shape[-1]
         weights = mlp_weights(self, self.config, D, self.width)
         return expert_mlp(weights, x_BLD.reshape(-1, D), self.config.activation).reshape(x_BLD.shape)
+
+
+def dense_width(config: ModelConfig) -> int:
+    """Hidden width of a dense block's MLP: as set, or the width that a token passes in a MoE layer."""
+    return config.mlp_dim or (config.moe.top_k + config.moe.num_shared_experts) * config.moe.expert_dim
 
 
 def mlp_weights(
@@ -36,9 +93,9 @@ def mlp_weights(
     def bias(name: str, width: int, axis: str) -> Array | None:
         if not config.use_bias:
             return None
-        init = with_axes(initializers.zeros, (*names, axis))
-        return module.param(name, init, (*experts, width))
+        return module.param(name, with_axes(initializers.zeros, (*names, axis)), (*experts, width))
 
+    # The order in which parameters are created decides their random initial values: keep it.
     gated = config.activation == "swiglu"
     return ExpertWeights(
         w_up_EDF=kernel("w_up", D, F, ("embed", "mlp")),

@@ -22,6 +22,11 @@ _MAX_LEGEND = 8
 _MAX_CELLS_WITH_TEXT = 200
 
 
+def draw(run: RunDirectory) -> list[Path]:
+    """Writes the pictures that the metrics of ``run`` allow. Raises UserError as read_metrics does."""
+    return [file for file in (plot_loss_curve(run), plot_expert_load(run)) if file is not None]
+
+
 def plot_loss_curve(run: RunDirectory) -> Path | None:
     """Writes loss_curve.png from metrics.jsonl; None where there is no loss yet, or on a full disk.
 

@@ -1,75 +1,104 @@
-"""A trained model as Python code uses it: ``moe_jax.load(workdir).generate(prompts)``."""
+"""From a run directory to texts: ``moe_jax.load(workdir).generate(prompts)``, and the engine of an opened run."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 
 from moe_jax.config import SampleConfig
+from moe_jax.config.bounds import Utf8
+from moe_jax.config.fields import check_type, unknown_name
 from moe_jax.config.rules import check_sample
 from moe_jax.errors import UserError
-from moe_jax.model.decoder import Variables
-from moe_jax.runs.layout import RunDirectory
-from moe_jax.sampling.engine import Dtype, Generator, Sample, load_generator
-from moe_jax.terminal.prompts import check_text
+from moe_jax.model.decoder import Decoder, Tokens, Variables, initial_expert_bias
+from moe_jax.model.moe.backends import this_machine, with_dispatch
+from moe_jax.runs.opened import OpenedRun, open_run
+from moe_jax.sampling.engine import Dtype, Engine
+from moe_jax.sampling.text import Sample
+
+
+class Settings(TypedDict, total=False):
+    """Those of ``sample.py``; None, or left out: as the run was configured."""
+
+    num_samples: int | None
+    max_new_tokens: int | None
+    temperature: float | None
+    top_k: int | None
+    """The vocabulary's size or more keeps all tokens."""
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    stop: Sequence[str] | None
+    stop_tokens: Sequence[int] | None
+    seed: int | None
 
 
 class Model:
-    """The generator of a run, its parameters and how the run samples."""
+    """A trained model in memory, and how its run samples."""
 
-    def __init__(self, generator: Generator, variables: Variables, defaults: SampleConfig):
-        self._generator, self._variables, self._defaults = generator, variables, defaults
+    def __init__(self, engine: Engine, variables: Variables, defaults: SampleConfig):
+        self._engine, self._variables, self._defaults = engine, variables, defaults
 
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        num_samples: int | None = None,
-        max_new_tokens: int | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-        stop: Sequence[str] | None = None,
-        stop_tokens: Sequence[int] | None = None,
-        seed: int | None = None,
-    ) -> list[Sample]:
+    def generate(self, prompts: Sequence[str], **settings: Unpack[Settings]) -> list[Sample]:
         """Continuations of each prompt, in order: ``num_samples`` of the first, then of the next; "" is from nothing.
 
-        The settings are those of ``sample.py``, and None is as the run was configured; a ``top_k`` of the vocabulary's
-        size or more keeps all tokens. Prompts of any lengths are computed together. Raises UserError for a setting out
-        of range, and for prompts that are no list of texts or too long.
+        Prompts of any lengths are computed together. Raises UserError for a setting that does not exist or is out of
+        bounds, and for prompts that are not a list of texts or too long.
         """
-        for name, listed, kind in (("stop", stop, "texts"), ("stop_tokens", stop_tokens, "token ids")):
-            if listed is not None and not isinstance(listed, list | tuple):
-                raise UserError(f"{name} must be a list of {kind}, got {listed!r}; write {name}=[...]")
-        given: dict[str, Any] = {
-            "num_samples": num_samples,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "stop": None if stop is None else tuple(stop),
-            "stop_tokens": None if stop_tokens is None else tuple(stop_tokens),
-            "seed": seed,
-        }
-        changed = {name: value for name, value in given.items() if value is not None}
-        sample = check_sample(dataclasses.replace(self._defaults, **changed), lambda name: name)
-        if not isinstance(prompts, list | tuple) or not all(isinstance(prompt, str) for prompt in prompts):
+        sample = _with_settings(self._defaults, settings)
+        if not isinstance(prompts, list | tuple):
             raise UserError(f"prompts must be a list of texts, got {prompts!r}; write generate([text])")
         for index, prompt in enumerate(prompts):
-            check_text(prompt, f"prompts[{index}]")
-        return self._generator.generate_all(self._variables, prompts, sample)
+            check_type(f"prompts[{index}]", Utf8, prompt)
+        return self._engine.finish(self._variables, self._engine.begin_all(prompts, sample))
+
+
+def _with_settings(defaults: SampleConfig, settings: Settings) -> SampleConfig:
+    kinds = {"stop": "texts", "stop_tokens": "token ids"}
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    for name, value in given.items():
+        if name not in Settings.__annotations__:
+            raise UserError(unknown_name("", name, list(Settings.__annotations__)))
+        if name in kinds:
+            if not isinstance(value, list | tuple):
+                raise UserError(f"{name} must be a list of {kinds[name]}, got {value!r}; write {name}=[...]")
+            given[name] = tuple(value)
+    return check_sample(dataclasses.replace(defaults, **given), str)
 
 
 def load_model(workdir: str | Path, checkpoint: Literal["best", "newest"], dtype: Dtype | None) -> Model:
     """The model of ``moe_jax.load``. Raises UserError."""
-    if checkpoint not in ("best", "newest"):
-        raise UserError(f"checkpoint must be best or newest, got {checkpoint!r}; choose one")
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UserError(f"dtype must be float32, bfloat16 or None, got {dtype!r}; choose one")
-    run = RunDirectory(Path(workdir))
-    return Model(*load_generator(run, checkpoint, dtype), run.load_config().sample)
+    check_type("checkpoint", Literal["best", "newest"], checkpoint)
+    check_type("dtype", Dtype | None, dtype)
+    opened = open_run(Path(workdir), checkpoint)
+    return Model(*load_engine(opened, dtype), opened.config.sample)
+
+
+def load_engine(opened: OpenedRun, dtype: Dtype | None = None) -> tuple[Engine, Variables]:
+    """The engine of a run, finished or in training, and the opened checkpoint's variables, prepared for it.
+
+    ``dtype`` of activations and matrices, None: as the run was trained. Raises UserError.
+    """
+    engine = Engine(opened.config, opened.tokenizer, this_machine(), dtype)
+    return engine, engine.prepare(load_variables(opened))
+
+
+def load_variables(opened: OpenedRun) -> Variables:
+    """The opened checkpoint's variables, as the training decoder takes them, on one device. Raises UserError."""
+    model = with_dispatch(opened.config.model, 1, train=False, machine=this_machine(), as_set=False)
+    decoder = Decoder(model, opened.tokenizer.vocab_size)
+
+    def initial() -> dict[str, Any]:
+        boxed = decoder.init(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
+        return Variables(nn.unbox(boxed), initial_expert_bias(decoder.config)).to_items()
+
+    device = SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), jax.eval_shape(initial)
+    )
+    return Variables.from_items(opened.restore(abstract))

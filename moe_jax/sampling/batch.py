@@ -1,50 +1,48 @@
-"""Texts that are made together: each has a row of the batch from its prompt to its end, and others come and go."""
+"""Continuous batching: each text has a row of the batch from its prompt to its end, and others come and go."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.config import SampleConfig
 from moe_jax.model.decoder import Variables
-from moe_jax.sampling.decode import MAX_STEPS, DecodeState, Drawn, Rows
-from moe_jax.sampling.text import DrawnRow, Text
-
-if TYPE_CHECKING:
-    from moe_jax.sampling.engine import Generator
+from moe_jax.sampling.decode import MAX_STEPS, DecodeState, Drawn, Programs, Rows
+from moe_jax.sampling.text import Text
 
 STREAM_STEPS = 8
-"""Tokens that are drawn at a time for a reader: few enough to read along, many enough to hide the cost of a call."""
+"""Tokens drawn at a time for a reader: few enough to read along, many enough to hide the cost of a call."""
 _PREFILL = 8
-"""Prompts that are read at a time, at most: attention among them takes memory."""
+"""Prompts read at a time, at most: attention among them takes memory."""
 _SHORTEST = 16
 """Prompts are padded to a power of two, this or more, so that those of many lengths share few compiled programs."""
+_NOBODY = SampleConfig(temperature=0.0, top_p=1.0)
+"""How a row without a text is drawn: no processor runs for its sake."""
 
 
 class Batch:
-    """Rows for texts under way. Not for several threads at once: one owns it."""
+    """The rows of texts under way. Not thread-safe: one thread owns it."""
 
     def __init__(
         self,
-        generator: "Generator",
+        programs: Programs,
         variables: Variables,
         sizes: Sequence[int],
         *,
         num_top: int = 0,
         keep_experts: bool = False,
     ):
-        """``variables`` of ``Generator.prepare``.
+        """``variables`` are unstacked, as ``programs`` takes them.
 
-        ``sizes`` rising numbers of rows for which programs are compiled; the batch has the least that holds its texts.
-        ``num_top`` most likely tokens are told beside each drawn one, and with ``keep_experts`` each one's experts.
+        ``sizes`` are rising numbers of rows for which programs are compiled; the batch has the least that holds its
+        texts. ``num_top`` most likely tokens are reported beside each drawn one, and with ``keep_experts`` each one's
+        experts.
         """
-        self._generator, self._variables, self._sizes = generator, variables, tuple(sizes)
-        self._told = {"num_top": num_top, "keep_experts": keep_experts}
+        self._programs, self._variables, self._sizes = programs, variables, tuple(sizes)
+        self._reported = {"num_top": num_top, "keep_experts": keep_experts}
         self._texts: list[Text | None] = [None] * self._sizes[0]
-        self._window_starts = np.zeros(self._sizes[0], np.int64)
-        """Of each row, the place in its text of the model's position 0."""
-        self.state: DecodeState = generator.empty_state(self._sizes[0], variables)
+        self.state: DecodeState = programs.empty_state(self._sizes[0], variables)
         self._rows: Rows | None = None
 
     @property
@@ -66,7 +64,7 @@ class Batch:
             part = chosen[start : start + _PREFILL]
             self._read([(row, text.prompt_ids, True) for row, text in part])
         for row, text in chosen:
-            self._texts[row], self._window_starts[row] = text, 0
+            self._texts[row] = text
         self._rows = None
 
     def advance(self, steps: int = MAX_STEPS) -> None:
@@ -74,17 +72,10 @@ class Batch:
         if not self.texts:
             return
         steps = min(steps, MAX_STEPS, *self._room())
-        if self._rows is None:
-            self._rows = _rows(self._texts, self._generator.tokenizer.vocab_size)
-        index_B = np.array([_length(text) if text else 0 for text in self._texts], np.int32)
-        left_B = np.array([text.num_left if text else 0 for text in self._texts], np.int32)
-        drawn, self.state = self._generator.decode(
-            self._variables, self.state, self._rows, index_B, left_B, np.int32(steps), **self._told
-        )
-        drawn = jax.device_get(drawn)
+        drawn = self._draw(steps)
         for row, text in enumerate(self._texts):
             if text is not None:
-                text.add(_drawn_row(drawn, row, steps))
+                text.add(drawn, row, steps)
                 if text.finish_reason:
                     self._leave(row)
         self._begin_windows()
@@ -98,22 +89,25 @@ class Batch:
         """Compiles what texts of any length and number need, one prompt read at a time, before the first one comes."""
         for size in self._sizes:
             self._resize(size)
-            _, self.state = self._generator.decode(
-                self._variables,
-                self.state,
-                _rows(self._texts, self._generator.tokenizer.vocab_size),
-                np.zeros(size, np.int32),
-                np.zeros(size, np.int32),
-                np.int32(1),
-                **self._told,
-            )
-            length = _SHORTEST
-            while True:
-                self._read([(size, [0] * min(length, self._generator.config.context_length), True)])
-                if length >= self._generator.config.context_length:
-                    break
-                length *= 2
+            self._draw(1)
+            for length in {min(_SHORTEST << power, self._context) for power in range(self._context.bit_length())}:
+                self._read([(size, [0] * length, True)])
         self._resize(0)
+
+    @property
+    def _context(self) -> int:
+        return self._programs.config.context_length
+
+    def _draw(self, steps: int) -> Drawn:
+        """Up to ``steps`` more tokens in every row that has a text, as arrays of the host."""
+        if self._rows is None:
+            self._rows = _rows(self._texts, self._programs.vocab_size)
+        index_B = np.array([text.length if text else 0 for text in self._texts], np.int32)
+        left_B = np.array([text.num_left if text else 0 for text in self._texts], np.int32)
+        drawn, self.state = self._programs.decode(
+            self._variables, self.state, self._rows, index_B, left_B, np.int32(steps), **self._reported
+        )
+        return jax.device_get(drawn)
 
     def _leave(self, row: int) -> None:
         self._texts[row] = None
@@ -121,39 +115,33 @@ class Batch:
 
     def _room(self) -> list[int]:
         """Of each text with learned positions, the tokens that can be drawn in its window: one more than positions."""
-        if self._generator.config.positions != "learned":
+        if self._programs.config.positions != "learned":
             return []
-        context = self._generator.config.context_length
-        return [
-            context + 1 - (_length(text) - int(start))
-            for text, start in zip(self._texts, self._window_starts, strict=True)
-            if text is not None
-        ]
+        return [self._context + 1 - (text.length - text.window_start) for text in self.texts]
 
     def _begin_windows(self) -> None:
         """Where learned positions are used up, cuts the text to its last half-window, which is read again."""
-        if self._generator.config.positions != "learned":
+        if self._programs.config.positions != "learned":
             return
-        context = self._generator.config.context_length
         for row, text in enumerate(self._texts):
-            if text is not None and _length(text) - self._window_starts[row] > context:
-                window = (text.prompt_ids + text.tokens)[-max(1, context // 2) :]
+            if text is not None and text.length - text.window_start > self._context:
+                window = (text.prompt_ids + text.tokens)[-max(1, self._context // 2) :]
                 self._read([(row, window, False)])
                 if text.experts:
                     # What had no position of its own is read within the new window, where nobody counts its rows.
                     text.experts[-1] = np.zeros_like(text.experts[-1])
-                self._window_starts[row] = _length(text) - len(window)
+                text.window_start = text.length - len(window)
 
     def _read(self, chosen: Sequence[tuple[int, list[int], bool]]) -> None:
         """Prefills (row, tokens, whether the text is new to its row)."""
         P = _power_of_two(len(chosen))
         longest = max(_SHORTEST, *(len(tokens) for _, tokens, _ in chosen))
-        text_PL = np.zeros((P, min(self._generator.config.context_length, _power_of_two(longest))), np.int32)
+        text_PL = np.zeros((P, min(self._context, _power_of_two(longest))), np.int32)
         length_P, row_P, is_new_P = np.ones(P, np.int32), np.full(P, len(self._texts), np.int32), np.ones(P, bool)
         for index, (row, tokens, is_new) in enumerate(chosen):
             text_PL[index, : len(tokens)] = tokens
             length_P[index], row_P[index], is_new_P[index] = len(tokens), row, is_new
-        self.state = self._generator.prefill(self._variables, self.state, text_PL, length_P, row_P, is_new_P)
+        self.state = self._programs.prefill(self._variables, self.state, text_PL, length_P, row_P, is_new_P)
 
     def _resize(self, num_texts: int) -> None:
         """Gives the batch the least size that holds so many texts, a size after the other."""
@@ -163,43 +151,21 @@ class Batch:
             new_size = self._sizes[here + 1 if wanted > here else here - 1]
             order = sorted(range(size), key=lambda row: self._texts[row] is None)[:new_size]
             row_B = np.array(order + [0] * (new_size - len(order)), np.int32)
-            self.state = self._generator.take_rows(self.state, row_B)
+            self.state = self._programs.take_rows(self.state, row_B)
             self._texts = [self._texts[row] for row in order] + [None] * (new_size - len(order))
-            self._window_starts = self._window_starts[row_B]
             self._rows = None
 
 
-def _drawn_row(drawn: Drawn, row: int, steps: int) -> DrawnRow:
-    return DrawnRow(
-        tokens_S=np.asarray(drawn.tokens_BS)[row, :steps],
-        logprobs_S=np.asarray(drawn.logprobs_BS)[row, :steps],
-        top_tokens_SK=np.asarray(drawn.top_tokens_BSK)[row, :steps],
-        top_logprobs_SK=np.asarray(drawn.top_logprobs_BSK)[row, :steps],
-        chosen_SNE=None if drawn.chosen_BSNE is None else np.asarray(drawn.chosen_BSNE)[row, :steps],
-    )
-
-
-def _length(text: Text) -> int:
-    return len(text.prompt_ids) + len(text.tokens)
-
-
 def _rows(texts: Sequence[Text | None], vocab_size: int) -> Rows:
-    nobody = (0, 0, 0.0, vocab_size, 1.0, 0.0, 1.0)
-    columns = zip(*(_row(text, vocab_size) if text else nobody for text in texts), strict=True)
-    types = (jnp.uint32, jnp.int32, jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.float32)
-    return Rows(*(jnp.asarray(column, kind) for column, kind in zip(columns, types, strict=True)))
-
-
-def _row(text: Text, vocab_size: int) -> tuple[int, int, float, int, float, float, float]:
-    sample = text.sample
-    return (
-        sample.seed,
-        text.number,
-        sample.temperature,
-        sample.top_k or vocab_size,
-        sample.top_p,
-        sample.min_p,
-        sample.repetition_penalty,
+    samples = [text.sample if text else _NOBODY for text in texts]
+    return Rows(
+        seed_B=jnp.asarray([sample.seed for sample in samples], jnp.uint32),
+        sample_B=jnp.asarray([text.number if text else 0 for text in texts], jnp.int32),
+        temperature_B=jnp.asarray([sample.temperature for sample in samples], jnp.float32),
+        top_k_B=jnp.asarray([sample.top_k or vocab_size for sample in samples], jnp.int32),
+        top_p_B=jnp.asarray([sample.top_p for sample in samples], jnp.float32),
+        min_p_B=jnp.asarray([sample.min_p for sample in samples], jnp.float32),
+        repetition_penalty_B=jnp.asarray([sample.repetition_penalty for sample in samples], jnp.float32),
     )
 
 

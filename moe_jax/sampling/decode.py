@@ -1,10 +1,11 @@
-"""Prefill and the cached decode loop: pure functions with static shapes, run under ``jax.jit``.
+"""Prefill and the cached decode loop: pure functions with static shapes, and the compiled ones of a model.
 
 A ``DecodeState`` has a row for each text of a batch. ``prefill`` runs texts through the model and puts them into rows;
-``decode`` draws some tokens in all rows at once and gives the state to go on from. Where calls end, and which other
-texts share a batch, changes nothing in a text but rounding.
+``decode`` draws some tokens in all rows at once and returns the state to continue from. Where calls end, and which
+other texts share a batch, changes nothing in a text but rounding.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -12,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.axes import Array
-from moe_jax.model.attention import LayerCache
-from moe_jax.model.decoder import Decoder, Variables, forward
-from moe_jax.model.unstacked import init_caches
+from moe_jax.config import ModelConfig
+from moe_jax.model.attention import LayerCache, init_caches
+from moe_jax.model.decoder import Decoder, Tokens, Variables, forward
+from moe_jax.model.moe.backends import Machine, with_dispatch
 from moe_jax.sampling.processors import (
     keep_min_p,
     keep_top_k,
@@ -25,6 +27,9 @@ from moe_jax.sampling.processors import (
 
 MAX_STEPS = 32
 """Tokens a row that one call of ``decode`` draws, at most."""
+
+DecoderFor = Callable[[int], Decoder]
+"""The decoder for so many tokens at a time: few are dispatched to their experts in another way than many."""
 
 
 class Rows(flax.struct.PyTreeNode):
@@ -69,14 +74,13 @@ class Drawn(flax.struct.PyTreeNode):
     """bool: the experts of each token in each MoE layer; None where not asked for, or without experts."""
 
 
-def empty_state(decoder: Decoder, batch_size: int) -> DecodeState:
+def empty_state(config: ModelConfig, B: int, V: int) -> DecodeState:
     """A state whose rows hold no text yet."""
-    V = decoder.vocab_size
     return DecodeState(
-        logits_BV=jnp.zeros((batch_size, V), jnp.float32),
-        caches=init_caches(decoder.config, batch_size, decoder.config.context_length),
-        position_B=jnp.zeros(batch_size, jnp.int32),
-        seen_BV=jnp.zeros((batch_size, V), bool),
+        logits_BV=jnp.zeros((B, V), jnp.float32),
+        caches=init_caches(config, B, config.context_length),
+        position_B=jnp.zeros(B, jnp.int32),
+        seen_BV=jnp.zeros((B, V), bool),
     )
 
 
@@ -86,7 +90,7 @@ def take_rows(state: DecodeState, row_B: Array) -> DecodeState:
 
 
 def prefill(
-    decoder: Decoder,
+    decoder_for: DecoderFor,
     variables: Variables,
     state: DecodeState,
     text_PL: Array,
@@ -97,22 +101,21 @@ def prefill(
     """Runs P texts through the model and puts each into its row, before its next token is drawn.
 
     Args:
-      decoder: an ``unstacked`` decoder, with ``variables`` from ``unstack``.
+      decoder_for: makes an ``unstacked`` decoder, whose ``variables`` are from ``unstack``.
       text_PL: token ids, padded on the right; L is at most the context.
       length_P: the tokens of each text, at least 1.
       row_P: B or more for a text that is none, but fills the shape.
       is_new_P: False for the end of the text that is in its row already, whose earlier tokens stay seen.
     """
     P, L = text_PL.shape
+    decoder = decoder_for(P * L)
     V = state.logits_BV.shape[1]
     index_PL = jnp.broadcast_to(jnp.arange(L), (P, L))
     real_PL = index_PL < length_P[:, None]
     output = forward(
         decoder,
         variables,
-        text_PL,
-        token_mask_BL=real_PL,
-        position_BL=jnp.where(real_PL, index_PL, -1),
+        Tokens(text_PL, mask_BL=real_PL, position_BL=jnp.where(real_PL, index_PL, -1)),
         caches=init_caches(decoder.config, P, decoder.config.context_length),
         logits_at_B=length_P - 1,
     )
@@ -167,7 +170,7 @@ def _if_any(asked_B: Array, process: Callable[..., Array]) -> Callable[..., Arra
 
 
 def decode(
-    decoder: Decoder,
+    decoder_for: DecoderFor,
     variables: Variables,
     state: DecodeState,
     rows: Rows,
@@ -187,10 +190,11 @@ def decode(
     Args:
       index_B: int32: tokens of each text so far, prompt included; the place of the next in the text, for its draw.
       left_B: int32: tokens still to draw in each row; 0 for a row without a text.
-      num_top: how many of the most likely tokens are told beside each drawn one.
-      keep_experts: whether the experts of each token are told.
+      num_top: how many of the most likely tokens to report beside each drawn one.
+      keep_experts: whether to report the experts of each token.
     """
     B = state.logits_BV.shape[0]
+    decoder = decoder_for(B)
 
     def is_running(carry: tuple[Array, Array, Drawn, DecodeState]) -> Array:
         step, ended_B, _, _ = carry
@@ -202,9 +206,8 @@ def decode(
         token_B = jnp.where(ended_B, end_token, drawn_B)
         logprob_BV = jax.nn.log_softmax(state.logits_BV)
         logprob_B = jnp.where(ended_B, 0.0, jnp.take_along_axis(logprob_BV, drawn_B[:, None], axis=1)[:, 0])
-        output = forward(
-            decoder, variables, token_B[:, None], position_BL=state.position_B[:, None], caches=state.caches
-        )
+        token = Tokens(token_B[:, None], position_BL=state.position_B[:, None])
+        output = forward(decoder, variables, token, caches=state.caches)
         assert output.caches is not None
         top_logprobs_BK, top_tokens_BK = jax.lax.top_k(logprob_BV, num_top)
         new = Drawn(token_B, logprob_B, top_tokens_BK, top_logprobs_BK, None)
@@ -219,21 +222,17 @@ def decode(
         state = DecodeState(output.logits_BLV[:, 0], output.caches, state.position_B + 1, seen_BV)
         return step + 1, ended_B, drawn, state
 
-    start = (
-        jnp.zeros((), jnp.int32),
-        left_B <= 0,
-        _nothing_drawn(decoder, B, end_token, num_top, keep_experts),
-        state,
-    )
+    nothing = _nothing_drawn(decoder.config, B, end_token, num_top, keep_experts)
+    start = (jnp.zeros((), jnp.int32), left_B <= 0, nothing, state)
     _, _, drawn, state = jax.lax.while_loop(is_running, turn, start)
     return drawn, state
 
 
-def _nothing_drawn(decoder: Decoder, B: int, end_token: int, num_top: int, keep_experts: bool) -> Drawn:
-    moe = decoder.config.moe
+def _nothing_drawn(config: ModelConfig, B: int, end_token: int, num_top: int, keep_experts: bool) -> Drawn:
+    moe = config.moe
     chosen_BSNE = None
     if keep_experts and moe.num_experts:
-        num_layers = (decoder.config.num_layers - moe.first_dense) // moe.every
+        num_layers = (config.num_layers - moe.first_dense) // moe.every
         chosen_BSNE = jnp.zeros((B, MAX_STEPS, num_layers, moe.num_experts), bool)
     return Drawn(
         tokens_BS=jnp.full((B, MAX_STEPS), end_token, jnp.int32),
@@ -242,3 +241,28 @@ def _nothing_drawn(decoder: Decoder, B: int, end_token: int, num_top: int, keep_
         top_logprobs_BSK=jnp.zeros((B, MAX_STEPS, num_top), jnp.float32),
         chosen_BSNE=chosen_BSNE,
     )
+
+
+class Programs:
+    """The functions above for one model, each compiled once for a shape."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, machine: Machine, end_token: int):
+        """``end_token`` ends a text."""
+        self.config, self.vocab_size, self._machine = config, vocab_size, machine
+        # It takes the variables to be where they are, or the first call of each function would be compiled twice.
+        self.empty_state = jax.jit(
+            lambda B, variables: empty_state(config, B, vocab_size), static_argnums=0, keep_unused=True
+        )
+        # The state is donated, so that its caches are changed in place.
+        self.prefill = jax.jit(functools.partial(prefill, self.decoder_for), donate_argnums=1)
+        self.decode = jax.jit(
+            functools.partial(decode, self.decoder_for, end_token=end_token),
+            donate_argnums=1,
+            static_argnames=("num_top", "keep_experts"),
+        )
+        self.take_rows = jax.jit(take_rows)
+
+    def decoder_for(self, num_tokens: int) -> Decoder:
+        """The ``unstacked`` decoder for so many tokens at a time, whatever backend the run was trained with."""
+        model = with_dispatch(self.config, num_tokens, train=False, machine=self._machine, as_set=False)
+        return Decoder(model, self.vocab_size, unstacked=True)

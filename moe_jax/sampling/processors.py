@@ -1,7 +1,7 @@
 """Logits processors: pure functions of one row of logits, applied in the order in which they stand here.
 
-A token that is ruled out gets -inf. Among equal logits the lower token id is kept first. Nothing is sorted: a sort of
-a vocabulary takes a processor longer than a small model's whole step, so thresholds are found bit by bit instead.
+A token that is ruled out gets -inf. Among equal logits the lower token id is kept first. Nothing is sorted: sorting a
+vocabulary takes a CPU longer than a small model's whole step, so thresholds are found bit by bit instead.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,9 @@ def penalise_repetition(logits_V: Array, seen_V: Array, penalty: Array) -> Array
     """Divides the logits of tokens that are in the text, prompt included, by ``penalty`` (arXiv 1909.05858, sec. 4.1).
 
     Negative logits are multiplied instead, as is usual since: dividing them would make repetition more likely.
+
+    >>> penalise_repetition(jnp.array([2.0, -2.0, 1.0]), jnp.array([True, True, False]), 2.0).tolist()
+    [1.0, -4.0, 1.0]
     """
     penalised_V = jnp.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
     return jnp.where(seen_V, penalised_V, logits_V)
@@ -28,7 +31,11 @@ def scale_by_temperature(logits_V: Array, temperature: Array) -> Array:
 
 
 def keep_top_k(logits_V: Array, top_k: Array) -> Array:
-    """Keeps the ``top_k`` most likely tokens; ``top_k`` is at least 1, and V or more keeps all."""
+    """Keeps the ``top_k`` most likely tokens; ``top_k`` is at least 1, and V or more keeps all.
+
+    >>> keep_top_k(jnp.array([1.0, 3.0, 2.0, 2.0]), 2).tolist()
+    [-inf, 3.0, 2.0, -inf]
+    """
     key_V = _ordered(logits_V)
     limit = _largest(lambda limit: jnp.sum(key_V >= limit) >= top_k)
     above_V = key_V > limit
@@ -40,6 +47,9 @@ def keep_top_p(logits_V: Array, top_p: Array) -> Array:
     """Keeps the smallest set of most likely tokens whose probabilities sum to ``top_p`` or more (arXiv 1904.09751).
 
     The most likely token is always kept; 1 keeps all.
+
+    >>> jax.nn.softmax(keep_top_p(jnp.log(jnp.array([0.1, 0.5, 0.1, 0.3])), 0.75)).tolist()
+    [0.0, 0.625, 0.0, 0.375]
     """
     key_V, probs_V = _ordered(logits_V), jax.nn.softmax(logits_V)
     # The smaller of the two sums is the more exact one: of what is kept, or of what is not.

@@ -1,33 +1,129 @@
-"""One text in the making, as the host knows it: its tokens, its text, and when it ends."""
+"""A text in the making, as the host knows it: its tokens, its whole characters, and when it ends."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
 from moe_jax.config import SampleConfig
-from moe_jax.data.tokenizer import Tokenizer
-from moe_jax.sampling.text_stream import StopStream, TextStream
+from moe_jax.data.tokenizer import REPLACEMENT, Tokenizer
+from moe_jax.sampling.decode import Drawn
+
+_LONGEST_HALF = 3
+"""Bytes of an unfinished UTF-8 character; a tokenizer may show each as one U+FFFD."""
 
 
-class DrawnRow(NamedTuple):
-    """What was drawn for one text in one turn, token by token, as in ``decode.Drawn``."""
+class TextStream:
+    """The text of one growing list of tokens, in pieces that together are what ``decode`` makes of the whole list.
 
-    tokens_S: np.ndarray
-    logprobs_S: np.ndarray
-    top_tokens_SK: np.ndarray
-    top_logprobs_SK: np.ndarray
-    chosen_SNE: np.ndarray | None
+    The bytes of one character may be spread over several tokens: they are held back until it is whole, or the text
+    ends. A foreign tokenizer that changes earlier text when more follows is streamed as the text first stood.
+
+    >>> from moe_jax.data.tokenizer import ByteTokenizer
+    >>> stream = TextStream(ByteTokenizer("endoftext"))
+    >>> [stream.add([token]) for token in "né".encode()]
+    ['n', '', 'é']
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        # Decoded together: the last tokens of what was given, since some tokenizers decode a first token differently,
+        # and those that came after them.
+        self._window: list[int] = []
+        self._given = 0
+
+    def add(self, tokens: Sequence[int]) -> str:
+        """The text that has become certain with ``tokens``; maybe empty."""
+        self._window += tokens
+        text = self._tokenizer.decode(self._window)
+        whole = text.rstrip(REPLACEMENT)
+        # More than an unfinished character has of them are bytes, or characters, that are no others.
+        end = max(len(whole), len(text) - _LONGEST_HALF)
+        piece, self._given = text[self._given : end], max(self._given, end)
+        if tokens and end == len(text):
+            self._window = list(tokens)
+            self._given = len(self._tokenizer.decode(self._window))
+        return piece
+
+    def finish(self) -> str:
+        """What was held back, once no more tokens come."""
+        piece, self._given = self._tokenizer.decode(self._window)[self._given :], 0
+        self._window = []
+        return piece
+
+
+def stop_in(text: str, stops: Sequence[str]) -> int | None:
+    """Where the stop begins that is whole first, and of those the longest; None where there is none in ``text``.
+
+    >>> stop_in("no END here", ["END", "here"])
+    3
+    """
+    found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    return min(found)[1] if found else None
+
+
+class StopStream:
+    """A growing text up to the first of some texts, which may be spread over its pieces.
+
+    What could be the beginning of one is held back until it is certain that it is none.
+    """
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._held = ""
+        self.is_stopped = False
+
+    def add(self, piece: str) -> str:
+        """What has become certain with ``piece``; nothing once the text has stopped."""
+        if self.is_stopped:
+            return ""
+        text = self._held + piece
+        end = stop_in(text, self._stops)
+        if end is not None:
+            self.is_stopped, self._held = True, ""
+            return text[:end]
+        half = max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - half :]
+        return text[: len(text) - half]
+
+    def finish(self) -> str:
+        """What was held back, once nothing more comes."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of ``text`` that ``stop`` may begin with."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    prompt: str
+    text: str
+    """What was generated after the prompt."""
+    tokens: list[int]
+    """The generated tokens, without the one that ended them."""
+    logprobs: list[float]
+    """Of each token, the natural logarithm of its probability under the model, before temperature and what follows."""
+    finish_reason: str
+    """"stop": the end of a document, or a stop; "length": max_new_tokens."""
 
 
 class Text:
     """A prompt and what has been drawn after it. It ends at the end of a document, at a stop, or at its length."""
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], sample: SampleConfig, number: int, end_token: int
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        sample: SampleConfig,
+        number: int,
+        end_token: int,
+        prompt: str = "",
     ):
-        """``number`` says which sample of its prompt it is."""
-        self.prompt_ids = list(prompt_ids)
+        """``number`` says which sample of its prompt it is; ``prompt`` the text that ``prompt_ids`` were made of."""
+        self.prompt, self.prompt_ids = prompt, list(prompt_ids)
         self.sample = sample
         self.number = number
         self.tokens: list[int] = []
@@ -35,28 +131,35 @@ class Text:
         self.logprobs: list[float] = []
         """Of each token, the natural logarithm of its probability under the model itself."""
         self.top_logprobs: list[list[tuple[int, float]]] = []
-        """The most likely tokens in each one's place and their log-probabilities, as many as the batch tells."""
+        """The most likely tokens in each one's place and their log-probabilities, as many as the batch reports."""
         self.experts: list[np.ndarray] = []
-        """[MoE layers, E] bool for each token, where the batch tells."""
+        """[MoE layers, E] bool for each token, where the batch reports them."""
         self.finish_reason: str | None = None
         """None while the text goes on; "stop": the end of a document, or a stop; "length": max_new_tokens."""
         self.num_read = 0
         """Tokens that the model had read, prompt included, when it drew the last one."""
+        self.window_start = 0
+        """The place in the text of the model's position 0: moves on where learned positions are used up."""
         self._ends = {end_token, *sample.stop_tokens}
         self._text, self._shown = TextStream(tokenizer), StopStream(sample.stop)
         self._pieces: list[str] = []
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, prompt included."""
+        return len(self.prompt_ids) + len(self.tokens)
 
     @property
     def num_left(self) -> int:
         """Tokens still to draw, at most."""
         return 0 if self.finish_reason else self.sample.max_new_tokens - len(self.tokens)
 
-    def add(self, row: DrawnRow) -> None:
-        """Takes what was drawn, up to where the text ends."""
-        tokens = row.tokens_S[: self.num_left].tolist()
+    def add(self, drawn: Drawn, row: int, steps: int) -> None:
+        """Appends what the first ``steps`` turns drew in ``row``, up to where the text ends."""
+        tokens = drawn.tokens_BS[row, : min(steps, self.num_left)].tolist()
         size = next((index for index, token in enumerate(tokens) if token in self._ends), len(tokens))
         has_ended = size < len(tokens)
-        self.num_read = len(self.prompt_ids) + len(self.tokens) + size - (not has_ended)
+        self.num_read = self.length + size - (not has_ended)
         # A stop may end the text at any token; without one, all of them make one piece.
         parts = [[token] for token in tokens[:size]] if self.sample.stop else [tokens[:size]]
         kept = 0
@@ -66,22 +169,25 @@ class Text:
             if self._shown.is_stopped:
                 has_ended = True
                 break
-        self._keep(row, kept)
+        self.tokens += tokens[:kept]
+        self.logprobs += drawn.logprobs_BS[row, :kept].tolist()
+        top_SK, top_logprob_SK = drawn.top_tokens_BSK[row, :kept], drawn.top_logprobs_BSK[row, :kept]
+        tops = zip(top_SK.tolist(), top_logprob_SK.tolist(), strict=True)
+        self.top_logprobs += [list(zip(*top, strict=True)) for top in tops]
+        if drawn.chosen_BSNE is not None:
+            self.experts += list(np.asarray(drawn.chosen_BSNE[row, :kept]))
         if has_ended or not self.num_left:
             self._pieces.append(self._shown.add(self._text.finish()))
             has_ended = has_ended or self._shown.is_stopped
             self._pieces.append(self._shown.finish())
             self.finish_reason = "stop" if has_ended else "length"
 
-    def _keep(self, row: DrawnRow, size: int) -> None:
-        self.tokens += row.tokens_S[:size].tolist()
-        self.logprobs += row.logprobs_S[:size].tolist()
-        tops = zip(row.top_tokens_SK[:size].tolist(), row.top_logprobs_SK[:size].tolist(), strict=True)
-        self.top_logprobs += [list(zip(*top, strict=True)) for top in tops]
-        if row.chosen_SNE is not None:
-            self.experts += list(row.chosen_SNE[:size])
-
     def take(self) -> str:
-        """The text that has become certain since it was last asked for: whole characters, before any stop."""
+        """The text that has become certain since the last call: whole characters, before any stop."""
         taken, self._pieces = "".join(self._pieces), []
         return taken
+
+    def result(self) -> Sample:
+        """What has become of the text, which has ended; its pieces must not have been taken yet."""
+        assert self.finish_reason is not None
+        return Sample(self.prompt, self.take(), self.tokens, self.logprobs, self.finish_reason)

@@ -1,7 +1,9 @@
 """The device mesh, and which of its axes each logical axis is divided over."""
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,7 +14,7 @@ from moe_jax.axes import Array, PyTree
 from moe_jax.config import MeshConfig
 from moe_jax.errors import UserError
 
-# Every logical axis in the package; a name without a rule would be replicated without a word, so a test compares them.
+# Every logical axis in the package; a name without a rule is an error.
 LOGICAL_RULES: tuple[tuple[str, str | None], ...] = (
     ("batch", "data"),
     ("embed", None),
@@ -48,6 +50,45 @@ def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Within it, logical axis names mean this mesh's axes."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_RULES):
         yield
+
+
+def with_axes(init: Callable[..., Array], axes: tuple[str, ...]) -> Any:
+    """``init``, with the logical axis names of the parameter that it makes."""
+    _check_rules(axes)
+    return nn.with_logical_partitioning(init, axes)
+
+
+def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """``x``, divided over the mesh by the logical names of its axes; None: not divided."""
+    _check_rules(axes)
+    return nn.with_logical_constraint(x, axes)
+
+
+def _check_rules(axes: Iterable[str | None]) -> None:
+    # flax would take a name that it does not know for one that is not divided.
+    unknown = set(axes) - {name for name, _ in LOGICAL_RULES} - {None}
+    if unknown:
+        raise ValueError(f"each logical axis needs a rule in LOGICAL_RULES, got {sorted(map(str, unknown))}; add one")
+
+
+def on_each_device(function: Callable[[PyTree, PyTree], PyTree], batch: PyTree, shared: PyTree) -> PyTree:
+    """``function(batch, shared)``, on each device for its own part of the batch, where a mesh divides the batch.
+
+    Every leaf of ``batch`` and of the result has the batch as its leading axis; ``shared`` is the same everywhere, and
+    its gradients are summed over the devices. A batch that the devices do not divide evenly, as the single sequence of
+    a sample, is left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = nn.logical_to_mesh_axes(("batch",))
+    if mesh.empty or not axes or axes[0] is None:
+        return function(batch, shared)
+    names = axes[0] if isinstance(axes[0], tuple) else (axes[0],)
+    num_parts = math.prod(mesh.shape[name] for name in names)
+    if num_parts == 1 or jax.tree.leaves(batch)[0].shape[0] % num_parts:
+        return function(batch, shared)
+    replicated = PartitionSpec()
+    # check_vma=False: the sums over devices are those of the transposition, which custom_vjp functions take part in.
+    return jax.shard_map(function, in_specs=(axes, replicated), out_specs=axes, check_vma=False)(batch, shared)
 
 
 def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:

@@ -1,10 +1,17 @@
 """What in a run's numbers a person would want to be woken for: loss spikes and routers that collapse."""
 
 import collections
+import logging
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
+
+from moe_jax.config import MoEConfig
+from moe_jax.training.observers import Observer
+from moe_jax.training.step import StepOutput
+
+log = logging.getLogger("moe_jax")
 
 _PEERS = 100
 """Steps that a loss is compared with."""
@@ -13,6 +20,23 @@ _SPREADS = 10.0
 _SMALLEST_RISE = 0.2
 """Nats; losses that hardly differ would otherwise make a spike of nothing."""
 _INTERVALS_TO_COLLAPSE = 3
+
+
+class Alarms(Observer):
+    """Logs a warning of each loss spike and of each router that collapses."""
+
+    def __init__(self, moe: MoEConfig):
+        self._spikes, self._collapses = SpikeWatch(), CollapseWatch(moe.num_experts, moe.top_k)
+
+    def step_read(self, done: int, output: StepOutput) -> None:
+        warning = self._spikes.warning(done, float(output.loss)) if output.is_finite else None
+        if warning is not None:
+            log.warning(f"warning: {warning}")
+
+    def line(self, done: int, values: Mapping[str, float | list], load_NE: np.ndarray | None = None) -> None:
+        if load_NE is not None:
+            for warning in self._collapses.warnings(done, load_NE):
+                log.warning(f"warning: {warning}")
 
 
 class SpikeWatch:

@@ -1,41 +1,46 @@
 """A jax.profiler trace of a few steps, for TensorBoard's profile page or Perfetto."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-from moe_jax.axes import PyTree
 from moe_jax.config.rules import profile_steps
+from moe_jax.training.observers import Ending, Observer
+from moe_jax.training.state import TrainState
 
 log = logging.getLogger("moe_jax")
 
 
-class Trace:
+class Profile(Observer):
     """Records steps START to STOP-1 of ``train.profile`` into ``folder``."""
 
-    def __init__(self, profile: str | None, folder: Path):
-        self.folder = folder
-        self.start, self.stop = profile_steps(profile) if profile else (0, 0)
-        self.is_recording = False
+    def __init__(self, profile: str, folder: Path):
+        self._folder = folder
+        self._start, self._stop = profile_steps(profile)
+        self._is_recording = False
 
-    def before_step(self, step: int, state: PyTree) -> None:
-        """Starts or ends the recording where it is time; waits for the device first, so that only its steps are in."""
-        if self.start <= step < self.stop and not self.is_recording:
+    def step_begins(self, step: int, state: TrainState) -> None:
+        """Starts or ends the recording when it is time; waits for the device first, so that only its steps are in."""
+        if self._start <= step < self._stop and not self._is_recording:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(str(self.folder))
-            self.is_recording = True
-        elif step >= self.stop:
-            self.finish(state)
+            jax.profiler.start_trace(str(self._folder))
+            self._is_recording = True
+        elif step >= self._stop and self._is_recording:
+            jax.block_until_ready(state)
+            self._stop_trace()
 
-    def finish(self, state: PyTree) -> None:
-        """Ends the recording if one is on, as when the run ends before STOP."""
-        if self.is_recording:
-            jax.block_until_ready(state)
-            self.is_recording = False
-            try:
-                jax.profiler.stop_trace()
-            except jax.errors.JaxRuntimeError as error:  # a full disk; the run is worth more than its profile
-                log.warning(f"warning: the profile cannot be written to {self.folder} ({error}); the run goes on")
-                return
-            log.info(f"wrote a profile to {self.folder}")
+    def close(self, ending: Ending, files: Sequence[Path]) -> None:
+        """Ends a recording that is still on, as when the run ends before STOP."""
+        if self._is_recording:
+            self._stop_trace()
+
+    def _stop_trace(self) -> None:
+        self._is_recording = False
+        try:
+            jax.profiler.stop_trace()
+        except jax.errors.JaxRuntimeError as error:  # a full disk; the run is worth more than its profile
+            log.warning(f"warning: the profile cannot be written to {self._folder} ({error}); the run goes on")
+            return
+        log.info(f"wrote a profile to {self._folder}")

@@ -6,8 +6,11 @@ import logging
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+
+from moe_jax.training.observers import Ending, Observer
+from moe_jax.training.state import TrainState
 
 log = logging.getLogger("moe_jax")
 
@@ -15,40 +18,29 @@ LEAST_SECONDS = 60.0
 _FEWEST_PEERS = 5
 
 
-class Watchdog:
-    """Between ``step_begins`` and ``step_ends`` a clock runs that the interpreter cannot hold up.
+class Watchdog(Observer):
+    """Between the beginning and the end of a step a clock runs that the interpreter cannot hold up.
 
     When it rings, after ``factor`` times the median of the last steps and at least a minute, the stacks of all threads
-    are added to ``file``, which is not left there without any; the run goes on. Use it in a ``with`` block.
+    are appended to ``file``; the run goes on. A file without stacks is removed at the end.
     """
 
-    def __init__(self, factor: float | None, file: Path):
+    def __init__(self, factor: float, file: Path):
         self._factor, self._path = factor, file
         self._seconds: collections.deque[float] = collections.deque(maxlen=50)
         self._began: float | None = None
         self._limit: float | None = None
-
-    def __enter__(self) -> Self:
         # The clock writes to an open file, for nothing may be opened while everything stands still.
-        self._file = open(self._path, "a", encoding="utf-8")
-        return self
+        self._file = open(file, "a", encoding="utf-8")  # noqa: SIM115 - see close()
 
-    def __exit__(self, *exception: object) -> None:
-        faulthandler.cancel_dump_traceback_later()
-        is_empty = not os.fstat(self._file.fileno()).st_size
-        self._file.close()
-        if is_empty:
-            self._path.unlink(missing_ok=True)
-
-    def step_begins(self) -> None:
+    def step_begins(self, step: int, state: TrainState | None = None) -> None:
         self._began = time.monotonic()
-        if self._factor is None or len(self._seconds) < _FEWEST_PEERS:
-            return
-        self._limit = max(LEAST_SECONDS, self._factor * statistics.median(self._seconds))
-        faulthandler.dump_traceback_later(self._limit, file=self._file)
+        if len(self._seconds) >= _FEWEST_PEERS:
+            self._limit = max(LEAST_SECONDS, self._factor * statistics.median(self._seconds))
+            faulthandler.dump_traceback_later(self._limit, file=self._file)
 
-    def step_ends(self, step: int) -> None:
-        """After ``step``; a step that the clock rang for is told."""
+    def step_ends(self, done: int) -> None:
+        """Logs a step that the clock rang for."""
         if self._began is None:
             return
         seconds = time.monotonic() - self._began
@@ -56,8 +48,15 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
             if seconds > self._limit:
                 log.warning(
-                    f"warning: step {step} took {seconds:.1f} s, its peers {statistics.median(self._seconds):.2f} s; "
+                    f"warning: step {done} took {seconds:.1f} s, its peers {statistics.median(self._seconds):.2f} s; "
                     f"what each thread did after {self._limit:.0f} s stands in {self._path}"
                 )
         self._seconds.append(seconds)
         self._began = self._limit = None
+
+    def close(self, ending: Ending, files: Sequence[Path]) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        is_empty = not os.fstat(self._file.fileno()).st_size
+        self._file.close()
+        if is_empty:
+            self._path.unlink(missing_ok=True)

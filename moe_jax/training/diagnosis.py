@@ -1,5 +1,6 @@
 """Where a step went wrong: which layer's gradient, or output, was the first that is not finite."""
 
+import functools
 from typing import Any, cast
 
 import jax
@@ -8,10 +9,9 @@ import optax
 
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import Config
-from moe_jax.model.decoder import Block, Decoder, Variables
-from moe_jax.model.unstacked import unstack
+from moe_jax.model.decoder import Block, Decoder, Variables, unstack
 from moe_jax.training.state import TrainState
-from moe_jax.training.step import make_gradient, sequence_keys
+from moe_jax.training.step import gradient, sequence_keys, tokens_of
 
 
 def find_not_finite(config: Config, decoder: Decoder, state: TrainState, batch: dict[str, Array]) -> str:
@@ -19,7 +19,7 @@ def find_not_finite(config: Config, decoder: Decoder, state: TrainState, batch: 
 
     Where the loss is not finite every gradient is lost with it, and it says which layer's output was the first.
     """
-    gradients, (loss, _, _) = jax.device_get(jax.jit(make_gradient(config, decoder))(state, batch))
+    gradients, (loss, _, _) = jax.device_get(jax.jit(functools.partial(gradient, config, decoder))(state, batch))
     if not jnp.isfinite(loss):
         layer = _first_bad_output(config, decoder, state, batch)
         where = "the outputs of all layers were finite" if layer is None else f"the output of {layer} was the first"
@@ -52,13 +52,10 @@ def _first_bad_output(config: Config, decoder: Decoder, state: TrainState, batch
     def are_finite(variables: Variables, rows: dict[str, Array], keys_B: Array | None) -> dict[str, Array]:
         _, kept = walking.apply(
             {"params": unstack(variables, config.model).params},
-            rows["inputs"],
+            tokens_of(rows),
             train=True,
             expert_bias_NE=variables.expert_bias_NE,
-            token_mask_BL=rows.get("mask"),
             keys_B=keys_B,
-            position_BL=rows.get("positions"),
-            segment_BL=rows.get("segments"),
             capture_intermediates=lambda module, _: isinstance(module, Block),
             mutable=["intermediates"],
         )

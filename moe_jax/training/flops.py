@@ -4,6 +4,7 @@ import jax
 
 from moe_jax.axes import PyTree
 from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.model.moe.routing import ROUTERS
 from moe_jax.training.optimizer import MATRICES
 
 PEAK_FLOPS = {
@@ -53,7 +54,7 @@ def _active_size(path: tuple, leaf: jax.Array, moe: MoEConfig) -> int:
     keys = [part.key for part in path]
     if "moe" not in keys or "shared" in keys or keys[-1].startswith("router"):
         return leaf.size
-    rows = moe.top_k * (moe.capacity_factor or 1.0) if moe.router == "expert_choice" else moe.top_k
+    rows = moe.top_k * (moe.capacity_factor or 1.0) if ROUTERS[moe.router].has_own_capacity else moe.top_k
     return round(leaf.size * min(rows / moe.num_experts, 1.0))
 
 

@@ -1,6 +1,5 @@
 """A new run that begins with the parameters of another one, as fine-tuning does."""
 
-import logging
 from pathlib import Path
 
 from moe_jax.config import Config
@@ -8,12 +7,9 @@ from moe_jax.config.fields import settings
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokenizer_file import fingerprint
 from moe_jax.errors import UserError
-from moe_jax.model.decoder import Variables
+from moe_jax.model.moe.routing import ROUTERS
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.runs.opened import open_run
-from moe_jax.training.state import TrainState
-
-log = logging.getLogger("moe_jax")
+from moe_jax.runs.opened import OpenedRun, open_run
 
 # What neither the shapes of parameters nor the function that they stand for depend on.
 _FREE = frozenset(
@@ -24,21 +20,21 @@ _FREE = frozenset(
 )
 
 
-def check_source(config: Config, tokenizer: Tokenizer, run: RunDirectory) -> None:
-    """UserError unless the run ``config.train.init_from`` has a model of the same kind, for the same tokens."""
-    source = RunDirectory(Path(config.train.init_from or ""))
-    if source.path.resolve() == run.path.resolve():
+def open_source(config: Config, tokenizer: Tokenizer, run: RunDirectory) -> OpenedRun:
+    """The run ``config.train.init_from``. UserError unless it has a model of the same kind, for the same tokens."""
+    path = Path(config.train.init_from or "")
+    if path.resolve() == run.path.resolve():
         raise UserError(
-            f"train.init_from must be another run than --workdir, got {source.path} for both; name another --workdir"
+            f"train.init_from must be another run than --workdir, got {path} for both; name another --workdir"
         )
     try:
-        opened = open_run(source.path, "best")
-        saved = opened.config
-        items = ("params", "router_state") if saved.model.moe.router == "sigmoid_bias" else ("params",)
-        opened.checkpoint.check(items)
+        source = open_run(path, "best")
+        # Now, and not once the run directory has been made.
+        has_state = ROUTERS[source.config.model.moe.router].has_state
+        source.checkpoint.check(("params", "router_state") if has_state else ("params",))
     except UserError as error:
-        raise UserError(f"train.init_from {source.path}: {error}") from None
-    before = {name: value for name, _, value in settings(saved.model, "model.")}
+        raise UserError(f"train.init_from {path}: {error}") from None
+    before = {name: value for name, _, value in settings(source.config.model, "model.")}
     free = _FREE if config.model.positions == "learned" else _FREE | {"model.context_length"}
     changes = [
         f"{name} is {before[name]} there, {value} here"
@@ -46,16 +42,11 @@ def check_source(config: Config, tokenizer: Tokenizer, run: RunDirectory) -> Non
         if name not in free and value != before[name]
     ]
     if changes:
-        raise UserError(f"train.init_from {source.path} has another model: {'; '.join(changes)}; use its settings")
-    if fingerprint(opened.tokenizer) != fingerprint(tokenizer):
+        raise UserError(f"train.init_from {path} has another model: {'; '.join(changes)}; use its settings")
+    if fingerprint(source.tokenizer) != fingerprint(tokenizer):
+        folder = source.directory.tokenizer
         raise UserError(
-            f"train.init_from {source.path} has other tokens than the text here; set data.tokenizer to "
-            f"{source.tokenizer}, or prepare the text with --tokenizer {source.tokenizer}"
+            f"train.init_from {path} has other tokens than the text here; set data.tokenizer to {folder}, or prepare "
+            f"the text with --tokenizer {folder}"
         )
-
-
-def load_into(state: TrainState, target: TrainState, source: RunDirectory) -> TrainState:
-    """``state`` with the parameters and the router state of the best checkpoint of ``source``."""
-    variables = Variables.from_items(open_run(source.path, "best").restore(target.variables.to_items()))
-    log.info(f"parameters are those of the best checkpoint of {source.path}")
-    return state.replace(params=variables.params, expert_bias_NE=variables.expert_bias_NE)
+    return source

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metrics
 
-from moe_jax.model.moe.statistics import health_metrics
-from moe_jax.training.step import RoutingTotals, StepOutput
+from moe_jax.model.moe.statistics import RoutingTotals, health_metrics
+from moe_jax.training.step import StepOutput
 
 
 @flax.struct.dataclass

@@ -10,10 +10,16 @@ import optax
 
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import Config, MoEConfig
-from moe_jax.model.decoder import Decoder, DecoderOutput, Variables, forward
-from moe_jax.model.moe.layer import MoEStatistics
-from moe_jax.model.moe.routing import updated_bias
-from moe_jax.model.moe.statistics import importance_loss, load_balancing_loss, router_z_loss
+from moe_jax.model.decoder import Decoder, DecoderOutput, Tokens, Variables, forward
+from moe_jax.model.moe.routing import ROUTERS, updated_bias
+from moe_jax.model.moe.statistics import (
+    MoEStatistics,
+    RoutingTotals,
+    importance_loss,
+    load_balancing_loss,
+    router_z_loss,
+    routing_totals,
+)
 from moe_jax.training.state import TrainState
 
 
@@ -24,7 +30,7 @@ class StepOutput(flax.struct.PyTreeNode):
     """Mean cross-entropy in nats a token: the language-model loss alone."""
     moe_losses: dict[str, Array]
     """Unweighted auxiliary losses, mean over the MoE layers; empty for a dense model."""
-    routing: "RoutingTotals | None"
+    routing: RoutingTotals | None
     grad_norm: Array
     num_targets: Array
     """Tokens that the loss is a mean over."""
@@ -32,99 +38,75 @@ class StepOutput(flax.struct.PyTreeNode):
     """[] bool: whether the loss and the norm of the gradient are; otherwise the step changed nothing but ``step``."""
 
 
-class RoutingTotals(flax.struct.PyTreeNode):
-    """Router statistics of N MoE layers, summed over tokens."""
-
-    num_tokens: Array
-    load_NE: Array
-    dropped_N: Array
-    entropy_N: Array
-
-
-def routing_totals(statistics: MoEStatistics) -> RoutingTotals:
-    """Sums [N, G, ...] statistics over the groups."""
-    return RoutingTotals(
-        num_tokens=jnp.sum(statistics.router.num_tokens[0]),
-        load_NE=jnp.sum(statistics.router.load_E, axis=1),
-        dropped_N=jnp.sum(statistics.num_dropped, axis=1),
-        entropy_N=jnp.sum(statistics.router.entropy, axis=1),
+def train_step(
+    config: Config,
+    decoder: Decoder,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: dict[str, Array],
+) -> tuple[TrainState, StepOutput]:
+    """One optimizer step on a batch of ``data.batches``; without a finite loss it changes ``state.step`` alone."""
+    gradients, (loss, moe_losses, routing) = gradient(config, decoder, state, batch)
+    grad_norm = optax.tree.norm(gradients)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
+    changed = state.replace(
+        params=optax.apply_updates(state.params, updates),
+        optimizer_state=optimizer_state,
     )
+    if state.expert_bias_NE is not None:
+        bias_NE = updated_bias(state.expert_bias_NE, routing.load_NE, config.model.moe.bias_update_rate)
+        changed = changed.replace(expert_bias_NE=bias_NE)
+    # One NaN in the parameters would be the end of the run. With a scalar, select costs a step on a CPU 3 % where
+    # jnp.where, which makes an array of it, costs 9 %.
+    kept = jax.tree.map(lambda new, old: jax.lax.select(is_finite, new, old), changed, state)
+    output = StepOutput(loss, moe_losses, routing, grad_norm, _num_targets(batch), is_finite)
+    return kept.replace(step=state.step + 1), output
 
 
-def make_train_step(
-    config: Config, decoder: Decoder, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, dict[str, Array]], tuple[TrainState, StepOutput]]:
-    """The function (state, batch of ``data.pipeline``) -> (new state, output) of one optimizer step.
-
-    A step whose loss or gradient is not finite changes nothing but ``state.step``.
-    """
-    gradient = make_gradient(config, decoder)
-
-    def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, StepOutput]:
-        gradients, (loss, moe_losses, routing) = gradient(state, batch)
-        grad_norm = optax.tree.norm(gradients)
-        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
-        changed = state.replace(
-            params=optax.apply_updates(state.params, updates),
-            optimizer_state=optimizer_state,
-        )
-        if state.expert_bias_NE is not None:
-            bias_NE = updated_bias(state.expert_bias_NE, routing.load_NE, config.model.moe.bias_update_rate)
-            changed = changed.replace(expert_bias_NE=bias_NE)
-        # One NaN in the parameters would be the end of the run. With a scalar, select costs a step on a processor 3 %
-        # where jnp.where, which makes an array of it, costs 9 %.
-        kept = jax.tree.map(lambda new, old: jax.lax.select(is_finite, new, old), changed, state)
-        output = StepOutput(loss, moe_losses, routing, grad_norm, _num_targets(batch), is_finite)
-        return kept.replace(step=state.step + 1), output
-
-    return train_step
-
-
-def make_gradient(config: Config, decoder: Decoder) -> Callable[[TrainState, dict[str, Array]], tuple[PyTree, Any]]:
-    """The function (state, batch) -> (gradient, (loss, auxiliary losses, routing)) of the training objective.
+def gradient(config: Config, decoder: Decoder, state: TrainState, batch: dict[str, Array]) -> tuple[PyTree, Any]:
+    """The gradient of the training objective, and (loss, auxiliary losses, routing).
 
     The batch is computed in ``accumulation_steps`` microbatches whose gradients, each already divided by the counts of
     the whole batch, add up in float32 to the gradient of the whole batch. Random keys depend on the step and on the
     sequence's index in the global batch, so neither accumulation nor devices change dropout or noise.
     """
-    accumulation = config.optimizer.accumulation_steps
+    batch_size, num_targets = batch["inputs"].shape[0], _num_targets(batch)
 
-    def objective(
-        params: PyTree,
-        expert_bias_NE: Array | None,
-        microbatch: dict[str, Array],
-        keys_B: Array | None,
-        batch_size: int,
-        num_targets: Array,
-    ):
-        variables = Variables(params, expert_bias_NE)
-        loss, output = _summed_loss(decoder, variables, microbatch, train=True, keys_B=keys_B)
-        loss /= num_targets
-        if output.statistics is None:
-            return loss, (loss, {}, None)
-        losses = _moe_losses(config.model.moe, output.statistics, batch_size, num_targets, accumulation)
-        weights = {
-            "load_balancing_loss": config.model.moe.load_balancing_weight,
-            "importance_loss": config.model.moe.importance_weight,
-            "router_z_loss": config.model.moe.router_z_weight,
-        }
-        total = loss + sum(weights[name] * value for name, value in losses.items())
-        return total, (loss, losses, routing_totals(output.statistics))
-
-    def gradient(state: TrainState, batch: dict[str, Array]) -> tuple[PyTree, Any]:
-        batch_size = batch["inputs"].shape[0]
-        num_targets = _num_targets(batch)
-        gradient_of = jax.grad(objective, has_aux=True)
-        return _accumulate(
-            lambda microbatch, keys_B: gradient_of(
-                state.params, state.expert_bias_NE, microbatch, keys_B, batch_size, num_targets
-            ),
-            (batch, sequence_keys(config, state.step, batch_size)),
-            accumulation,
+    def of_microbatch(microbatch: dict[str, Array], keys_B: Array | None) -> tuple[PyTree, Any]:
+        return jax.grad(objective, has_aux=True)(
+            state.params, state.expert_bias_NE, microbatch, keys_B, config, decoder, batch_size, num_targets
         )
 
-    return gradient
+    keys_B = sequence_keys(config, state.step, batch_size)
+    return _accumulate(of_microbatch, (batch, keys_B), config.optimizer.accumulation_steps)
+
+
+def objective(
+    params: PyTree,
+    expert_bias_NE: Array | None,
+    microbatch: dict[str, Array],
+    keys_B: Array | None,
+    config: Config,
+    decoder: Decoder,
+    batch_size: int,
+    num_targets: Array,
+) -> tuple[Array, Any]:
+    """What a microbatch adds to the objective of a batch of ``batch_size`` sequences and ``num_targets`` tokens."""
+    moe = config.model.moe
+    variables = Variables(params, expert_bias_NE)
+    loss, output = _summed_loss(decoder, variables, microbatch, train=True, keys_B=keys_B)
+    loss /= num_targets
+    if output.statistics is None:
+        return loss, (loss, {}, None)
+    losses = _moe_losses(moe, output.statistics, batch_size, num_targets, config.optimizer.accumulation_steps)
+    weights = {
+        "load_balancing_loss": moe.load_balancing_weight,
+        "importance_loss": moe.importance_weight,
+        "router_z_loss": moe.router_z_weight,
+    }
+    total = loss + sum(weights[name] * value for name, value in losses.items())
+    return total, (loss, losses, routing_totals(output.statistics))
 
 
 def _accumulate(function: Callable[..., PyTree], batch: PyTree, accumulation: int) -> PyTree:
@@ -156,18 +138,14 @@ def _summed_loss(
     Where the batch has a ``mask``, other tokens count nowhere; where it has ``segments``, attention stays in each.
     """
     mask_BL = batch.get("mask")
-    output = forward(
-        decoder,
-        variables,
-        batch["inputs"],
-        train=train,
-        keys_B=keys_B,
-        token_mask_BL=mask_BL,
-        position_BL=batch.get("positions"),
-        segment_BL=batch.get("segments"),
-    )
+    output = forward(decoder, variables, tokens_of(batch), train=train, keys_B=keys_B)
     loss_BL = cross_entropy(output.logits_BLV, batch["targets"])
     return jnp.sum(loss_BL if mask_BL is None else jnp.where(mask_BL, loss_BL, 0.0)), output
+
+
+def tokens_of(batch: dict[str, Array]) -> Tokens:
+    """What the decoder reads of a batch."""
+    return Tokens(batch["inputs"], batch.get("mask"), batch.get("positions"), batch.get("segments"))
 
 
 def cross_entropy(logits_BLV: Array, targets_BL: Array) -> Array:
@@ -194,7 +172,7 @@ def _moe_losses(
 def sequence_keys(config: Config, step: Array, batch_size: int) -> Array | None:
     """[B] random keys of the sequences of one step's batch, for dropout and router noise; None without either."""
     moe = config.model.moe
-    if not (config.model.dropout_rate > 0 or (moe.num_experts > 0 and moe.router in ("noisy_top_k", "switch"))):
+    if not (config.model.dropout_rate > 0 or (moe.num_experts > 0 and ROUTERS[moe.router].has_noise)):
         return None
     step_key = jax.random.fold_in(jax.random.key(config.train.seed), step)
     return jax.vmap(lambda index: jax.random.fold_in(step_key, index))(jnp.arange(batch_size))
@@ -214,12 +192,8 @@ class EvalOutput(flax.struct.PyTreeNode):
     routing: RoutingTotals | None
 
 
-def make_eval_step(decoder: Decoder) -> Callable[[Variables, dict[str, Array]], EvalOutput]:
-    """The function (variables, batch with a mask) -> sums, without noise, dropout or drops."""
-
-    def eval_step(variables: Variables, batch: dict[str, Array]) -> EvalOutput:
-        loss, output = _summed_loss(decoder, variables, batch, train=False)
-        routing = None if output.statistics is None else routing_totals(output.statistics)
-        return EvalOutput(loss, jnp.sum(batch["mask"]), routing)
-
-    return eval_step
+def eval_step(decoder: Decoder, variables: Variables, batch: dict[str, Array]) -> EvalOutput:
+    """The sums over a batch with a mask, without noise, dropout or drops."""
+    loss, output = _summed_loss(decoder, variables, batch, train=False)
+    routing = None if output.statistics is None else routing_totals(output.statistics)
+    return EvalOutput(loss, jnp.sum(batch["mask"]), routing)

@@ -1,237 +1,188 @@
-"""What train.py does: start a run, or go on with the one that is there."""
+"""The first two acts of a run: ``resolve`` what it is, ``restore_or_init`` its state. ``loop.fit`` is the third.
+
+``resolve`` reads every file and looks at the machine once; nothing after it asks for either again.
+"""
 
 import dataclasses
-import functools
 import logging
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from clu import parameter_overview
+import jax.numpy as jnp
+import msgspec
+import optax
+from jax.sharding import Mesh
 
-from moe_jax.config import Config
+from moe_jax.config import Config, DataConfig
 from moe_jax.config.rules import check
 from moe_jax.data.batches import batches_per_epoch, check_data
 from moe_jax.data.dataset import Dataset
-from moe_jax.data.tokenizer_file import save_tokenizer
-from moe_jax.errors import Interrupted, UserError
-from moe_jax.files import cache_folder, remove_leftovers
-from moe_jax.model.decoder import Decoder
-from moe_jax.model.moe.choice import DispatchChoice, choose_dispatch
-from moe_jax.prepare.cache import find_or_prepare
-from moe_jax.report.pictures import plot_expert_load, plot_loss_curve
-from moe_jax.runs.checkpoint.record import Saved, newest_sound
-from moe_jax.runs.checkpoint.save import Checkpoints, Retention
+from moe_jax.errors import UserError
+from moe_jax.model.decoder import Decoder, Variables
+from moe_jax.model.moe.backends import Choice, Machine, choose, this_machine, with_dispatch
+from moe_jax.runs.checkpoint.record import Record, Saved, newest_sound
+from moe_jax.runs.checkpoint.save import Checkpoints
 from moe_jax.runs.layout import RunDirectory, check_same_run
-from moe_jax.runs.log import start_log
-from moe_jax.sampling.engine import is_causal
-from moe_jax.sharding.mesh import make_mesh, use_mesh
-from moe_jax.sharding.startup import enable_compile_cache
-from moe_jax.trackers.trackers import check_trackers, open_trackers
-from moe_jax.trackers.writer import MetricsWriter
-from moe_jax.training.evaluate import check_same_text
-from moe_jax.training.flops import count_params, flops_per_token
-from moe_jax.training.init_from import check_source, load_into
-from moe_jax.training.loop import Loop, Progress
+from moe_jax.runs.opened import OpenedRun
+from moe_jax.sharding.mesh import make_mesh
+from moe_jax.training.init_from import open_source
 from moe_jax.training.optimizer import make_optimizer, make_schedule
-from moe_jax.training.signals import catch_signals
 from moe_jax.training.state import TrainState, abstract_state, check_random, init_state
 
 log = logging.getLogger("moe_jax")
 
 
-def train(config: Config, workdir: Path) -> None:
-    """Trains ``config`` in the run directory ``workdir`` until it is done, out of patience or interrupted.
+@dataclass
+class Progress:
+    """What a run remembers beside its arrays; saved with every checkpoint."""
 
-    Raises UserError before anything is written, and Interrupted once a signal's checkpoint is on disk.
-    """
+    data_fingerprint: str
+    next_batch: int = 0
+    """The state of the data: batch n is a function of (seed, n)."""
+    skipped_steps: int = 0
+    """Steps without a finite loss and gradient, which changed nothing."""
+    skipped_in_a_row: int = 0
+    interval: list | None = None
+    """``Interval.to_json`` of the steps since the last line of metrics.jsonl."""
+    best_val_loss: float | None = None
+    evaluations_without_gain: int = 0
+    train_seconds: float = 0.0
+    """Spent in steps: without start-up, compilation, evaluation and saving."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a start of a run is made of, read and checked once."""
+
+    config: Config
+    """With epochs as steps, and with what must not change over a run's life as it was at its first start."""
+    run: RunDirectory
+    dataset: Dataset
+    mesh: Mesh
+    decoder: Decoder
+    """With the backend of training."""
+    eval_decoder: Decoder
+    """The same model with the backend of evaluation, where nothing is dropped."""
+    machine: Machine
+    backends: dict[str, Choice]
+    """Of "training" and "evaluation", and why; empty for a dense model."""
+    steps_per_epoch: int
+    saved: Saved | None
+    """The newest sound checkpoint; None for a new run."""
+    source: OpenedRun | None
+    """The run whose parameters a new one begins with."""
+
+    @property
+    def schedule(self) -> optax.Schedule:
+        return make_schedule(self.config.optimizer, self.config.train.num_steps)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config.optimizer, self.schedule)
+
+    @property
+    def microbatch_size(self) -> int:
+        return self.config.data.batch_size // self.config.optimizer.accumulation_steps
+
+
+def resolve(config: Config, dataset: Dataset, workdir: Path) -> Setup:
+    """Act one: all that a start depends on. Raises every UserError that can be known before it, and writes nothing."""
     run = RunDirectory(workdir)
-    run.check_unlocked()
-    saved = _check_run(config, run)
-    check_trackers(config.train, run)
-    if config.train.compile_cache:
-        enable_compile_cache()
-    choices = _choose_dispatch(config)
-    mesh = make_mesh(config.mesh, config.data.batch_size // config.optimizer.accumulation_steps)
-    data = find_or_prepare(config.data, cache_folder("data"))
-    check_data(data, config.data, config.model.context_length)
-    if saved is not None:
-        check_same_text(saved.record, config.data, data)
-    config = _settle(config, saved, data)
-    if config.train.init_from is not None and saved is None:
-        check_source(config, data.tokenizer, run)
-    with run.lock(), start_log(run.log_file), use_mesh(mesh), catch_signals() as request:
-        retention = Retention(newest=config.train.keep_checkpoints, best=config.train.keep_best)
-        with Checkpoints(run.checkpoints, saved, retention) as checkpoints:
-            state, progress, restored_step = _state(config, mesh, data, saved, checkpoints)
-            if _is_finished(config, int(state.step), progress, run):
-                if not run.loss_curve.exists():  # the start that made the last step was killed before it drew it
-                    _draw(run)
-                return
-            for file in (run.metrics_file, run.config_file, run.mlflow_file, run.loss_curve, run.expert_load):
-                remove_leftovers(file)
-            opening = functools.partial(open_trackers, config, run, restored_step)
-            with MetricsWriter(run, restored_step, opening) as writer:
-                run.save_config(config)
-                save_tokenizer(data.tokenizer, run.tokenizer)
-                _describe(config, mesh, data, state)
-                _describe_dispatch(config, choices)
-                loop = Loop(config, run, mesh, data, state, progress, checkpoints, writer)
-                loop.run(request)
-                writer.finish(_draw(run), "finished" if request.exit_code is None else "interrupted")
-        _conclude(config, run, int(loop.state.step), progress, request.exit_code)
-    if request.exit_code is not None:
-        raise Interrupted(request.exit_code)
-
-
-def _check_run(config: Config, run: RunDirectory) -> Saved | None:
-    """What ``config`` goes on from; None for a new run. UserError where it cannot go on with what is there.
-
-    Before its first checkpoint nothing binds a run, but config.json of a folder without one must be ours.
-    """
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"--workdir must be a folder, but {run.path} is a file; choose another")
     saved = newest_sound(run.checkpoints)
+    begun = _begun(run, saved)
+    if begun is not None and saved is not None:
+        check_same_run(begun, config)
+        check_same_text(saved.record, config.data, dataset)
+        check_random(saved.record.random, config.train.seed)
+    check_data(dataset, config.data, config.model.context_length)
+    steps_per_epoch = batches_per_epoch(dataset, config.data, config.model.context_length)
+    config = _settle(config, begun, steps_per_epoch)
+    source = None
+    if config.train.init_from is not None and saved is None:
+        source = open_source(config, dataset.tokenizer, run)
+    microbatch_size = config.data.batch_size // config.optimizer.accumulation_steps
+    mesh = make_mesh(config.mesh, microbatch_size)
+    machine = this_machine()
+    num_tokens = microbatch_size * config.model.context_length
+    decoders, backends = {}, {}
+    for phase, train in (("training", True), ("evaluation", False)):
+        model = with_dispatch(config.model, num_tokens, train=train, machine=machine)
+        decoders[phase] = Decoder(model, dataset.tokenizer.vocab_size)
+        if config.model.moe.num_experts:
+            backends[phase] = choose(config.model.moe, num_tokens, train=train, machine=machine)
+    return Setup(
+        config=config,
+        run=run,
+        dataset=dataset,
+        mesh=mesh,
+        decoder=decoders["training"],
+        eval_decoder=decoders["evaluation"],
+        machine=machine,
+        backends=backends,
+        steps_per_epoch=steps_per_epoch,
+        saved=saved,
+        source=source,
+    )
+
+
+def _begun(run: RunDirectory, saved: Saved | None) -> Config | None:
+    """The configuration that the run was begun with; None before its first checkpoint, for that binds to nothing.
+
+    UserError where the config.json of a folder without a checkpoint is not ours.
+    """
     if saved is not None:
-        check_same_run(_config_of(saved), config)
-    elif run.config_file.exists():
+        return Config.from_dict(saved.record.config, str(run.checkpoints))
+    if run.config_file.exists():
         run.load_config()
-    return saved
+    return None
 
 
-def _config_of(saved: Saved) -> Config:
-    return Config.from_dict(saved.record.config, str(saved.folder))
+def check_same_text(record: Record, config: DataConfig, dataset: Dataset) -> None:
+    """UserError where a checkpoint was trained on other text: its vocabulary, too, would be another."""
+    before = record.progress["data_fingerprint"]
+    if before != dataset.fingerprint:
+        text = "the text of the embedded plays" if config.path is None else f"the text of {config.path}"
+        raise UserError(
+            f"{text} is not the one this run was trained on (fingerprint {dataset.fingerprint}, was {before}); "
+            "name the old text, or start a new run in another --workdir"
+        )
 
 
-def _settle(config: Config, saved: Saved | None, data: Dataset) -> Config:
-    """The configuration of this start: epochs as steps, and what must not change over a run's life as it was."""
+def _settle(config: Config, begun: Config | None, steps_per_epoch: int) -> Config:
+    """Epochs as steps, and the schedule's end as it was when the run began."""
     train = config.train
     if train.num_epochs is not None:
-        steps = train.num_epochs * batches_per_epoch(data, config.data, config.model.context_length)
-        config = dataclasses.replace(config, train=dataclasses.replace(train, num_steps=steps))
-    if saved is not None:
-        decay_steps = _config_of(saved).optimizer.decay_steps
-    else:
-        decay_steps = config.optimizer.decay_steps or config.train.num_steps
+        train = dataclasses.replace(train, num_steps=train.num_epochs * steps_per_epoch)
+    decay_steps = begun.optimizer.decay_steps if begun else config.optimizer.decay_steps or train.num_steps
     optimizer = dataclasses.replace(config.optimizer, decay_steps=decay_steps)
-    return check(dataclasses.replace(config, optimizer=optimizer))
+    return check(dataclasses.replace(config, train=train, optimizer=optimizer))
 
 
-def _state(
-    config: Config, mesh: jax.sharding.Mesh, data: Dataset, saved: Saved | None, checkpoints: Checkpoints
-) -> tuple[TrainState, Progress, int | None]:
-    """The newest checkpoint's state, what the run remembers and the step restored; or a new state and None."""
-    decoder = Decoder(config.model, data.tokenizer.vocab_size)
-    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
-    target = abstract_state(decoder, optimizer, mesh)
-    if saved is None:
-        state = init_state(decoder, optimizer, mesh, config.train.seed)
-        if config.train.init_from is not None:
-            state = load_into(state, target, RunDirectory(Path(config.train.init_from)))
-        return state, Progress(data_fingerprint=data.fingerprint), None
-    record = saved.record
-    check_random(record.random, config.train.seed)
-    step = jax.device_put(jax.numpy.asarray(record.step, target.step.dtype), target.step.sharding)
-    state = TrainState.from_items(step, checkpoints.restore(target.checkpoint_items()))
-    return state, Progress(**record.progress), record.step
+@dataclass(frozen=True)
+class Start:
+    """What a start of a run begins with."""
+
+    state: TrainState
+    progress: Progress
+    restored_step: int | None
+    """None for a new run."""
 
 
-def _is_finished(config: Config, step: int, progress: Progress, run: RunDirectory) -> bool:
-    patience = config.train.patience
-    if step >= config.train.num_steps:
-        log.info(
-            f"{run.path} is finished: {step} steps are done. "
-            f"To go on, run the same command with --train.num-steps above {step}"
-        )
-        return True
-    if patience is not None and progress.evaluations_without_gain >= patience:
-        log.info(
-            f"{run.path} stopped early at step {step}: {progress.evaluations_without_gain} evaluations without a "
-            f"lower validation loss. To go on, run the same command with --train.patience above {patience}"
-        )
-        return True
-    return False
-
-
-def _describe(config: Config, mesh: jax.sharding.Mesh, data: Dataset, state: TrainState) -> None:
-    """What is being trained, on what and where, before the first step."""
-    moe = config.model.moe
-    overview = parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    log.info(overview)
-    total, active = count_params(state.params, moe)
-    log.info(f"parameters: {total:,} in all, {active:,} active for a token")
-    log.info(f"operations: {flops_per_token(state.params, config.model) / 1e6:,.1f} MFLOP for a token's step")
-    for line in _describe_data(config, data):
-        log.info(line)
-    log.info(f"devices: {mesh.devices.size} x {mesh.devices.flat[0].device_kind} ({jax.default_backend()})")
-    if moe.num_experts and moe.load_balancing_scope == "batch" and config.optimizer.accumulation_steps > 1:
-        log.info("load is balanced over each microbatch, not over the accumulated batch")
-    if int(state.step):
-        log.info(f"going on from step {int(state.step)}")
-
-
-def _describe_data(config: Config, data: Dataset) -> Iterator[str]:
-    for corpus in data.corpora:
-        name = f"{corpus.name}, {corpus.weight:.1%} of the rows" if len(data.corpora) > 1 else corpus.name
-        yield (
-            f"{name}: {corpus.train.num_tokens:,} tokens to train on, {corpus.val.num_tokens:,} to validate, "
-            f"{corpus.val.num_bytes / corpus.val.num_tokens:.3f} bytes a token "
-            f"({data.tokenizer.name}, {data.tokenizer.vocab_size:,} different)"
-        )
-        if corpus.val.num_unknown:
-            yield (
-                f"warning: {corpus.val.num_unknown:,} tokens to validate on stand for unknown characters, whose bytes "
-                "are not known either: there will be no bits per byte"
-            )
-    steps = batches_per_epoch(data, config.data, config.model.context_length)
-    yield f"rows: {config.data.mode}; {steps:,} steps are an epoch, {config.train.num_steps / steps:.2f} epochs in all"
-
-
-def _choose_dispatch(config: Config) -> dict[str, DispatchChoice]:
-    """How rows move in training and in evaluation; UserError where this machine cannot do what the settings say."""
-    if not config.model.moe.num_experts:
-        return {}
-    num_tokens = config.data.batch_size // config.optimizer.accumulation_steps * config.model.context_length
-    return {
-        name: choose_dispatch(config.model.moe, num_tokens, train=name == "training")
-        for name in ("training", "evaluation")
-    }
-
-
-def _describe_dispatch(config: Config, choices: dict[str, DispatchChoice]) -> None:
-    moe = config.model.moe
-    for name, choice in choices.items():
-        log.info(f"dispatch in {name}: {choice}")
-    if not is_causal(config.model):
-        log.info(
-            f"experts take {moe.capacity_factor} of a balanced share each, in evaluation too, among all tokens of a "
-            "sequence, later ones included: the validation loss has seen the future, and no text can be sampled"
-        )
-    elif choices and moe.capacity_factor is not None:
-        log.info(f"in training experts accept {moe.capacity_factor} of a balanced share and drop the rest")
-
-
-def _draw(run: RunDirectory) -> list[Path]:
-    """The pictures of the run that could be made; a run is not lost for one."""
-    try:
-        return [file for file in (plot_loss_curve(run), plot_expert_load(run)) if file is not None]
-    except (OSError, UserError) as error:  # no folder for matplotlib's own files, or metrics that somebody has changed
-        log.warning(f"warning: there are no pictures ({error}); the run is complete without them")
-        return []
-
-
-def _conclude(config: Config, run: RunDirectory, step: int, progress: Progress, exit_code: int | None) -> None:
-    """The last lines: what was reached and what to do next."""
-    if progress.skipped_steps:
-        log.info(f"{progress.skipped_steps} steps had no finite loss and gradient and were left out")
-    best = "" if progress.best_val_loss is None else f"; best validation loss {progress.best_val_loss:.4f} nats/token"
-    log.info(f"{step} steps, {progress.train_seconds:.0f} s in steps{best}")
-    memory = jax.local_devices()[0].memory_stats()  # a processor does not count its own
-    if memory is not None and "peak_bytes_in_use" in memory:
-        log.info(f"largest use of a device's memory: {memory['peak_bytes_in_use'] / 2**30:.2f} GiB")
-    if exit_code is not None:
-        log.info(f"interrupted: the checkpoint of step {step} is on disk; run the same command to go on")
-    elif step < config.train.num_steps:
-        log.info(f"stopped early: {progress.evaluations_without_gain} evaluations without a lower validation loss")
-    if is_causal(config.model):
-        log.info(f"sample from it: python sample.py --workdir {run.path}")
+def restore_or_init(setup: Setup, checkpoints: Checkpoints) -> Start:
+    """Act two: the newest checkpoint's state, or a new one with the parameters of ``setup.source``, if any."""
+    seed, decoder = setup.config.train.seed, setup.decoder
+    target = abstract_state(decoder, setup.optimizer, setup.mesh)
+    if setup.saved is None:
+        state = init_state(decoder, setup.optimizer, setup.mesh, seed)
+        if setup.source is not None:
+            variables = Variables.from_items(setup.source.restore(target.variables.to_items()))
+            state = state.replace(params=variables.params, expert_bias_NE=variables.expert_bias_NE)
+            log.info(f"parameters are those of the best checkpoint of {setup.source.directory.path}")
+        return Start(state, Progress(setup.dataset.fingerprint), None)
+    items = checkpoints.restore(target.checkpoint_items())
+    step = jax.device_put(jnp.asarray(setup.saved.record.step, target.step.dtype), target.step.sharding)
+    progress = msgspec.convert(setup.saved.record.progress, Progress)
+    return Start(TrainState.from_items(step, items), progress, setup.saved.record.step)

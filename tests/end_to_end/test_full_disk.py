@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from moe_jax.trackers.trackers import TensorBoard
+from moe_jax.trackers.writer import MetricsWriter
 
 from moe_jax.files import GrowingFile, atomic_write_text, locked_folder
 from moe_jax.prepare.encode import Encoded
@@ -23,8 +25,6 @@ from moe_jax.prepare.shards import SplitCounts, SplitWriter
 from moe_jax.report.pictures import plot_loss_curve
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.log import log, start_log
-from moe_jax.trackers.trackers import TensorBoard
-from moe_jax.trackers.writer import MetricsWriter
 from tests.end_to_end.faulty import ROOT
 from tests.end_to_end.tiny import steps_of
 from tests.oracles.events import events

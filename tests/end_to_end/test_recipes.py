@@ -21,18 +21,19 @@ import pyarrow.parquet
 import pytest
 
 from moe_jax.cli import load_recipe
+from moe_jax.commands.training import train
 from moe_jax.config import Config, MeshConfig
 from moe_jax.config.rules import check
 from moe_jax.files import cache_folder
-from moe_jax.model.decoder import Decoder
+from moe_jax.model.decoder import Decoder, Tokens
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.settings import parse_prepare
 from moe_jax.runs.layout import RunDirectory, saved_steps
 from moe_jax.runs.metrics_file import read_metrics
-from moe_jax.sampling.engine import load_generator
+from moe_jax.runs.opened import open_run
+from moe_jax.sampling.api import load_engine
 from moe_jax.training.flops import count_params
-from moe_jax.training.train import train
 from tests.oracles.texts import VERSE
 
 ROOT = Path(__file__).parents[2]
@@ -170,7 +171,9 @@ def test_the_docstring_of_a_recipe_counts_its_parameters(recipe):
     file = ROOT / "configs" / f"{recipe}.py"
     config = check(load_recipe(file))
     decoder = Decoder(config.model, VOCABULARY[config.data.path or config.data.tokenizer])
-    params = jax.eval_shape(lambda: nn.unbox(decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]))
+    params = jax.eval_shape(
+        lambda: nn.unbox(decoder.init(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"])
+    )
     counts = count_params(params, config.model.moe)
     stated = re.search(r"([\d.]+) M parameters(?:, ([\d.]+) M\s+active)?", " ".join(file.read_text().split()))
     assert stated is not None
@@ -202,7 +205,7 @@ def test_every_recipe_learns_saves_goes_on_and_speaks(recipe, folder_of_stories,
     logged = [line["step"] for line in read_metrics(run.metrics_file)]
     assert logged == [*(steps // 5 * n for n in range(1, 6)), steps, steps + 2, steps + 2]
     assert saved_steps(run.checkpoints) == [steps, steps + 2]
-    generator, variables = load_generator(run, "newest")
+    generator, variables = load_engine(open_run(run.path, "newest"))
     assert len(generator.generate(variables, "the quick", config.sample)) == 1
 
 

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.commands.training import train
 from moe_jax.config import (
     Config,
     DataConfig,
@@ -19,11 +20,11 @@ from moe_jax.config import (
     TrainConfig,
 )
 from moe_jax.errors import Interrupted, UserError
-from moe_jax.runs.layout import RunDirectory, saved_steps
+from moe_jax.runs.layout import saved_steps
 from moe_jax.runs.metrics_file import read_metrics
-from moe_jax.sampling.engine import load_variables
+from moe_jax.runs.opened import open_run
+from moe_jax.sampling.api import load_variables
 from moe_jax.training.loop import Loop
-from moe_jax.training.train import train
 from tests.oracles.texts import VERSE
 
 
@@ -66,8 +67,8 @@ def stop_and_go_on(config, workdir, at, monkeypatch, going_on=None):
     """SIGTERM after step ``at``, then the same command, or ``going_on``."""
     read, sent = Loop._read, []
 
-    def interrupt(self, output, bar, done):
-        read(self, output, bar, done)
+    def interrupt(self, output, done):
+        read(self, output, done)
         if done == at and not sent:  # a second signal would be the end of this process
             sent.append(done)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -80,7 +81,7 @@ def stop_and_go_on(config, workdir, at, monkeypatch, going_on=None):
 
 
 def parameters(workdir):
-    return jax.tree.leaves(load_variables(RunDirectory(workdir), "newest"))
+    return jax.tree.leaves(load_variables(open_run(workdir, "newest")))
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.decoder import Decoder, Variables, forward, initial_expert_bias, layout
+from moe_jax.model.decoder import Decoder, Tokens, Variables, forward, initial_expert_bias, layout
+from tests.oracles.moe import on_cpu
 from tests.oracles.programs import equations_of
 
 VOCAB, B, L = 29, 2, 10
@@ -50,7 +51,7 @@ DEEPSEEK = dataclasses.replace(
         routed_scaling_factor=2.0,
         num_shared_experts=1,
         first_dense=1,
-        grouped_matmul="blocked",  # also where cached decoding, with its few rows, would gather weights by row
+        dispatch="blocked",  # also where cached decoding, with its few rows, would gather weights by row
     ),
 )
 DENSE = dataclasses.replace(TINY, moe=MoEConfig(num_experts=0, expert_dim=12))
@@ -59,7 +60,9 @@ VARIANTS = {"llama": LLAMA, "gpt": GPT, "mixed": MIXED, "deepseek": DEEPSEEK, "d
 
 def make_variables(config, length=2):
     tokens_BL = jnp.zeros((1, length), jnp.int32)
-    params = nn.unbox(jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), tokens_BL))["params"]
+    params = nn.unbox(jax.jit(Decoder(on_cpu(config, length), VOCAB).init)(jax.random.key(0), Tokens(tokens_BL)))[
+        "params"
+    ]
     bias_NE = initial_expert_bias(config)
     if bias_NE is not None:  # another one in each layer, so that layers cannot be mixed up
         bias_NE = 0.2 * jax.random.normal(jax.random.key(2), bias_NE.shape)
@@ -73,10 +76,12 @@ def model(request):
     return config, make_variables(config), jax.random.randint(jax.random.key(1), (B, L), 0, VOCAB)
 
 
-def apply_of(config, train=False, **options):
-    return jax.jit(
-        lambda variables, tokens: forward(Decoder(config, VOCAB), variables, tokens, train=train, **options)
-    )
+def apply_of(config, train=False, keys_B=None, mask_BL=None):
+    def apply(variables, tokens_BL):
+        decoder = Decoder(on_cpu(config, tokens_BL.size, train=train), VOCAB)
+        return forward(decoder, variables, Tokens(tokens_BL, mask_BL), train=train, keys_B=keys_B)
+
+    return jax.jit(apply)
 
 
 def test_no_position_sees_a_later_token_though_capacity_binds(model):
@@ -132,13 +137,13 @@ def test_evaluation_is_without_noise_though_keys_are_given(router):
     assert float(jnp.max(jnp.abs(noisy - quiet))) > 1e-3
 
 
-@pytest.mark.parametrize(("grouped_matmul", "loop"), [("blocked", "while"), ("ragged", "ragged_dot_general")])
-def test_remat_of_all_but_products_does_not_compute_sorted_experts_twice(grouped_matmul, loop):
+@pytest.mark.parametrize(("dispatch", "loop"), [("blocked", "while"), ("ragged", "ragged_dot_general")])
+def test_remat_of_all_but_products_does_not_compute_sorted_experts_twice(dispatch, loop):
     # Their products' results have to be named for the policy, which sees neither into a loop nor grouped products.
     tokens_BL = jnp.zeros((B, L), jnp.int32)
 
     def num_loops(remat):
-        moe = dataclasses.replace(DEEPSEEK.moe, grouped_matmul=grouped_matmul)
+        moe = dataclasses.replace(DEEPSEEK.moe, dispatch=dispatch)
         config = dataclasses.replace(DEEPSEEK, remat=remat, moe=moe)
         variables = jax.eval_shape(lambda: make_variables(config))
         gradient = jax.grad(lambda params: jnp.sum(apply_of(config)(Variables(params, BIAS), tokens_BL).logits_BLV))
@@ -152,7 +157,7 @@ def test_remat_of_all_but_products_does_not_compute_sorted_experts_twice(grouped
 def test_masked_tokens_change_no_other_token(model):
     config, variables, tokens_BL = model
     mask_BL = jnp.ones((B, L), bool).at[0, 7:].set(False)
-    apply = apply_of(config, train=True, token_mask_BL=mask_BL)
+    apply = apply_of(config, train=True, mask_BL=mask_BL)
     first, second = apply(variables, tokens_BL), apply(variables, tokens_BL.at[0, 7:].set(5))
     np.testing.assert_array_equal(first.logits_BLV[0, :7], second.logits_BLV[0, :7])
     if config.moe.num_experts:
@@ -208,8 +213,8 @@ def test_initial_standard_deviations_count_no_expert_axis_as_a_fan(init, std_up,
 def test_dropout_differs_by_key_and_only_in_training():
     config = dataclasses.replace(LLAMA, dropout_rate=0.5)
     tokens_BL = jnp.ones((B, L), jnp.int32)
-    decoder, variables = Decoder(config, VOCAB), make_variables(config)
-    apply = jax.jit(lambda keys: forward(decoder, variables, tokens_BL, train=True, keys_B=keys).logits_BLV)
+    decoder, variables = Decoder(on_cpu(config, train=True), VOCAB), make_variables(config)
+    apply = jax.jit(lambda keys: forward(decoder, variables, Tokens(tokens_BL), train=True, keys_B=keys).logits_BLV)
     keys = jax.random.split(jax.random.key(5), B)
     one, again, other = apply(keys), apply(keys), apply(jax.random.split(jax.random.key(6), B))
     np.testing.assert_array_equal(one, again)
@@ -226,7 +231,9 @@ def test_the_embedding_may_be_left_out_of_dropout():
     def logits(config, seed):
         keys = jax.random.split(jax.random.key(seed), B)
         tokens_BL = jnp.ones((B, 1), jnp.int32)
-        return forward(Decoder(config, VOCAB), variables, tokens_BL, train=True, keys_B=keys).logits_BLV
+        return forward(
+            Decoder(on_cpu(config, train=True), VOCAB), variables, tokens_BL, train=True, keys_B=keys
+        ).logits_BLV
 
     assert float(jnp.max(jnp.abs(logits(config, 0) - logits(config, 1)))) > 1e-3
     without = dataclasses.replace(config, embedding_dropout=False)

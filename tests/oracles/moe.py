@@ -1,11 +1,14 @@
 """A MoE layer as loops over tokens, choices and experts, and each router as its paper's sentence says it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import MoEConfig
-from moe_jax.model.moe.experts import ExpertWeights
+from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.model.mlp import ExpertWeights
+from moe_jax.model.moe.backends import Machine, with_dispatch
 
 
 def choose(scores_TE: np.ndarray, top_k: int) -> np.ndarray:
@@ -84,6 +87,56 @@ def one_expert(weights: ExpertWeights, expert: int, x_TD: jax.Array, activation:
     return linear(hidden, weights.w_down_EFD, weights.b_down_ED)
 
 
+def experts_of(size_E, num_slots: int) -> np.ndarray:
+    """[S]: the expert of each of the sorted slots; E past the last expert's."""
+    E = len(size_E)
+    return np.append(np.repeat(np.arange(E), size_E), np.full(num_slots - sum(size_E), E))
+
+
+@functools.partial(jax.jit, static_argnames="activation")
+def one_by_one(weights: ExpertWeights, x_SD: jax.Array, expert_S: jax.Array, activation: str) -> jax.Array:
+    """Every expert on all rows, of which it is asked for its own; zeros for rows of none."""
+    return sum(
+        jnp.where((expert_S == expert)[:, None], one_expert(weights, expert, x_SD, activation), 0)
+        for expert in range(weights.w_up_EDF.shape[0])
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("mlp", "activation"))
+def with_gradients(mlp, weights: ExpertWeights, x_SD: jax.Array, rows: jax.Array, activation: str, dy_SD: jax.Array):
+    """(y, its gradients) of ``mlp(weights, x, rows, activation)``, by weights and x."""
+    y_SD, vjp = jax.vjp(lambda weights, x_SD: mlp(weights, x_SD, rows, activation), weights, x_SD)
+    return y_SD, vjp(dy_SD)
+
+
+def assert_equals_one_by_one(mlp, load, activation: str, bias: bool, num_slots: int) -> None:
+    """``mlp(weights, x_SD, size_E, activation)`` on sorted rows: values and gradients; the rest may be anything."""
+    weights = make_weights(len(load), 6, 10, activation=activation, bias=bias)
+    rng = np.random.default_rng(1)
+    real = np.arange(num_slots)[:, None] < sum(load)
+    x_SD, dy_SD = rng.standard_normal((2, num_slots, 6)).astype(np.float32)
+    dy_SD = np.where(real, dy_SD, 0)
+    expert_S = experts_of(load, num_slots)
+    want, (want_dweights, want_dx) = with_gradients(one_by_one, weights, x_SD, expert_S, activation, dy_SD)
+    y_SD, (dweights, dx) = with_gradients(mlp, weights, x_SD, jnp.asarray(load, jnp.int32), activation, dy_SD)
+    assert_trees_close((jnp.where(real, y_SD, 0), jnp.where(real, dx, 0)), (want, want_dx), 2e-6)
+    assert_trees_close(dweights, want_dweights, 2e-6)
+
+
+def assert_equals_one_by_one_on_a_gpu(mlp, dtype: str) -> None:
+    """As ``assert_equals_one_by_one``, for shapes that kernels take, against float32 to what ``dtype`` can hold."""
+    load = [0, 128, 0, 512, 256, 64, 32, 32]
+    weights, expert_S = make_weights(8, 128, 256), experts_of(load, sum(load))
+    x_SD = jax.random.normal(jax.random.key(0), (sum(load), 128)).astype(dtype)
+    y_SD, gradients = with_gradients(mlp, weights, x_SD, jnp.asarray(load, jnp.int32), "swiglu", jnp.ones_like(x_SD))
+    with jax.default_matmul_precision("highest"):
+        x_SD = x_SD.astype(jnp.float32)
+        want, want_gradients = with_gradients(one_by_one, weights, x_SD, expert_S, "swiglu", jnp.ones_like(x_SD))
+    assert_trees_close(y_SD.astype(jnp.float32), want, 4 * 2.0**-7)
+    for got, expected in zip(jax.tree.leaves(gradients), jax.tree.leaves(want_gradients), strict=True):
+        assert_trees_close(got.astype(jnp.float32), expected, 8 * 2.0**-7)
+
+
 def make_weights(
     num_experts: int, D: int, F: int, *, activation: str = "swiglu", bias: bool = False, seed: int = 7
 ) -> ExpertWeights:
@@ -109,3 +162,8 @@ def assert_trees_close(actual, expected, rtol: float) -> None:
     for got, want in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         scale = float(jnp.max(jnp.abs(want))) + 1e-30
         np.testing.assert_allclose(np.asarray(got) / scale, np.asarray(want) / scale, atol=rtol, rtol=0)
+
+
+def on_cpu(model: ModelConfig, num_tokens: int = 4096, *, train: bool = False) -> ModelConfig:
+    """``model`` as a decoder needs it: with the backend that a CPU takes for so many tokens where none is set."""
+    return with_dispatch(model, num_tokens, train=train, machine=Machine("cpu"))

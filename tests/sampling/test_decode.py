@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.config import MoEConfig, SampleConfig
 from moe_jax.model import decoder as decoder_module
-from moe_jax.model.decoder import forward
+from moe_jax.model.decoder import Tokens, forward
 from moe_jax.sampling.batch import Batch
 from tests.sampling.tiny import CONFIG, make, make_trained
 
@@ -25,11 +25,11 @@ EVERY_SECOND = {"moe": MoEConfig(4, 2, 8, every=2)}
 BIASED = {"moe": MoEConfig(4, 2, 8, router="sigmoid_bias", num_shared_experts=1, first_dense=1)}
 
 
-def texts_and_logits(generator, variables):
+def texts_and_logits(engine, variables):
     """The texts of PROMPTS up to END tokens, drawn token by token in one ragged batch, and the logits before each."""
-    batch = Batch(generator, variables, [4])
+    batch = Batch(engine.programs, variables, [4])
     texts = [
-        generator.begin(ids, SampleConfig(max_new_tokens=END - len(ids), temperature=1.0, top_p=1.0, seed=index))
+        engine.begin(ids, SampleConfig(max_new_tokens=END - len(ids), temperature=1.0, top_p=1.0, seed=index))
         for index, ids in enumerate(PROMPTS)
     ]
     # The last joins when the others are under way.
@@ -54,7 +54,7 @@ def reference_rotary(decoder, variables, texts, monkeypatch):
         return (distance_BLL >= 0) & (distance_BLL < M)
 
     monkeypatch.setattr(decoder_module, "causal_mask", banded)
-    logits_BLV = jax.jit(lambda tokens_BL: forward(decoder, variables, tokens_BL).logits_BLV)(np.array(texts))
+    logits_BLV = jax.jit(lambda tokens_BL: forward(decoder, variables, Tokens(tokens_BL)).logits_BLV)(np.array(texts))
     return [np.asarray(rows[len(ids) - 1 : -1]) for rows, ids in zip(logits_BLV, PROMPTS, strict=True)]
 
 
@@ -68,7 +68,9 @@ def reference_learned(decoder, variables, texts, monkeypatch):
                 start = size - M // 2
             windows.append(text[start:size] + [0] * (M - size + start))
             sizes.append(size - start)
-    logits_BLV = jax.jit(lambda tokens_BL: forward(decoder, variables, tokens_BL).logits_BLV)(np.array(windows))
+    logits_BLV = jax.jit(lambda tokens_BL: forward(decoder, variables, Tokens(tokens_BL)).logits_BLV)(
+        np.array(windows)
+    )
     rows = np.asarray(logits_BLV)[np.arange(len(sizes)), np.array(sizes) - 1]
     return np.split(rows, np.cumsum([END - len(ids) for ids in PROMPTS])[:-1])
 
@@ -90,8 +92,8 @@ EVERY = [
 
 def check(positions, changes, monkeypatch):
     config = dataclasses.replace(CONFIG, context_length=M, positions=positions, **changes)
-    generator, variables, _ = make(config, end_token=-1)  # so that all texts get there
-    texts, found = texts_and_logits(generator, variables)
+    engine, variables, _ = make(config, end_token=-1)  # so that all texts get there
+    texts, found = texts_and_logits(engine, variables)
     expected = REFERENCES[positions](*make_trained(config), texts, monkeypatch)
     for rows, wanted in zip(found, expected, strict=True):
         assert len(rows) == len(wanted) >= 3 * M
@@ -110,20 +112,20 @@ def test_cached_logits_in_every_variant(positions, changes, monkeypatch):
 
 
 def test_probabilities_are_the_same_alone_and_beside_fifteen_others(rotary):
-    generator, variables, _ = rotary
+    engine, variables, _ = rotary
     prompts = [[1 + (index + place) % 8 for place in range(index + 1)] for index in range(16)]
     settings = SampleConfig(max_new_tokens=20, temperature=1.0, top_p=1.0, seed=5)
 
     def made(batch, prompts):
-        texts = [generator.begin(ids, settings) for ids in prompts]
+        texts = [engine.begin(ids, settings) for ids in prompts]
         batch.admit(texts)
         while batch.texts:
             batch.advance()
         return texts
 
-    V = generator.tokenizer.vocab_size
-    together = made(Batch(generator, variables, [16], num_top=V), prompts)
-    alone = Batch(generator, variables, [1], num_top=V)
+    V = engine.tokenizer.vocab_size
+    together = made(Batch(engine.programs, variables, [16], num_top=V), prompts)
+    alone = Batch(engine.programs, variables, [1], num_top=V)
     for text, ids in zip(together, prompts, strict=True):
         (single,) = made(alone, [ids])
         assert (text.tokens, text.finish_reason) == (single.tokens, single.finish_reason)
@@ -136,9 +138,9 @@ def test_probabilities_are_the_same_alone_and_beside_fifteen_others(rotary):
 def test_a_batch_grows_and_shrinks_and_texts_keep_their_rows(rotary, positions):
     """Texts of up to three windows come and go at random; each is what it is alone."""
     changed = dataclasses.replace(CONFIG, positions="learned")
-    generator, variables, _ = rotary if positions == "rotary" else make(changed, end_token=-1)
+    engine, variables, _ = rotary if positions == "rotary" else make(changed, end_token=-1)
     random = np.random.default_rng(0)
-    batch, waiting, done, removed = Batch(generator, variables, [1, 2, 4]), [], [], []
+    batch, waiting, done, removed = Batch(engine.programs, variables, [1, 2, 4]), [], [], []
     for index in range(24):
         sample = SampleConfig(
             max_new_tokens=int(random.integers(1, 49)),
@@ -147,7 +149,7 @@ def test_a_batch_grows_and_shrinks_and_texts_keep_their_rows(rotary, positions):
             repetition_penalty=[1.0, 1.5][index % 2],
             seed=index,
         )
-        waiting.append(generator.begin(random.integers(1, 9, random.integers(1, 17)).tolist(), sample, index % 5))
+        waiting.append(engine.begin(random.integers(1, 9, random.integers(1, 17)).tolist(), sample, index % 5))
     every, sizes = list(waiting), set()
     while waiting or batch.texts:
         count = min(batch.num_free, len(waiting), int(random.integers(0, 3)))
@@ -161,9 +163,9 @@ def test_a_batch_grows_and_shrinks_and_texts_keep_their_rows(rotary, positions):
     assert sizes == {1, 2, 4}
     assert removed
     assert all(text.finish_reason is None for text in removed)
-    single = Batch(generator, variables, [1])
+    single = Batch(engine.programs, variables, [1])
     for text in done:
-        again = generator.begin(text.prompt_ids, text.sample, text.number)
+        again = engine.begin(text.prompt_ids, text.sample, text.number)
         single.admit([again])
         while single.texts:
             single.advance()
@@ -173,10 +175,10 @@ def test_a_batch_grows_and_shrinks_and_texts_keep_their_rows(rotary, positions):
 
 def test_a_penalty_knows_what_the_window_has_left():
     config = dataclasses.replace(CONFIG, positions="learned", context_length=M)
-    generator, variables, decoder = make(config, end_token=-1)
-    text = generator.begin(PROMPTS[1], SampleConfig(max_new_tokens=30, temperature=0.0, repetition_penalty=1.6))
-    generator.finish(variables, [text])
-    run = jax.jit(lambda tokens_BL: forward(decoder, variables, tokens_BL).logits_BLV)
+    engine, variables, decoder = make(config, end_token=-1)
+    text = engine.begin(PROMPTS[1], SampleConfig(max_new_tokens=30, temperature=0.0, repetition_penalty=1.6))
+    engine.finish(variables, [text])
+    run = jax.jit(lambda tokens_BL: forward(decoder, variables, Tokens(tokens_BL)).logits_BLV)
     ids, start = list(PROMPTS[1]), 0
     while len(ids) < len(PROMPTS[1]) + 30:
         start = len(ids) - M // 2 if len(ids) - start > M else start
@@ -189,14 +191,15 @@ def test_a_penalty_knows_what_the_window_has_left():
 
 
 def test_what_is_warmed_up_is_not_compiled_again():
-    generator = make(CONFIG)[0]
+    engine = make(CONFIG)[0]
     # Where a checkpoint puts them.
-    variables = jax.device_put(generator.prepare(make_trained(CONFIG)[1]), jax.devices()[0])
-    batch = Batch(generator, variables, [1, 2])
-    functions = (generator.prefill, generator.decode, generator.take_rows, generator.empty_state)
+    variables = jax.device_put(engine.prepare(make_trained(CONFIG)[1]), jax.devices()[0])
+    batch = Batch(engine.programs, variables, [1, 2])
+    programs = engine.programs
+    functions = (programs.prefill, programs.decode, programs.take_rows, programs.empty_state)
     batch.warm_up()
     before = [function._cache_size() for function in functions]
-    waiting = [generator.begin([1] * length, SampleConfig(max_new_tokens=20)) for length in (1, 16, 5)]
+    waiting = [engine.begin([1] * length, SampleConfig(max_new_tokens=20)) for length in (1, 16, 5)]
     while waiting or batch.texts:
         if waiting and batch.num_free:
             batch.admit([waiting.pop()])
@@ -207,7 +210,7 @@ def test_what_is_warmed_up_is_not_compiled_again():
 def test_bfloat16_holds_matrices_in_two_bytes_and_all_else_in_four(rotary):
     _, variables, _ = rotary
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
-    generator, small, _ = make(config)
+    engine, small, _ = make(config)
     kinds = {
         jax.tree_util.keystr(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(small.params)
     }
@@ -216,7 +219,7 @@ def test_bfloat16_holds_matrices_in_two_bytes_and_all_else_in_four(rotary):
     }
     assert {kinds[name] for name in kinds if "attention'" in name or "w_up" in name} == {jnp.dtype("bfloat16")}
     greedy = SampleConfig(max_new_tokens=12, temperature=0.0)
-    (sample,) = generator.generate(small, "bad", greedy)
+    (sample,) = engine.generate(small, "bad", greedy)
     # Rounding once at the start is what rounding at each use would give.
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), variables)
     for name in ("embedding", "final_norm"):
@@ -225,6 +228,6 @@ def test_bfloat16_holds_matrices_in_two_bytes_and_all_else_in_four(rotary):
         for name in ("attention_norm", "mlp_norm"):
             rounded.params[f"layer_{layer}"][name] = variables.params[f"layer_{layer}"][name]
         rounded.params[f"layer_{layer}"]["moe"]["router"] = variables.params[f"layer_{layer}"]["moe"]["router"]
-    (wide,) = generator.generate(rounded, "bad", greedy)
+    (wide,) = engine.generate(rounded, "bad", greedy)
     assert wide.tokens == sample.tokens
     np.testing.assert_array_equal(wide.logprobs, sample.logprobs)

@@ -23,26 +23,20 @@ def kept(logits_V):
 
 
 @pytest.mark.parametrize(
-    ("top_k", "tokens"), [(1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]
-)
-def test_top_k(top_k, tokens):
-    assert kept(keep_top_k(LOGITS, jnp.asarray(top_k))) == tokens
-
-
-@pytest.mark.parametrize(
-    ("top_p", "tokens"),
+    ("processor", "value", "tokens"),
     [
-        (1e-6, [1]),
-        (0.39, [1]),
-        (0.41, [1, 3]),
-        (0.69, [1, 3]),
-        (0.71, [1, 2, 3]),
-        (0.95, [0, 1, 2, 3]),
-        (1.0, [0, 1, 2, 3]),
+        *((keep_top_k, *row) for row in [(1, [1]), (2, [1, 3]), (3, [1, 2, 3]), (4, [0, 1, 2, 3]), (9, [0, 1, 2, 3])]),
+        *((keep_top_p, value, [1]) for value in (1e-6, 0.39)),
+        *((keep_top_p, value, [1, 3]) for value in (0.41, 0.69)),
+        (keep_top_p, 0.71, [1, 2, 3]),
+        *((keep_top_p, value, [0, 1, 2, 3]) for value in (0.95, 1.0)),
+        *((keep_min_p, value, [0, 1, 2, 3]) for value in (0.0, 0.24)),
+        (keep_min_p, 0.26, [1, 2, 3]),
+        *((keep_min_p, value, [1]) for value in (0.76, 1.0)),
     ],
 )
-def test_top_p(top_p, tokens):
-    assert kept(keep_top_p(LOGITS, jnp.asarray(top_p))) == tokens
+def test_which_tokens_are_kept(processor, value, tokens):
+    assert kept(processor(LOGITS, jnp.asarray(value))) == tokens
 
 
 def test_top_p_counts_what_top_k_left():
@@ -59,13 +53,6 @@ def test_ties_keep_the_lower_token_and_exactly_k():
 
 def test_temperature_divides():
     np.testing.assert_allclose(scale_by_temperature(LOGITS, jnp.asarray(0.5)), 2 * LOGITS, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("min_p", "tokens"), [(0.0, [0, 1, 2, 3]), (0.24, [0, 1, 2, 3]), (0.26, [1, 2, 3]), (0.76, [1]), (1.0, [1])]
-)
-def test_min_p(min_p, tokens):
-    assert kept(keep_min_p(LOGITS, jnp.asarray(min_p))) == tokens
 
 
 def test_a_penalty_makes_what_is_in_the_text_less_likely_whatever_its_sign():

@@ -1,13 +1,15 @@
-"""An untrained model of eight letters, and its generator."""
+"""An untrained model of eight letters, and its engine."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from moe_jax.config import Config, ModelConfig, MoEConfig
-from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
+from moe_jax.model.decoder import Decoder, Tokens, Variables, initial_expert_bias
+from moe_jax.model.moe.backends import Machine
 from moe_jax.prepare.tokenizer import build_tokenizer
-from moe_jax.sampling.engine import Generator
+from moe_jax.sampling.engine import Engine
+from tests.oracles.moe import on_cpu
 
 TOKENIZER = build_tokenizer("char", ["abcdefgh"])
 CONFIG = ModelConfig(
@@ -22,13 +24,13 @@ CONFIG = ModelConfig(
 
 def make_trained(config, tokenizer=TOKENIZER):
     """(training decoder, its variables) of a model of ``config``."""
-    decoder = Decoder(config, tokenizer.vocab_size)
-    params = nn.unbox(jax.jit(decoder.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32)))["params"]
+    decoder = Decoder(on_cpu(config), tokenizer.vocab_size)
+    params = nn.unbox(jax.jit(decoder.init)(jax.random.key(1), Tokens(jnp.zeros((1, 2), jnp.int32))))["params"]
     return decoder, Variables(params, initial_expert_bias(config))
 
 
 def make(config, tokenizer=TOKENIZER, end_token=None):
-    """(generator, its variables, the decoder that takes them) of a model of ``config``."""
-    generator = Generator(Config(model=config), tokenizer, end_token=end_token)
-    variables = generator.prepare(make_trained(config, tokenizer)[1])
-    return generator, variables, Decoder(generator.config, tokenizer.vocab_size, unstacked=True)
+    """(engine, its variables, the decoder that takes them) of a model of ``config``."""
+    engine = Engine(Config(model=config), tokenizer, Machine("cpu"), end_token=end_token)
+    variables = engine.prepare(make_trained(config, tokenizer)[1])
+    return engine, variables, engine.programs.decoder_for(4096)

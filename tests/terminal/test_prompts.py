@@ -1,4 +1,4 @@
-"""Prompts from files; tests/faults/test_bad_input.py has those that cannot be used."""
+"""Prompts from the command line, standard input and files."""
 
 import io
 import json
@@ -39,17 +39,20 @@ def test_json_lines_are_a_prompt_each(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b'{"prompt": "a"}\n{"prompt"', r"prompts.jsonl:2 is not JSON .*; correct the line"),
-        (b'{"text": "a"}', r'prompts.jsonl:1 must be an object with a text as "prompt", got'),
-        (b'{"prompt": 5}', r"must be an object with a text"),
-        (b'["a"]', r"must be an object with a text"),
-        (b'{"prompt": "\\ud800"}', r"prompts.jsonl:1: prompt must be UTF-8 text"),
+        (
+            b'{"prompt": "a"}\n{"prompt"',
+            r'prompts.jsonl:2 must be a JSON object with a text as "prompt" \(.*truncated',
+        ),
+        (b'{"text": "a"}', r"prompts.jsonl:1 must be a JSON .*missing required field `prompt`\); correct the line"),
+        (b'{"prompt": 5}', r"must be a JSON object with a text .*Expected `str`, got `int`"),
+        (b'["a"]', r"must be a JSON object with a text .*Expected `object`, got `array`"),
+        (b'{"prompt": "\\ud800"}', r"prompts.jsonl:1 must be a JSON object with a text"),
         (b"\xff", r"--prompt-file .*prompts.jsonl must be UTF-8 text, got another byte at 0"),
         (b"\n \n", r"has no prompts in it"),
-        (b"[" * 100_000, r"prompts.jsonl:1 is not JSON"),
+        (b"[" * 100_000, r"prompts.jsonl:1 must be a JSON object"),
     ],
 )
-def test_what_is_no_prompt_is_told_with_its_line(tmp_path, content, words):
+def test_what_is_no_prompt_is_refused_with_its_line(tmp_path, content, words):
     (tmp_path / "prompts.jsonl").write_bytes(content)
     with pytest.raises(UserError, match=words):
         read_prompts(None, str(tmp_path / "prompts.jsonl"))

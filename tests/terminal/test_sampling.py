@@ -1,4 +1,4 @@
-"""A conversation line by line, through a pipe; tests/test_commands.py has one on a terminal."""
+"""A conversation line by line, through a pipe; tests/end_to_end/test_commands.py has one on a terminal."""
 
 import dataclasses
 import io
@@ -10,11 +10,10 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.config import Config, SampleConfig, TrainConfig
-from moe_jax.model.decoder import forward
-from moe_jax.runs.layout import RunDirectory
+from moe_jax.config import SampleConfig
+from moe_jax.model.decoder import Tokens, forward
 from moe_jax.sampling.text import Text
-from moe_jax.terminal import sampling as front_end
+from moe_jax.terminal import sampling as terminal
 from tests.sampling.tiny import CONFIG, TOKENIZER, make
 
 SETTINGS = SampleConfig(max_new_tokens=12, temperature=1.0, seed=1)
@@ -25,20 +24,17 @@ def converse(tmp_path, monkeypatch, capsys):
     """A function: (made, bytes of standard input) to (standard output, standard error, generated_text.txt)."""
 
     def run(made, lines):
-        directory = RunDirectory(tmp_path)
-        directory.save_config(Config(train=TrainConfig(compile_cache=False)))
-        monkeypatch.setattr(front_end, "load_generator", lambda run, which, dtype: made[:2])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
-        front_end.converse(directory, "best", None, SETTINGS)
+        terminal.converse(*made[:2], SETTINGS, tmp_path / "generated_text.txt")
         printed = capsys.readouterr()
-        return printed.out, printed.err, directory.generated_text.read_text()
+        return printed.out, printed.err, (tmp_path / "generated_text.txt").read_text()
 
     return run
 
 
 def text_of(made, prompt):
-    generator, variables, _ = made
-    return generator.generate(variables, prompt, SETTINGS)[0].text
+    engine, variables, _ = made
+    return engine.generate(variables, prompt, SETTINGS)[0].text
 
 
 def test_each_line_is_continued_and_nothing_else_printed(rotary, converse):
@@ -52,38 +48,31 @@ def test_each_line_is_continued_and_nothing_else_printed(rotary, converse):
 def test_settings_are_changed_between_lines(rotary, converse):
     lines = b"/temperature 0\nab\n/top-k 3\n/seed\n/temperature 2\n//a\n"
     out, err, written = converse(rotary, lines)
-    generator, variables, _ = rotary
+    engine, variables, _ = rotary
     greedy = dataclasses.replace(SETTINGS, temperature=0)
     hot = dataclasses.replace(SETTINGS, temperature=2, top_k=3)
-    first = generator.generate(variables, "ab", greedy)[0].text
-    assert out == first + "\n" + generator.generate(variables, "/a", hot)[0].text + "\n"
+    first = engine.generate(variables, "ab", greedy)[0].text
+    assert out == first + "\n" + engine.generate(variables, "/a", hot)[0].text + "\n"
     assert err == "/temperature is 0\n/top-k is 3\n/seed is 1\n/temperature is 2\n"
     assert written.startswith("/a")
 
 
-def test_a_setting_that_cannot_be_is_told_and_changes_nothing(rotary, converse):
-    lines = b"/temprature 2\n/temperature hot\n/top-p 7\n/top-k none\n/max-new-tokens 1.5\nab\n"
+def test_a_setting_that_cannot_be_is_reported_and_changes_nothing(rotary, converse):
+    lines = b"/temprature 2\n/temperature hot\n/top-p 7\n/top-k none\n/max-new-tokens 1.5\n/stop x\nab\n"
     out, err, _ = converse(rotary, lines)
     assert out == text_of(rotary, "ab") + "\n"
-    told = err.splitlines()
-    assert told[0] == "error: there is no setting /temprature; did you mean /temperature?"
-    assert told[1].startswith("error: /temperature must be of type float, got 'hot'")
-    assert told[2] == "error: /top-p must be in [1e-06, 1.0], got 7"
-    assert told[3] == "/top-k is None"
-    assert told[4].startswith("error: /max-new-tokens must be of type int, got 1.5")
+    assert err.splitlines() == [
+        "error: there is no setting /temprature; did you mean /temperature?",
+        "error: /temperature must be of type float, got 'hot' of type str",
+        "error: /top-p must be in [1e-06, 1.0], got 7",
+        "/top-k is None",
+        "error: /max-new-tokens must be of type int, got 1.5 of type float",
+        "error: /stop cannot be changed in a conversation; leave it, and begin another with --stop",
+    ]
 
 
-def test_what_stands_for_a_whole_conversation_is_not_changed_in_it(rotary, converse):
-    _, err, _ = converse(rotary, b"/stop x\nab\n")
-    assert err == "error: /stop cannot be changed in a conversation; leave it, and begin another with --stop\n"
-
-
-def test_exit_leaves(rotary, converse):
-    assert converse(rotary, b"ab\nexit\nhgf\n")[0] == text_of(rotary, "ab") + "\n"
-
-
-def test_a_prompt_that_cannot_be_used_is_told_and_the_next_is_asked_for(rotary, converse):
-    out, err, _ = converse(rotary, b"a" * 17 + b"\n\xff\nab\n")
+def test_a_prompt_that_cannot_be_used_is_reported_and_exit_leaves(rotary, converse):
+    out, err, _ = converse(rotary, b"a" * 17 + b"\n\xff\nab\nexit\nhgf\n")
     assert out == text_of(rotary, "ab") + "\n"
     assert err == (
         "error: the prompt must fit the context of 16 tokens, got 17; shorten the prompt\n"
@@ -92,12 +81,12 @@ def test_a_prompt_that_cannot_be_used_is_told_and_the_next_is_asked_for(rotary, 
 
 
 class Interrupted:
-    """A generator whose user presses Ctrl-C while the second piece is made."""
+    """A engine whose user presses Ctrl-C while the second piece is made."""
 
     config = CONFIG
 
     def begin(self, prompt, sample):
-        return Text(TOKENIZER, TOKENIZER.encode(prompt).tolist(), sample, 0, -1)
+        return Text(TOKENIZER, TOKENIZER.encode(prompt).tolist(), sample, 0, -1, prompt)
 
     def stream(self, variables, text, keep_experts):
         yield "one "
@@ -122,22 +111,22 @@ def test_ctrl_c_ends_the_text_and_not_the_conversation(converse):
         ("learned", "the text was cut to its last half and read anew whenever it was full (learned positions)"),
     ],
 )
-def test_what_happens_past_the_context_is_told_once(converse, positions, words):
+def test_what_happens_past_the_context_is_reported_once(converse, positions, words):
     made = make(dataclasses.replace(CONFIG, positions=positions))
     _, err, _ = converse(made, b"/max-new-tokens 40\n/seed 3\n" + b"hgfedcbahgfedcba\n" * 2)
     assert err.splitlines()[2:] == [f"note: past the context of 16 tokens {words}"]
 
 
 def test_experts_of_the_last_answer(rotary, converse):
-    generator, variables, decoder = rotary
+    engine, variables, decoder = rotary
     out, err, _ = converse(rotary, b"/experts\nabc\n/experts\n")
     assert err == "error: /experts shows the experts of the last answer, and there is none yet; give a prompt first\n"
-    (sample,) = generator.generate(variables, "abc", SETTINGS)
+    (sample,) = engine.generate(variables, "abc", SETTINGS)
     text, header, *lines = out.splitlines()
     assert text == sample.text
     assert header.strip() == "experts, a column for each MoE layer"
     ids = [*TOKENIZER.encode("abc").tolist(), *sample.tokens]
-    run = jax.jit(lambda mask_BL: forward(decoder, variables, np.array([ids]), token_mask_BL=mask_BL))
+    run = jax.jit(lambda mask_BL: forward(decoder, variables, Tokens(np.array([ids]), mask_BL)))
 
     def load(size):
         """The oracle: rows that a full forward of so many tokens sends to each layer's experts."""

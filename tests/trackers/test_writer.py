@@ -2,10 +2,11 @@
 
 import math
 
-from moe_jax.runs.layout import RunDirectory
-from moe_jax.runs.metrics_file import read_metrics
 from moe_jax.trackers.trackers import TensorBoard
 from moe_jax.trackers.writer import MetricsWriter
+
+from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.metrics_file import read_metrics
 from tests.oracles.events import events
 
 

@@ -1,6 +1,7 @@
 """The optimizer step: accumulation, devices and the meaning of its losses."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,13 @@ import pytest
 
 from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.config.rules import check
-from moe_jax.model.decoder import Decoder, Variables
+from moe_jax.model.decoder import Decoder, Tokens, Variables
 from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.training.diagnosis import find_not_finite, first_bad_gradient
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import init_state
-from moe_jax.training.step import make_eval_step, make_train_step
+from moe_jax.training.step import eval_step, train_step
+from tests.oracles.moe import on_cpu
 
 VOCAB, L, BATCH = 23, 12, 16
 CONFIG = Config(
@@ -48,12 +50,12 @@ def two_steps(config, devices=1, made=None):
     """(variables after two steps on the batch ``made``, outputs of both)."""
     check(config)
     made = batch() if made is None else made
-    decoder = Decoder(config.model, VOCAB)
+    decoder = Decoder(on_cpu(config.model, train=True), VOCAB)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
     mesh = make_mesh(MeshConfig(data=devices), BATCH // config.optimizer.accumulation_steps)
     with use_mesh(mesh):
         state = init_state(decoder, optimizer, mesh, seed=0)
-        step = jax.jit(make_train_step(config, decoder, optimizer))
+        step = jax.jit(functools.partial(train_step, config, decoder, optimizer))
         state, first = step(state, put_batch(made, mesh))
         state, second = step(state, put_batch(made, mesh))
     return jax.device_get((state.variables, (first, second)))
@@ -102,9 +104,9 @@ def one_step():
     """A new state, the function of a state that makes one step, and the one that looks for what is not finite."""
     moe = dataclasses.replace(CONFIG.model.moe, router="sigmoid_bias", router_z_weight=0.0)
     config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe))
-    decoder = Decoder(config.model, VOCAB)
+    decoder = Decoder(on_cpu(config.model, train=True), VOCAB)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
-    step = jax.jit(make_train_step(config, decoder, optimizer))
+    step = jax.jit(functools.partial(train_step, config, decoder, optimizer))
     mesh = make_mesh(MeshConfig(data=1), BATCH)
 
     def make(state):
@@ -205,13 +207,14 @@ def test_the_reported_loss_is_the_language_model_loss_alone():
     moe = dataclasses.replace(plain.model.moe, router="top_k", load_balancing_weight=50.0, capacity_factor=None)
     config = dataclasses.replace(plain, model=dataclasses.replace(plain.model, moe=moe))
     _, (first, _) = two_steps(config)
-    decoder = Decoder(config.model, VOCAB)
+    decoder = Decoder(on_cpu(config.model, train=True), VOCAB)
     mesh = make_mesh(MeshConfig(data=1), BATCH)
     with use_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
         params = init_state(decoder, optimizer, mesh, seed=0).params
-        logits = jax.jit(decoder.apply)({"params": params}, batch()["inputs"]).logits_BLV
-        evaluated = jax.jit(make_eval_step(decoder))(Variables(params), {**batch(), "mask": np.ones((BATCH, L), bool)})
+        logits = jax.jit(decoder.apply)({"params": params}, Tokens(batch()["inputs"])).logits_BLV
+        everything = {**batch(), "mask": np.ones((BATCH, L), bool)}
+        evaluated = jax.jit(functools.partial(eval_step, decoder))(Variables(params), everything)
     log_probs = jax.nn.log_softmax(logits)
     expected = -np.mean(np.take_along_axis(np.asarray(log_probs), batch()["targets"][..., None], axis=-1))
     np.testing.assert_allclose(first.loss, expected, rtol=1e-5)
@@ -224,15 +227,15 @@ def test_the_gradient_norm_is_taken_before_clipping_and_the_update_after(referen
 
 
 def test_evaluation_scores_only_what_the_mask_says():
-    decoder = Decoder(CONFIG.model, VOCAB)
-    params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    decoder = Decoder(on_cpu(CONFIG.model), VOCAB)
+    params = jax.jit(decoder.init)(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
     mask = np.zeros((BATCH, L), bool)
     mask[:3] = True
     mask[3, :5] = True
-    eval_step = jax.jit(make_eval_step(decoder))
-    full = eval_step(Variables(params), {**batch(), "mask": mask})
+    score = jax.jit(functools.partial(eval_step, decoder))
+    full = score(Variables(params), {**batch(), "mask": mask})
     poisoned = {name: np.where(mask, value, 7) for name, value in batch().items()}
-    again = eval_step(Variables(params), {**poisoned, "mask": mask})
+    again = score(Variables(params), {**poisoned, "mask": mask})
     assert int(full.num_tokens) == 3 * L + 5
     np.testing.assert_allclose(full.loss, again.loss, rtol=1e-6)
     np.testing.assert_array_equal(full.routing.load_NE, again.routing.load_NE)

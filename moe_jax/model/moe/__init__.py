@@ -1,1 +1,1 @@
-"""The sparse layer: a router makes a plan, a dispatcher carries it out, experts do the work; layer.py joins them."""
+"""The sparse layer: a router makes a plan, a backend carries it out through the experts; layer.py joins them."""

@@ -1,18 +1,51 @@
-"""Routers: pure functions from one group's scores to a routing plan, in float32.
+"""Routers: pure functions from one group's scores to a routing plan, in float32, and the table of them.
 
 A router of the first kind lets each token choose its experts: ``top_k_plan`` and ``sigmoid_bias_plan``, on scores that
-``noisy_logits`` or ``jittered`` may have perturbed in training. ``expert_choice_plan`` lets each expert choose tokens.
+``noisy_scores`` or ``jittered_scores`` may perturb in training. ``expert_choice_plan`` lets each expert choose tokens.
 Ties go to the lower expert, or to the earlier token. A masked token has no rows and counts in no statistic.
 """
 
+import functools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.axes import Array
 from moe_jax.config import MoEConfig
-from moe_jax.model.moe.plan import RouterStatistics, RoutingPlan, chosen_experts, expert_capacity
+from moe_jax.model.moe.plan import RoutingPlan, chosen_experts
+from moe_jax.model.moe.statistics import RouterStatistics
+
+# Accelerators round float32 factors by default, to 10 bits or fewer: enough to choose another expert.
+_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+def scores(
+    x_GTD: Array, router_DE: Array, noise_DE: Array | None, noise_keys_G: Array | None, moe: MoEConfig
+) -> Array:
+    """The router's logits x·W_r, [G, T, E], of float32 tokens."""
+    return _product(x_GTD, router_DE)
+
+
+def noisy_scores(
+    x_GTD: Array, router_DE: Array, noise_DE: Array | None, noise_keys_G: Array | None, moe: MoEConfig
+) -> Array:
+    """``scores``, with noise of the learned scale x·W_noise where keys are given, one a group."""
+    if noise_keys_G is None or noise_DE is None:
+        return _product(x_GTD, router_DE)
+    noise_scale_GTE = _product(x_GTD, noise_DE)
+    return jax.vmap(noisy_logits)(_product(x_GTD, router_DE), noise_scale_GTE, noise_keys_G)
+
+
+def jittered_scores(
+    x_GTD: Array, router_DE: Array, noise_DE: Array | None, noise_keys_G: Array | None, moe: MoEConfig
+) -> Array:
+    """``scores`` of a jittered input where keys are given, one a group."""
+    if noise_keys_G is not None:
+        x_GTD = jax.vmap(lambda x_TD, key: jittered(x_TD, moe.router_jitter, key))(x_GTD, noise_keys_G)
+    return _product(x_GTD, router_DE)
 
 
 def noisy_logits(router_logits_TE: Array, noise_scale_TE: Array, noise_key: Array) -> Array:
@@ -46,6 +79,10 @@ def top_k_plan(
       router_logits_TE: [T, E] float32.
       top_k: experts per token, in [1, E].
       token_mask_T: [T] bool, True for real tokens; None: all are real.
+
+    >>> plan = top_k_plan(jnp.log(jnp.array([[1.0, 2.0, 5.0]])), top_k=2)  # probabilities 1/8, 2/8, 5/8
+    >>> plan.expert_TK.tolist(), plan.combine_weight_TK.round(4).tolist()  # 5/7 and 2/7
+    ([[2, 1]], [[0.7143, 0.2857]])
     """
     router_logits_TE = _clear_masked(router_logits_TE, token_mask_T)
     chosen_logit_TK, expert_TK = jax.lax.top_k(router_logits_TE, top_k)
@@ -156,14 +193,35 @@ def _plan(
     return RoutingPlan(expert_TK, weight_TK, statistics, max_rows=expert_TK.size)
 
 
+def expert_capacity(moe: MoEConfig, num_tokens: int, *, train: bool) -> int:
+    """Rows that one expert accepts from a group of ``num_tokens``: ceil(T·K/E · capacity_factor), or all T.
+
+    >>> expert_capacity(MoEConfig(num_experts=8, top_k=2, capacity_factor=1.25), 10, train=True)  # 10·2/8 · 1.25 = 3.1
+    4
+    """
+    if moe.capacity_factor is None or not limits_capacity(moe, train=train):
+        return num_tokens
+    # Rounded first: 10 rows at a factor of 1.1 are 11, not ceil(11.000000000000002).
+    rows = round(num_tokens * moe.top_k / moe.num_experts * moe.capacity_factor, 6)
+    return min(num_tokens, max(1, math.ceil(rows)))
+
+
+def limits_capacity(moe: MoEConfig, *, train: bool) -> bool:
+    """Whether experts accept a limited number of rows: in training with a capacity factor, or where they choose.
+
+    Outside of training nothing is dropped, so that a token's output does not depend on its neighbours' choices.
+    """
+    return ROUTERS[moe.router].has_own_capacity or (train and moe.capacity_factor is not None)
+
+
 def _token_choice(
-    logits_TE: Array, moe: MoEConfig, token_mask_T: Array | None, expert_bias_E: Array | None
+    logits_TE: Array, token_mask_T: Array | None, expert_bias_E: Array | None, moe: MoEConfig
 ) -> RoutingPlan:
     return top_k_plan(logits_TE, moe.top_k, token_mask_T, renormalise=moe.renormalise)
 
 
 def _biased_choice(
-    logits_TE: Array, moe: MoEConfig, token_mask_T: Array | None, expert_bias_E: Array | None
+    logits_TE: Array, token_mask_T: Array | None, expert_bias_E: Array | None, moe: MoEConfig
 ) -> RoutingPlan:
     if expert_bias_E is None:
         raise ValueError("sigmoid_bias needs its router state expert_bias_E, got None; pass initial_expert_bias")
@@ -179,16 +237,36 @@ def _biased_choice(
 
 
 def _expert_choice(
-    logits_TE: Array, moe: MoEConfig, token_mask_T: Array | None, expert_bias_E: Array | None
+    logits_TE: Array, token_mask_T: Array | None, expert_bias_E: Array | None, moe: MoEConfig
 ) -> RoutingPlan:
     return expert_choice_plan(logits_TE, expert_capacity(moe, logits_TE.shape[0], train=True), token_mask_T)
 
 
-ROUTERS: dict[str, Callable[[Array, MoEConfig, Array | None, Array | None], RoutingPlan]] = {
-    "top_k": _token_choice,
-    "noisy_top_k": _token_choice,
-    "switch": _token_choice,
-    "expert_choice": _expert_choice,
-    "sigmoid_bias": _biased_choice,
+@dataclass(frozen=True)
+class Router:
+    """A way of choosing experts, and what the rest of the package has to know of it."""
+
+    plan: Callable[[Array, Array | None, Array | None, MoEConfig], RoutingPlan]
+    """(router_logits_TE, token_mask_T, expert_bias_E, settings) -> the plan of one group."""
+    score: Callable[[Array, Array, Array | None, Array | None, MoEConfig], Array] = scores
+    """(x_GTD, router_DE, noise_DE, noise_keys_G, settings) -> router_logits_GTE."""
+    has_noise: bool = False
+    """``score`` draws random numbers in training."""
+    has_noise_matrix: bool = False
+    """``score`` takes a second parameter [D, E], the scale of the noise."""
+    has_state: bool = False
+    """``plan`` takes a bias [E], which each optimizer step moves by the load (``updated_bias``)."""
+    has_own_capacity: bool = False
+    """Experts choose tokens, K = E: they take as many as their capacity, in evaluation too."""
+    is_causal: bool = True
+    """A token's rows do not depend on later tokens, as sampling needs."""
+
+
+ROUTERS = {
+    "top_k": Router(_token_choice),
+    "noisy_top_k": Router(_token_choice, noisy_scores, has_noise=True, has_noise_matrix=True),
+    "switch": Router(_token_choice, jittered_scores, has_noise=True),
+    "expert_choice": Router(_expert_choice, has_own_capacity=True, is_causal=False),
+    "sigmoid_bias": Router(_biased_choice, has_state=True),
 }
-"""(router_logits_TE, settings, token_mask_T, expert_bias_E) -> plan, with the names of ``model.moe.router``."""
+"""By the names of ``model.moe.router``."""

@@ -1,4 +1,4 @@
-"""Auxiliary losses and health metrics of one MoE layer, as functions of its router statistics.
+"""What routing did: statistics of a MoE layer, and the auxiliary losses and health metrics that are functions of them.
 
 Statistics arrive with a leading axis G, one entry a sequence. ``scope`` says over what a nonlinear loss is taken:
 "sequence": each group by itself, then the mean, which is linear and so exact under accumulation and any number of
@@ -8,13 +8,55 @@ Each loss is a sum divided by the count of the whole optimizer batch, so the los
 
 from typing import Literal
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from moe_jax.axes import Array
-from moe_jax.model.moe.plan import RouterStatistics
 
 Scope = Literal["sequence", "batch"]
+
+
+class RouterStatistics(flax.struct.PyTreeNode):
+    """What one group's router did, as float32 sums over its real tokens, which add up over any split."""
+
+    num_tokens: Array
+    """[] real (not masked) tokens."""
+    load_E: Array
+    """[E] rows sent to each expert, before any is dropped."""
+    probs_E: Array
+    """[E] summed normalised scores."""
+    squared_logsumexp: Array
+    """[] summed logsumexp(router_logits)², the router z-loss before its mean."""
+    entropy: Array
+    """[] summed entropy of the normalised scores, in nats."""
+
+
+class MoEStatistics(flax.struct.PyTreeNode):
+    """What one layer's routing did to each of G groups; every leaf has a leading axis G."""
+
+    router: RouterStatistics
+    num_dropped: Array
+    """[G] rows over capacity."""
+
+
+class RoutingTotals(flax.struct.PyTreeNode):
+    """Router statistics of N MoE layers, summed over tokens."""
+
+    num_tokens: Array
+    load_NE: Array
+    dropped_N: Array
+    entropy_N: Array
+
+
+def routing_totals(statistics: MoEStatistics) -> RoutingTotals:
+    """Sums [N, G, ...] statistics over the groups."""
+    return RoutingTotals(
+        num_tokens=jnp.sum(statistics.router.num_tokens[0]),
+        load_NE=jnp.sum(statistics.router.load_E, axis=1),
+        dropped_N=jnp.sum(statistics.num_dropped, axis=1),
+        entropy_N=jnp.sum(statistics.router.entropy, axis=1),
+    )
 
 
 def load_balancing_loss(statistics: RouterStatistics, scope: Scope, num_units: Array | float) -> Array:
@@ -23,6 +65,11 @@ def load_balancing_loss(statistics: RouterStatistics, scope: Scope, num_units: A
     f_e is the fraction of *rows* sent to expert e before drops (Switch has one row a token, so there rows are tokens)
     and p_e the mean normalised score. f_e has no gradient. ``num_units``: sequences with a token, or microbatches
     under scope "batch", of the whole optimizer batch.
+
+    >>> one = jnp.ones(1)  # one sequence of 4 tokens with one row each, 3 of them to expert 0; E = 2
+    >>> statistics = RouterStatistics(4 * one, jnp.array([[3.0, 1.0]]), jnp.array([[2.5, 1.5]]), one, one)
+    >>> float(load_balancing_loss(statistics, "sequence", num_units=1))  # 2 · (3/4 · 2.5/4 + 1/4 · 1.5/4)
+    1.125
     """
     load_UE, probs_UE = _units(statistics, scope)
     E = load_UE.shape[-1]
@@ -42,7 +89,12 @@ def importance_loss(statistics: RouterStatistics, scope: Scope, num_units: Array
 
 
 def router_z_loss(statistics: RouterStatistics, num_tokens: Array | float) -> Array:
-    """Mean over the whole batch's tokens of logsumexp(router_logits)² (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    """Mean over the whole batch's tokens of logsumexp(router_logits)² (ST-MoE, arXiv 2202.08906, eq. 5).
+
+    >>> no = jnp.zeros(1)  # one sequence of two tokens, whose logsumexp is 1 and 3: (1² + 3²) / 2
+    >>> float(router_z_loss(RouterStatistics(2 + no, no[None], no[None], jnp.array([1.0 + 9.0]), no), num_tokens=2))
+    5.0
+    """
     return jnp.sum(statistics.squared_logsumexp) / num_tokens
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.moe.experts import ExpertWeights
+from moe_jax.model.mlp import ExpertWeights
 from moe_jax.model.moe.layer import MoE
-from moe_jax.model.moe.plan import expert_capacity
+from moe_jax.model.moe.routing import expert_capacity
 from tests.oracles.moe import (
     assert_trees_close,
     choose,
@@ -33,11 +33,6 @@ CAUSAL = [router for router in ROUTERS if router != "expert_choice"]
 
 
 def make_config(router: str, dispatch: str, factor: float | None, **moe) -> MoEConfig:
-    """``dispatch`` names a dispatcher with capacity, or the grouped product of the sorted one."""
-    if dispatch in GROUPED:
-        moe |= {"dispatch": "sorted", "grouped_matmul": dispatch}
-    else:
-        moe |= {"dispatch": dispatch}
     if router == "switch":
         moe |= {"top_k": 1, "router_jitter": 0.05}
     if router == "sigmoid_bias":
@@ -46,7 +41,7 @@ def make_config(router: str, dispatch: str, factor: float | None, **moe) -> MoEC
         moe |= {"routed_scaling_factor": 0.5}
     if router == "expert_choice":
         factor = factor or 2.0
-    return MoEConfig(num_experts=E, expert_dim=F, router=router, capacity_factor=factor, **moe)
+    return MoEConfig(dispatch=dispatch, num_experts=E, expert_dim=F, router=router, capacity_factor=factor, **moe)
 
 
 # Nothing dropped; and a capacity of 1.0, which the sorted dispatcher does not have, but expert choice always has.
@@ -168,7 +163,7 @@ def expected(moe, x, router):
     choices = [oracle_choice(moe, params, x[g], KEYS_G[g]) for g in range(G)]
     expert_GTK, kept_GTK = (np.stack(parts) for parts in zip(*choices, strict=True))
     # The loop knows no dispatcher, so that all of them share its compiled program.
-    moe = dataclasses.replace(moe, dispatch="auto", grouped_matmul="auto", capacity_factor=None)
+    moe = dataclasses.replace(moe, dispatch="auto", capacity_factor=None)
     with jax.enable_x64(True):
         params, x = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), (params, x))
         output, gradients = jax.device_get(oracle_run(moe, params, x, expert_GTK, kept_GTK))

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.config import MoEConfig
 from moe_jax.model.moe.routing import (
+    expert_capacity,
     expert_choice_plan,
     jittered,
     noisy_logits,
@@ -153,3 +155,25 @@ def test_jitter_multiplies_by_noise_around_one():
     assert 0.9 <= float(noisy.min()) < 0.901
     assert 1.099 < float(noisy.max()) <= 1.1
     np.testing.assert_allclose(jnp.mean(noisy), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "top_k", "num_experts", "factor", "capacity"),
+    [
+        (128, 2, 8, 1.25, 40),
+        (10, 1, 8, 1.0, 2),  # 1.25 rounded up
+        (160, 5, 8, 1.1, 110),  # not 111, though 100 * 1.1 is 110.00000000000001
+        (16, 2, 4, 99.0, 16),  # an expert never sees a token twice
+        (16, 2, 4, 1e-9, 1),
+        (16, 2, 4, None, 16),
+    ],
+)
+def test_expert_capacity(num_tokens, top_k, num_experts, factor, capacity):
+    moe = MoEConfig(num_experts=num_experts, top_k=top_k, capacity_factor=factor)
+    assert expert_capacity(moe, num_tokens, train=True) == capacity
+    assert expert_capacity(moe, num_tokens, train=False) == num_tokens
+
+
+def test_experts_that_choose_take_as_many_tokens_in_evaluation_as_in_training():
+    moe = MoEConfig(num_experts=8, top_k=2, router="expert_choice", capacity_factor=1.25)
+    assert expert_capacity(moe, 128, train=False) == expert_capacity(moe, 128, train=True) == 40

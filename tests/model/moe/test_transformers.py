@@ -52,7 +52,7 @@ def assert_same_output(arrays: dict[str, np.ndarray], family: str, dispatch: str
     np.testing.assert_allclose(actual_TD, y_TD, rtol=0, atol=1e-5 * np.abs(y_TD).max())
 
 
-@pytest.mark.parametrize("dispatch", ["sorted", "gather", "einsum"])
+@pytest.mark.parametrize("dispatch", ["blocked", "gather", "einsum"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layer_gives_the_outputs_of_transformers(family, dispatch):
     with np.load(GOLDEN) as arrays:
@@ -68,4 +68,4 @@ def test_live_blocks_of_transformers(seed):
 
     arrays = blocks(seed)
     for family in FAMILIES:
-        assert_same_output(arrays, family, "sorted")
+        assert_same_output(arrays, family, "blocked")

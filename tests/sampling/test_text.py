@@ -5,7 +5,7 @@ import pytest
 
 from moe_jax.data.tokenizer import REPLACEMENT
 from moe_jax.prepare.tokenizer import build_tokenizer
-from moe_jax.sampling.text_stream import StopStream, TextStream, stop_in
+from moe_jax.sampling.text import StopStream, TextStream, stop_in
 
 BYTES = build_tokenizer("byte", [])
 # One to four bytes a character.

@@ -50,8 +50,8 @@ def one_cache_for_all(monkeypatch, tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(tiny, tmp_path_factory):
     """The run directory of ``tiny``, trained without interruption."""
+    from moe_jax.commands.training import train
     from moe_jax.runs.layout import RunDirectory
-    from moe_jax.training.train import train
 
     folder = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.commands.training import train
 from moe_jax.config import MoEConfig
 from moe_jax.data.dataset import open_dataset
 from moe_jax.errors import Interrupted, UserError
@@ -20,9 +21,9 @@ from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.runs.layout import RunDirectory, saved_steps
 from moe_jax.runs.metrics_file import read_metrics
-from moe_jax.sampling.engine import load_generator, load_variables
+from moe_jax.runs.opened import open_run
+from moe_jax.sampling.api import load_engine, load_variables
 from moe_jax.training.loop import Loop
-from moe_jax.training.train import train
 from tests.oracles.texts import VERSE
 
 
@@ -77,7 +78,7 @@ def test_metrics_hold_every_promised_name(finished):
 
 
 def parameters(run):
-    return load_variables(run, "newest")
+    return load_variables(open_run(run.path, "newest"))
 
 
 # Step 15 is one that is only logged: the signal comes between the decision not to save and the end of the turn.
@@ -88,8 +89,8 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, finished, tmp_p
     run = RunDirectory(tmp_path / "run")
     read, sent = Loop._read, []
 
-    def interrupt(self, output, bar, done):
-        read(self, output, bar, done)
+    def interrupt(self, output, done):
+        read(self, output, done)
         if done == at and not sent:
             sent.append(done)
             os.kill(os.getpid(), number)
@@ -146,8 +147,8 @@ def test_a_mixture_in_packed_rows_goes_on_and_ends_bit_identical(change, tmp_pat
     np.testing.assert_allclose(last["val/bits_per_byte"], last["val/loss"] * tokens / size / math.log(2), rtol=1e-9)
     read, at, sent = Loop._read, steps // 2 + 1, []
 
-    def interrupt(self, output, bar, done):
-        read(self, output, bar, done)
+    def interrupt(self, output, done):
+        read(self, output, done)
         if done == at and not sent:
             sent.append(done)
             os.kill(os.getpid(), signal.SIGINT)
@@ -210,7 +211,7 @@ def test_a_run_cannot_go_on_with_other_settings(finished, change, sections, word
 def test_stop_tokens_that_are_none_are_told_before_the_first_step(change, tmp_path, capsys):
     with pytest.raises(UserError, match=r"each of stop_tokens must be in \[0, \d+\], got 99999"):
         train(change(sample={"stop_tokens": (99999,)}), tmp_path / "run")
-    assert not read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_cannot_go_on_with_other_text(finished, change, tmp_path):
@@ -240,7 +241,7 @@ def test_router_state_is_saved_restored_and_sampled_with(change, tiny, tmp_path)
     assert whole.expert_bias_NE.shape == (2, 4)
     assert 0.01 < float(np.max(np.abs(whole.expert_bias_NE))) <= 0.0401
     log = RunDirectory(tmp_path / "whole").log_file.read_text()
-    assert "dispatch in training: sorted (blocked), the fastest measured on a processor" in log
+    assert "dispatch in training: blocked, the fastest measured on a CPU" in log
 
 
 def test_a_run_trained_on_another_kind_of_device_can_be_sampled_from(finished, tmp_path):
@@ -249,7 +250,7 @@ def test_a_run_trained_on_another_kind_of_device_can_be_sampled_from(finished, t
     saved = finished.load_config()
     moe = dataclasses.replace(saved.model.moe, dispatch="tokamax", capacity_factor=None)
     run.save_config(dataclasses.replace(saved, model=dataclasses.replace(saved.model, moe=moe)))
-    generator, variables = load_generator(run, "best")
+    generator, variables = load_engine(open_run(run.path, "best"))
     (sample,) = generator.generate(variables, "the", dataclasses.replace(saved.sample, max_new_tokens=3))
     assert len(sample.tokens) <= 3
 
@@ -263,7 +264,7 @@ def test_experts_that_choose_train_but_cannot_be_sampled_from(change, tmp_path):
     assert "dispatch in evaluation: gather" in log
     assert "sample" not in log.replace("no text can be sampled", "")
     with pytest.raises(UserError, match="expert_choice cannot be sampled from: its experts choose among all tokens"):
-        load_generator(run, "best")
+        load_engine(open_run(run.path, "best"))
     assert {line.get("moe/dropped_fraction", 0.0) for line in read_metrics(run.metrics_file)} == {0.0}
 
 

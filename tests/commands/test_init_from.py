@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.commands.training import train
 from moe_jax.errors import UserError
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.sampling.engine import load_variables
+from moe_jax.runs.opened import open_run
+from moe_jax.sampling.api import load_variables
 from moe_jax.training.loop import Loop
-from moe_jax.training.train import train
 from tests.oracles.runs import write_run
 from tests.oracles.texts import VERSE
 
@@ -44,10 +45,10 @@ def test_a_new_run_begins_with_the_best_parameters_of_another_and_goes_on_withou
     )
     train(config, tuned.path)
     assert "parameters are those of the best checkpoint of" in capsys.readouterr().out
-    want = load_variables(source, "best")
+    want = load_variables(open_run(source.path, "best"))
     for got, expected in zip(jax.tree.leaves(begun[0]), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(got, expected)
-    assert np.any(jax.tree.leaves(load_variables(source, "newest"))[0] != jax.tree.leaves(want)[0])
+    assert np.any(jax.tree.leaves(load_variables(open_run(source.path, "newest")))[0] != jax.tree.leaves(want)[0])
     shutil.rmtree(copy.path)  # from here on it goes on without
     with pytest.raises(UserError, match=r"train.init_from was .*copy, now elsewhere"):
         train(dataclasses.replace(config, train=dataclasses.replace(config.train, init_from="elsewhere")), tuned.path)

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moe_jax.commands.scoring import score
+from moe_jax.commands.training import train
 from moe_jax.errors import UserError
 from moe_jax.files import cache_folder
 from moe_jax.prepare.cache import find_or_prepare
@@ -19,11 +21,14 @@ from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.metrics_file import read_metrics
-from moe_jax.training.evaluate import evaluate_run
-from moe_jax.training.train import train
+from moe_jax.runs.opened import open_run
 from tests.oracles.texts import VERSE
 
 ROOT = Path(__file__).parents[2]
+
+
+def scores_of(run, path, split, which):
+    return score(open_run(run.path, which), path, split)
 
 
 def last_evaluation(run):
@@ -32,7 +37,7 @@ def last_evaluation(run):
 
 def test_it_finds_the_loss_that_the_run_logged(finished):
     logged = last_evaluation(finished)
-    scores = evaluate_run(finished, None, "val", "newest")
+    scores = scores_of(finished, None, "val", "newest")
     for name in ("loss", "perplexity", "bits_per_byte"):
         assert scores[name] == pytest.approx(logged[f"val/{name}"], rel=1e-6)
     assert scores["moe/load"] == logged["moe/load"]
@@ -46,26 +51,26 @@ def test_a_run_of_another_machine_is_scored_here(finished, tmp_path):
     config = run.load_config()
     moe = dataclasses.replace(config.model.moe, dispatch="tokamax")
     run.save_config(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)))
-    here = evaluate_run(run, None, "val", "newest")
+    here = scores_of(run, None, "val", "newest")
     assert here["loss"] == pytest.approx(last_evaluation(run)["val/loss"], rel=1e-6)
 
 
 def test_the_best_checkpoint_is_the_default_of_what_is_best(finished):
     losses = [line["val/loss"] for line in read_metrics(finished.metrics_file) if "val/loss" in line]
-    assert evaluate_run(finished, None, "val", "best")["loss"] == pytest.approx(min(losses), rel=1e-6)
+    assert scores_of(finished, None, "val", "best")["loss"] == pytest.approx(min(losses), rel=1e-6)
 
 
 def test_another_text_is_tokenized_as_the_runs_was(finished, tmp_path):
     text = tmp_path / "other.txt"
     text.write_text("lazy dogs jump over foxes; " * 200)
-    raw = evaluate_run(finished, str(text), "val", "best")
+    raw = scores_of(finished, str(text), "val", "best")
     made = PrepareConfig(
         input=(str(text),), tokenizer=str(finished.tokenizer), val_fraction=0.1, out=str(tmp_path / "made")
     )
     prepare_folder(made)
-    assert evaluate_run(finished, made.out, "val", "best") == raw
+    assert scores_of(finished, made.out, "val", "best") == raw
     assert raw["loss"] > last_evaluation(finished)["val/loss"] + 0.5
-    assert raw["tokens"] < evaluate_run(finished, made.out, "train", "best")["tokens"]
+    assert raw["tokens"] < scores_of(finished, made.out, "train", "best")["tokens"]
 
 
 def test_a_text_is_delimited_and_split_as_the_runs_was(change, tmp_path):
@@ -83,10 +88,10 @@ def test_a_text_is_delimited_and_split_as_the_runs_was(change, tmp_path):
     )
     train(config, tmp_path / "run")
     run = RunDirectory(tmp_path / "run")
-    own = evaluate_run(run, None, "val", "newest")
-    assert evaluate_run(run, str(text), "val", "newest") == own
-    trained_on = evaluate_run(run, None, "train", "newest")
-    every = evaluate_run(run, str(text), "all", "newest")
+    own = scores_of(run, None, "val", "newest")
+    assert scores_of(run, str(text), "val", "newest") == own
+    trained_on = scores_of(run, None, "train", "newest")
+    every = scores_of(run, str(text), "all", "newest")
     assert every["tokens"] == own["tokens"] + trained_on["tokens"]
     mean = (own["loss"] * own["tokens"] + trained_on["loss"] * trained_on["tokens"]) / every["tokens"]
     assert every["loss"] == pytest.approx(mean, rel=1e-9)
@@ -100,12 +105,12 @@ def test_a_text_that_has_changed_since_is_refused(change, tmp_path):
     train(config, tmp_path / "run")
     text.write_text(VERSE[::-1] * 20)
     with pytest.raises(UserError, match="is not the one this run was trained on"):
-        evaluate_run(RunDirectory(tmp_path / "run"), None, "val", "newest")
+        scores_of(RunDirectory(tmp_path / "run"), None, "val", "newest")
 
 
 def test_a_text_that_is_not_there_is_told_by_the_flag_of_this_command(finished):
     with pytest.raises(UserError, match=r"^--data nowhere.txt: "):
-        evaluate_run(finished, "nowhere.txt", "val", "best")
+        scores_of(finished, "nowhere.txt", "val", "best")
 
 
 def test_tokens_of_another_tokenizer_are_refused(finished, tmp_path):
@@ -114,7 +119,7 @@ def test_tokens_of_another_tokenizer_are_refused(finished, tmp_path):
     prepare_folder(made)
     words = rf"another tokenizer \(byte\) than .*; prepare it with --tokenizer {finished.path}"
     with pytest.raises(UserError, match=words):
-        evaluate_run(finished, made.out, "val", "best")
+        scores_of(finished, made.out, "val", "best")
 
 
 def test_rows_of_documents_are_scored_without_their_padding_and_with_it(change, tmp_path):
@@ -129,7 +134,7 @@ def test_rows_of_documents_are_scored_without_their_padding_and_with_it(change, 
     run = RunDirectory(tmp_path / "run")
     interval = read_metrics(run.metrics_file)[0]
     assert interval["train/positions_per_second"] > interval["train/tokens_per_second"]
-    scores = evaluate_run(run, None, "val", "newest")
+    scores = scores_of(run, None, "val", "newest")
     assert scores["loss"] == pytest.approx(last_evaluation(run)["val/loss"], rel=1e-6)
     # A document's characters and its end are scored, up to 16 of them in a row of 16 places.
     (split,) = find_or_prepare(config.data, cache_folder("data")).splits("val")

@@ -1,5 +1,6 @@
 """MLflow, the real library on a real SQLite file. (TensorBoard's events are read in test_metrics.py.)"""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,9 +16,8 @@ from moe_jax.config import Config, TrainConfig
 from moe_jax.config.fields import settings
 from moe_jax.errors import UserError
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.trackers import trackers
-from moe_jax.trackers.trackers import check_trackers, open_trackers
-from moe_jax.trackers.writer import MetricsWriter
+from moe_jax.trackers import mlflow
+from moe_jax.trackers.mlflow import MLflow, check_mlflow
 
 CONFIG = Config(train=TrainConfig(trackers=("mlflow",), mlflow_experiment="tests"))
 
@@ -47,19 +47,31 @@ def id_of(run):
     return json.loads(run.mlflow_file.read_text())["run_id"]
 
 
+@contextlib.contextmanager
+def tracked(config, run, restored_step, ending="finished", files=()):
+    """The tracker of one start of ``run``, closed as the commands close it."""
+    tracker = MLflow(config, run, restored_step)
+    try:
+        yield tracker
+    except BaseException:
+        tracker.close("failed", ())
+        raise
+    tracker.close(ending, files)
+
+
 def points(folder, run, name):
     return [(point.step, point.value) for point in client(folder).get_metric_history(id_of(run), name)]
 
 
 def test_settings_metrics_texts_and_pictures_arrive_and_a_resumed_run_goes_on_in_the_same(folder):
     run = run_in(folder, "first")
-    with MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None)) as writer:
-        writer.write(5, {"train/loss": 2.5, "moe/load": [[0.5]]})
-        writer.write(5, {"val/loss/a: b?": math.nan})
-        writer.write(10, {"train/loss": 1.5})
-        writer.write_text(10, "sample", "To be")
-        (run.path / "loss_curve.png").write_bytes(b"picture")
-        writer.finish([run.path / "loss_curve.png"], "interrupted")
+    picture = run.path / "loss_curve.png"
+    with tracked(CONFIG, run, None, "interrupted", [picture]) as tracker:
+        tracker.line(5, {"train/loss": 2.5, "moe/load": [[0.5]]})
+        tracker.line(5, {"val/loss/a: b?": math.nan})
+        tracker.line(10, {"train/loss": 1.5})
+        tracker.text(10, "sample", "To be")
+        picture.write_bytes(b"picture")
     first_id = id_of(run)
     found = client(folder).get_run(first_id)
     assert (found.info.run_name, found.info.status) == ("first", "KILLED")
@@ -69,11 +81,10 @@ def test_settings_metrics_texts_and_pictures_arrive_and_a_resumed_run_goes_on_in
     assert {item.path for item in client(folder).list_artifacts(first_id)} == {"loss_curve.png", "sample"}
     # From the checkpoint of step 5: step 10 comes again, and is the same.
     longer = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, num_steps=2000))
-    with MetricsWriter(run, 5, lambda: open_trackers(longer, run, 5)) as writer:
+    with tracked(longer, run, 5) as tracker:
         assert client(folder).get_run(first_id).info.status == "RUNNING"
-        writer.write(10, {"train/loss": 1.5})
-        writer.write(15, {"train/loss": 1.0})
-        writer.finish([], "finished")
+        tracker.line(10, {"train/loss": 1.5})
+        tracker.line(15, {"train/loss": 1.0})
     assert id_of(run) == first_id
     assert points(folder, run, "train/loss") == [(5, 2.5), (10, 1.5), (15, 1.0)]
     assert client(folder).get_run(first_id).info.status == "FINISHED"
@@ -81,7 +92,7 @@ def test_settings_metrics_texts_and_pictures_arrive_and_a_resumed_run_goes_on_in
 
 def test_a_run_that_ends_in_an_error_has_failed(folder):
     run = run_in(folder, "failed")
-    with pytest.raises(ZeroDivisionError), MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None)):
+    with pytest.raises(ZeroDivisionError), tracked(CONFIG, run, None):
         raise ZeroDivisionError
     assert client(folder).get_run(id_of(run)).info.status == "FAILED"
 
@@ -89,20 +100,19 @@ def test_a_run_that_ends_in_an_error_has_failed(folder):
 def test_a_server_that_is_away_for_a_while_gets_everything_later(folder, monkeypatch, caplog):
     run = run_in(folder, "away")
     caplog.set_level("WARNING", logger="moe_jax")
-    with MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None)) as writer:
+    with tracked(CONFIG, run, None) as tracker:
         with monkeypatch.context() as away:
 
             def refuse(*_arguments, **_values):
                 raise MlflowException("the server\nis away")
 
             away.setattr(MlflowClient, "log_batch", refuse)
-            writer.write(5, {"train/loss": 2.5})
-            writer.write(10, {"train/loss": 1.5})
+            tracker.line(5, {"train/loss": 2.5})
+            tracker.line(10, {"train/loss": 1.5})
         assert [record.message for record in caplog.records] == [
             "warning: MLflow does not take what is logged (the server is away); the run goes on"
         ]
-        writer.write(15, {"train/loss": 1.0})
-        writer.finish([], "finished")
+        tracker.line(15, {"train/loss": 1.0})
     assert points(folder, run, "train/loss") == [(5, 2.5), (10, 1.5), (15, 1.0)]
 
 
@@ -120,7 +130,7 @@ def test_a_server_that_is_away_for_a_while_gets_everything_later(folder, monkeyp
 def test_a_server_that_cannot_be_used_is_told_at_the_start(tmp_path, uri):
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, mlflow_uri=uri))
     with pytest.raises(UserError, match=r"MLflow at .* cannot be used .*; correct train.mlflow_uri") as error:
-        check_trackers(config.train, RunDirectory(tmp_path))
+        check_mlflow(config.train, RunDirectory(tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -128,17 +138,16 @@ def test_a_full_disk_is_told_once_and_ends_no_run(folder, caplog, capfd):
     run = run_in(folder, "full")
     caplog.set_level("WARNING", logger="moe_jax")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None)) as writer:
-        writer.write(5, {"train/loss": 2.5})
+    with tracked(CONFIG, run, None) as tracker:
+        tracker.line(5, {"train/loss": 2.5})
         capfd.readouterr()
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
         try:
             for step in (10, 15):
-                writer.write(step, {"train/loss": 1.5})
-                writer.write_text(step, "sample", "To be " * 1000)
+                tracker.line(step, {"train/loss": 1.5})
+                tracker.text(step, "sample", "To be " * 1000)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        writer.finish([], "finished")
     (said,) = [record.message for record in caplog.records]
     assert re.match(r"warning: MLflow does not take what is logged \(.*disk.*; the run goes on$", said), said
     assert capfd.readouterr().err == "", "no traceback beside it"
@@ -153,10 +162,9 @@ def test_a_store_that_fails_in_its_own_way_does_not_end_the_run(folder, monkeypa
     def refuse(*_arguments, **_values):
         raise ModuleNotFoundError("No module named 'boto3'")
 
-    with MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None)) as writer:
+    with tracked(CONFIG, run, None) as tracker:
         monkeypatch.setattr(MlflowClient, "log_text", refuse)
-        writer.write_text(10, "sample", "To be")
-        writer.finish([], "finished")
+        tracker.text(10, "sample", "To be")
     assert "does not take what is logged (No module named 'boto3'); the run goes on" in caplog.text
     assert client(folder).get_run(id_of(run)).info.status == "FINISHED"
 
@@ -164,9 +172,9 @@ def test_a_store_that_fails_in_its_own_way_does_not_end_the_run(folder, monkeypa
 def test_a_file_that_is_no_database_is_told_at_the_start(tmp_path):
     (tmp_path / "mlflow.db").write_text("what is this?" * 100)
     with pytest.raises(UserError, match="cannot be used"):
-        check_trackers(CONFIG.train, RunDirectory(tmp_path / "run"))
+        check_mlflow(CONFIG.train, RunDirectory(tmp_path / "run"))
     (tmp_path / "mlflow.db").unlink()
-    check_trackers(CONFIG.train, RunDirectory(tmp_path / "run"))
+    check_mlflow(CONFIG.train, RunDirectory(tmp_path / "run"))
     assert list(tmp_path.iterdir()) == [], "nothing is made before the run is"
 
 
@@ -175,7 +183,7 @@ def test_an_experiment_that_was_deleted_is_told_at_the_start(folder):
     gone = dataclasses.replace(CONFIG.train, mlflow_experiment="gone")
     client(folder).delete_experiment(client(folder).create_experiment("gone"))
     with pytest.raises(UserError, match=r"train.mlflow_experiment gone has been deleted in MLflow; restore it"):
-        check_trackers(gone, run)
+        check_mlflow(gone, run)
 
 
 def test_a_run_begun_on_one_server_begins_anew_on_another(folder, monkeypatch):
@@ -183,45 +191,33 @@ def test_a_run_begun_on_one_server_begins_anew_on_another(folder, monkeypatch):
     run.mlflow_file.write_text(json.dumps({"uri": "http://old", "run_id": "1"}))
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-    check_trackers(CONFIG.train, run)
-    with MetricsWriter(run, 5, lambda: open_trackers(CONFIG, run, 5)) as writer:
-        writer.finish([], "finished")
+    check_mlflow(CONFIG.train, run)
+    MLflow(CONFIG, run, 5).close("finished", ())
     assert client(folder).get_run(id_of(run)).info.status == "FINISHED"
     assert json.loads(run.mlflow_file.read_text())["uri"] == f"sqlite:///{folder / 'mlflow.db'}"
-
-
-def test_metrics_that_cannot_be_read_leave_no_run_behind_in_mlflow(folder):
-    run = run_in(folder, "junk")
-    run.metrics_file.mkdir()
-    with pytest.raises(IsADirectoryError):
-        MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None))
-    assert not run.mlflow_file.exists()
 
 
 def test_what_the_run_directory_knows_of_mlflow_may_be_removed(folder):
     run = run_in(folder, "damaged")
     run.mlflow_file.write_text("{")
     with pytest.raises(UserError, match=r"mlflow.json is corrupt .*; remove it"):
-        check_trackers(CONFIG.train, run)
+        check_mlflow(CONFIG.train, run)
     run.mlflow_file.write_text(json.dumps({"uri": None, "run_id": "gone"}))
     with pytest.raises(UserError, match=r"cannot be used .* remove .*mlflow.json for a new MLflow run"):
-        check_trackers(CONFIG.train, run)
+        check_mlflow(CONFIG.train, run)
     # Before its first checkpoint a run begins anew.
-    with MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None)) as writer:
-        writer.finish([], "finished")
+    MLflow(CONFIG, run, None).close("finished", ())
     assert id_of(run) != "gone"
 
 
 def test_runs_and_their_database_may_move_together(folder, tmp_path):
     run = run_in(folder, "before")
-    with MetricsWriter(run, None, lambda: open_trackers(CONFIG, run, None)) as writer:
-        writer.write(5, {"train/loss": 2.5})
-        writer.finish([], "interrupted")
+    with tracked(CONFIG, run, None) as tracker:
+        tracker.line(5, {"train/loss": 2.5})
     shutil.copytree(folder, tmp_path / "moved")
     moved = RunDirectory(tmp_path / "moved" / "before")
-    with MetricsWriter(moved, 5, lambda: open_trackers(CONFIG, moved, 5)) as writer:
-        writer.write(10, {"train/loss": 1.5})
-        writer.finish([], "finished")
+    with tracked(CONFIG, moved, 5) as tracker:
+        tracker.line(10, {"train/loss": 1.5})
     assert id_of(moved) == id_of(run)
     assert points(tmp_path / "moved", moved, "train/loss") == [(5, 2.5), (10, 1.5)]
 
@@ -230,22 +226,22 @@ def test_a_password_is_not_kept_nor_shown(folder, monkeypatch, caplog):
     run = run_in(folder, "secret")
     caplog.set_level("INFO", logger="moe_jax")
     address = "postgresql://me:pa:ss@host/db"
-    assert trackers.without_password(address) == "postgresql://me:***@host/db"
-    assert trackers.without_password("sqlite:////home/me/mlflow.db") == "sqlite:////home/me/mlflow.db"
+    assert mlflow.without_password(address) == "postgresql://me:***@host/db"
+    assert mlflow.without_password("sqlite:////home/me/mlflow.db") == "sqlite:////home/me/mlflow.db"
     with pytest.raises(UserError) as error:
-        check_trackers(dataclasses.replace(CONFIG.train, mlflow_uri=address), run)
+        check_mlflow(dataclasses.replace(CONFIG.train, mlflow_uri=address), run)
     assert "pa:ss" not in str(error.value)
-    monkeypatch.setattr(trackers, "_mlflow_uri", lambda train, run: f"sqlite:///{folder / 'mlflow.db'}")
+    here = client(folder)
+    monkeypatch.setattr(mlflow._Store, "client", lambda self: here)  # no such database can be had
     secret = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, mlflow_uri=address))
-    with MetricsWriter(run, None, lambda: open_trackers(secret, run, None)) as writer:
-        writer.finish([], "finished")
+    MLflow(secret, run, None).close("finished", ())
     kept = json.dumps(client(folder).get_run(id_of(run)).data.params) + run.mlflow_file.read_text() + caplog.text
     assert "me:***@host" in kept
     assert "pa:ss" not in kept
 
 
 def test_a_missing_library_is_told_before_any_work(monkeypatch, tmp_path):
-    monkeypatch.setattr(trackers.importlib.util, "find_spec", lambda name: None if name == "alembic" else name)
+    monkeypatch.setattr(mlflow.importlib.util, "find_spec", lambda name: None if name == "alembic" else name)
     with pytest.raises(UserError, match="mlflow needs alembic installed; pip install"):
-        check_trackers(CONFIG.train, RunDirectory(tmp_path))
-    check_trackers(TrainConfig(), RunDirectory(tmp_path))
+        check_mlflow(CONFIG.train, RunDirectory(tmp_path))
+    check_mlflow(TrainConfig(), RunDirectory(tmp_path))

@@ -1,16 +1,7 @@
-"""Experts on rows that lie sorted by expert, in numbers known only at run time: the grouped matrix product.
-
-Each backend computes what ``experts.expert_mlp`` computes; ``choice.py`` says which runs where.
-
-    blocked  a loop over blocks of rows of one expert each, every block the whole MLP; for processors
-    ragged   ``jax.lax.ragged_dot``; for TPUs. Elsewhere XLA expands it to a masked product over all experts
-    tokamax  ``tokamax.ragged_dot``, kernels for NVIDIA GPUs; the extra "kernels"
-    by_row   each row gathers its expert's weights; for a handful of rows, as in decoding
-"""
+"""``blocked``: a loop over blocks of rows of one expert each, every block the whole MLP. For CPUs."""
 
 import functools
-import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -18,62 +9,21 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.axes import Array
-from moe_jax.model.moe.experts import Activation, ExpertWeights, activate, expert_mlp, mlp
-
-PRODUCTS = "expert_products"
-"""The name, for rematerialisation policies, of grouped matrix products' results."""
-
-
-def by_row_mlp(weights: ExpertWeights, x_RD: Array, expert_R: Array, activation: Activation) -> Array:
-    """Row r through expert ``expert_R[r]``, in any order: reads the weights of R experts, however many there are."""
-    of_rows = jax.tree.map(lambda leaf: jnp.take(leaf, expert_R, axis=0, mode="clip"), weights)
-    return expert_mlp(of_rows, x_RD[:, None], activation)[:, 0]
+from moe_jax.model.mlp import Activation, ExpertWeights, activate, mlp
+from moe_jax.model.moe.dispatch import PRODUCTS, through_sorted_rows
+from moe_jax.model.moe.plan import RoutingPlan
 
 
-def ragged_mlp(weights: ExpertWeights, x_SD: Array, size_E: Array, activation: Activation) -> Array:
-    """Rows sorted by expert, by ``jax.lax.ragged_dot``; rows past the last expert's hold anything."""
-    return _mlp_by_products(weights, x_SD, size_E, activation, jax.lax.ragged_dot)
-
-
-def tokamax_mlp(
-    weights: ExpertWeights,
-    x_SD: Array,
-    size_E: Array,
-    activation: Activation,
-    implementation: str | tuple[str, ...] = ("mosaic", "triton"),
-) -> Array:
-    """Rows sorted by expert, by ``tokamax.ragged_dot``. Without XLA among its implementations it raises rather than
-    computing a dense product where no kernel fits."""
-    tokamax = importlib.import_module("tokamax")  # not at the top: an extra, and slow to import
-    product = functools.partial(tokamax.ragged_dot, implementation=implementation)
-    return _mlp_by_products(weights, x_SD, size_E, activation, product)
-
-
-def _mlp_by_products(
-    weights: ExpertWeights,
-    x_SD: Array,
-    size_E: Array,
-    activation: Activation,
-    product: Callable[[Array, Array, Array], Array],
-) -> Array:
-    """The MLP of one grouped product ([S, in], [E, in, out], [E]) -> [S, out] a matrix."""
-    E, dtype = size_E.shape[0], x_SD.dtype
-    # Kernels leave anything in rows past the last expert's, and in the gradient of an expert without rows: a choice
-    # of zeros there, on the way in and out, keeps it from both passes, NaN included.
-    is_row_S1 = (jnp.arange(x_SD.shape[0]) < jnp.sum(size_E))[:, None]
-    has_rows_E11 = (size_E > 0)[:, None, None]
-
-    def linear(x: Array, kernel: Array, bias: Array | None) -> Array:
-        kernel = jnp.where(has_rows_E11, kernel, 0).astype(dtype)
-        y = jnp.where(is_row_S1, product(jnp.where(is_row_S1, x, 0), kernel, size_E), 0)
-        y = checkpoint_name(y, PRODUCTS)
-        if bias is None:
-            return y
-        # As a product: the backward pass of a gather by expert would be a scatter-add.
-        expert_S = jnp.repeat(jnp.arange(E), size_E, total_repeat_length=x.shape[0])
-        return y + jax.nn.one_hot(expert_S, E, dtype=dtype) @ bias.astype(dtype)
-
-    return mlp(linear, weights, x_SD, activation)[0]
+def blocked(
+    x_GTD: Array, plan: RoutingPlan, weights: ExpertWeights, activation: Activation, capacity: int
+) -> tuple[Array, Array]:
+    """The sorted rows of ``plan`` through ``blocked_mlp``; arguments and results as in ``dispatch.einsum``."""
+    E = weights.w_up_EDF.shape[0]
+    sizes = block_sizes(x_GTD.shape[0] * plan.max_rows, E)
+    # A custom_vjp function takes its static arguments by place.
+    return through_sorted_rows(
+        x_GTD, plan, E, sizes[-1], lambda x_SD, size_E: blocked_mlp(weights, x_SD, size_E, activation, sizes)
+    )
 
 
 def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
@@ -81,7 +31,7 @@ def block_sizes(num_rows: int, num_experts: int) -> tuple[int, ...]:
 
     Most rows should lie in large blocks, which read an expert's weights and add to their gradients once for many rows.
     But each expert's rows are rounded up to the smallest size, half of which is padding on average: at a sixteenth of
-    the share, 3 % of the work. A processor gains nothing from blocks of fewer than 8 rows; one of 16 costs it little
+    the share, 3 % of the work. A CPU gains nothing from blocks of fewer than 8 rows; one of 16 costs it little
     more, so where experts have some 8 rows, as when many texts are decoded, those with more take it.
     """
     largest = min(512, max(16, _power_of_two_below(max(1, num_rows // num_experts))))
@@ -106,6 +56,8 @@ def _blocks(size_E: Array, sizes: tuple[int, ...], num_slots: int) -> Iterator[_
     E = size_E.shape[0]
     start_E, left_E = jnp.cumsum(size_E) - size_E, size_E
     for size in sizes:
+        if size > num_slots:  # as where there are fewer rows than the smallest blocks hold
+            continue
         count_E = left_E // size
         end_E = jnp.cumsum(count_E)
         index_I = jnp.arange(num_slots // size)
@@ -115,13 +67,8 @@ def _blocks(size_E: Array, sizes: tuple[int, ...], num_slots: int) -> Iterator[_
         start_E, left_E = start_E + count_E * size, left_E % size
 
 
-def _product_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The type that blocks compute in: float32 on a processor, where XLA would convert every factor to it anyway."""
-    return jnp.dtype("float32") if jax.default_backend() == "cpu" else dtype
-
-
 def _rows(array: Array, start: Array, size: int) -> Array:
-    return jax.lax.dynamic_slice_in_dim(array, start, size).astype(_product_dtype(array.dtype))
+    return jax.lax.dynamic_slice_in_dim(array, start, size).astype(jnp.float32)
 
 
 def _put_rows(array: Array, rows: Array, start: Array) -> Array:
@@ -134,9 +81,9 @@ def blocked_mlp(
 ) -> Array:
     """Rows sorted by expert, in a loop over blocks of rows of one expert each: [S, D] in the type of ``x``.
 
-    A block is computed from input to output while it lies in the processor's cache; only blocks that hold rows are
-    computed. For the backward pass the pre-activations are kept, and nothing else of width F. What is kept and what
-    comes out has the type of ``x``; on a processor all within a block is float32.
+    A block is computed from input to output while it lies in the CPU's cache; only blocks that hold rows are computed.
+    For the backward pass the pre-activations are kept, and nothing else of width F. What is kept and what comes out
+    has the type of ``x``; within a block everything is float32, to which XLA converts every factor on a CPU anyway.
 
     Args:
       size_E: [E] slots of each expert, multiples of ``sizes[-1]``; rows past their sum come out as zeros.
@@ -150,7 +97,7 @@ def _blocked_forward(
 ) -> tuple[Array, tuple[Array, ...]]:
     """The output, and with ``keep`` the pre-activations [S, F]: of w_up, and of w_gate where there is one."""
     S, dtype = x_SD.shape[0], x_SD.dtype
-    cast = jax.tree.map(lambda leaf: leaf.astype(_product_dtype(dtype)), weights)
+    cast = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
     num_kept = keep * (1 if weights.w_gate_EDF is None else 2)
     carry = (jnp.zeros_like(x_SD), *[jnp.zeros((S, weights.w_up_EDF.shape[-1]), dtype)] * num_kept)
 
@@ -182,8 +129,7 @@ def _blocked_vjp_backward(
     activation: Activation, sizes: tuple[int, ...], residuals: tuple, dy_SD: Array
 ) -> tuple[ExpertWeights, Array, None]:
     weights, x_SD, size_E, kept = residuals
-    dtype = x_SD.dtype
-    cast = jax.tree.map(lambda leaf: leaf.astype(_product_dtype(dtype)), weights)
+    cast = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
     # Gradients of weights add up in float32 over an expert's blocks.
     carry = (jnp.zeros_like(x_SD), jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), weights))
 

@@ -1,0 +1,135 @@
+"""The backends, which bring rows to their experts and back, and the choice among them: as set, or as measured fastest.
+
+A backend is one function (x_GTD, plan, weights, activation, capacity) -> (y_GTD, kept_GTK); ``dispatch.einsum``
+documents its arguments.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import jax
+
+from moe_jax.axes import Array
+from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.errors import UserError
+from moe_jax.model.mlp import Activation, ExpertWeights
+from moe_jax.model.moe.dispatch import einsum, gather
+from moe_jax.model.moe.kernels.blocked import blocked
+from moe_jax.model.moe.kernels.products import by_row, ragged, tokamax
+from moe_jax.model.moe.plan import RoutingPlan
+from moe_jax.model.moe.routing import limits_capacity
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way of computing a plan, and what the rest of the package has to know of it."""
+
+    run: Callable[[Array, RoutingPlan, ExpertWeights, Activation, int], tuple[Array, Array]]
+    has_slots: bool = False
+    """Experts have ``capacity`` slots a group and compute all of them; otherwise nothing is dropped or padded so."""
+    is_divided_by_compiler: bool = False
+    """XLA divides it over a mesh by itself; otherwise each device runs it on its own groups."""
+
+
+BACKENDS = {
+    "einsum": Backend(einsum, has_slots=True, is_divided_by_compiler=True),
+    "gather": Backend(gather, has_slots=True),
+    "blocked": Backend(blocked),
+    "ragged": Backend(ragged),
+    "tokamax": Backend(tokamax),
+    "by_row": Backend(by_row),
+}
+"""By the names of ``model.moe.dispatch``."""
+
+BY_ROW_ROWS = 8
+"""Rows up to which gathering weights by row was faster than blocks of rows, as for the rows of a few tokens."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the choice of a backend depends on."""
+
+    platform: str
+    """cpu, gpu or tpu."""
+    is_nvidia: bool = False
+    has_tokamax: bool = False
+    """Whether the package is installed."""
+
+
+def this_machine() -> Machine:
+    """The machine that this process computes on."""
+    platform = jax.default_backend()
+    is_nvidia = platform == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
+    return Machine(platform, is_nvidia, has_tokamax=importlib.util.find_spec("tokamax") is not None)
+
+
+@dataclass(frozen=True)
+class Choice:
+    name: str
+    """In ``BACKENDS``."""
+    reason: str
+    """Why, for the log."""
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.reason}"
+
+
+def choose(moe: MoEConfig, num_tokens: int, *, train: bool, machine: Machine) -> Choice:
+    """The backend for a batch of ``num_tokens`` on all devices together; docs/dispatch.md has the measurements.
+
+    Experts of a fixed number of slots go by ``gather``; where nothing may be dropped, rows are sorted, so that no
+    choice of ``auto`` ever computes experts on tokens that were not sent to them.
+
+    Raises UserError where the setting names a backend that this machine does not have.
+    """
+    is_limited = limits_capacity(moe, train=train)
+    if moe.dispatch != "auto":
+        return Choice(moe.dispatch, _why_as_set(moe.dispatch, is_limited, machine))
+    if is_limited:
+        return Choice("gather", "the fastest measured for experts of a fixed capacity")
+    num_rows = num_tokens * moe.top_k
+    if num_rows <= max(BY_ROW_ROWS, moe.top_k):
+        return Choice("by_row", f"{num_rows} rows: each reads its own expert's weights")
+    if machine.platform == "tpu":
+        return Choice("ragged", "XLA's grouped product for TPUs")
+    if machine.is_nvidia and machine.has_tokamax:
+        return Choice("tokamax", "grouped kernels for NVIDIA GPUs")
+    if machine.platform == "gpu":
+        return Choice("blocked", "a loop, slow on a GPU: pip install tokamax for its kernels, or set capacity_factor")
+    return Choice("blocked", "the fastest measured on a CPU")
+
+
+def _why_as_set(name: str, is_limited: bool, machine: Machine) -> str:
+    if name == "tokamax" and not machine.is_nvidia:
+        raise UserError(f"model.moe.dispatch=tokamax needs an NVIDIA GPU, got a {machine.platform}; set it to auto")
+    if name == "tokamax" and not machine.has_tokamax:
+        raise UserError(
+            "model.moe.dispatch=tokamax needs the package tokamax, which is not installed; "
+            "pip install tokamax, or set it to auto"
+        )
+    if BACKENDS[name].has_slots and not is_limited:
+        return "as set: every expert computes every token, E/K times the multiplications"
+    if name == "ragged" and machine.platform != "tpu":
+        return f"as set: XLA multiplies every row with every expert on a {machine.platform}, E/K times the work"
+    if name == "by_row":
+        return "as set: each row gathers its own expert's weights"
+    return "as set"
+
+
+def with_dispatch(
+    model: ModelConfig, num_tokens: int, *, train: bool, machine: Machine, as_set: bool = True
+) -> ModelConfig:
+    """``model`` with the name of the backend for such batches in ``moe.dispatch``, as a decoder needs it.
+
+    ``as_set=False`` chooses as ``auto`` does, whatever is set: for a run that may be of another kind of machine.
+
+    Raises UserError as ``choose`` does.
+    """
+    if not model.moe.num_experts:
+        return model
+    moe = model.moe if as_set else dataclasses.replace(model.moe, dispatch="auto")
+    name = cast(Any, choose(moe, num_tokens, train=train, machine=machine).name)  # one of the setting's literals
+    return dataclasses.replace(model, moe=dataclasses.replace(moe, dispatch=name))
