@@ -14,13 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_jax.data.tokenizer import (
-    Tokenizer,
-    document_end,
-    document_start,
-    encode_with_specials,
-    without_specials,
-)
+from moe_jax.data.tokenizer import Tokenizer, document_end, document_start, encode_with_specials, without_specials
 from moe_jax.data.tokenizer_file import load_tokenizer
 from moe_jax.prepare.sources import Piece
 

@@ -230,6 +230,12 @@ def test_specials_in_the_text_when_asked(tmp_path):
     assert [data.splits(name)[0].num_bytes for name in ("train", "val")] == [2, 2]
 
 
+def test_a_document_that_several_processes_share_has_one_length(tmp_path):
+    data = made(tmp_path, "word " * 250_000, processes=2, val_fraction=0.1)
+    (train,), (val,) = data.splits("train"), data.splits("val")
+    assert (train.lengths().tolist(), val.lengths().tolist()) == ([1_125_001], [125_001])
+
+
 def test_the_sample_of_a_tokenizer_is_spread_over_the_text(tmp_path):
     text = "|".join(chr(ord("a") + index // 100) * 50 for index in range(1000))
     data = made(tmp_path, text, separator="|", tokenizer="bpe:300", tokenizer_sample=2000)
