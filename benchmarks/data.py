@@ -28,7 +28,7 @@ import numpy as np
 
 from moe_jax.config import DataConfig
 from moe_jax.data.byte_pairs import BpeTokenizer
-from moe_jax.data.dataset import FORMAT_VERSION, LENGTHS, Corpus, MadeFrom, Split, file_sha256, open_prepared
+from moe_jax.data.dataset import FORMAT_VERSION, LENGTHS, Corpus, MadeFrom, Split, file_sha256, open_dataset
 from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.errors import run
 from moe_jax.prepare import folder as preparation
@@ -148,7 +148,7 @@ def loading(folder: Path, rounds: int) -> list[dict[str, Any]]:
         for mode in MODES:
             start = time.perf_counter()
             config = DataConfig(path=str(folder), mode=mode, batch_size=BATCH)
-            with train_batches(open_prepared(folder), config, LENGTH) as batches:
+            with train_batches(open_dataset(folder), config, LENGTH) as batches:
                 batch = next(batches)
                 starts[mode].append(time.perf_counter() - start)
                 number = 0

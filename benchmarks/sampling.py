@@ -80,7 +80,7 @@ def model_of(case: Case) -> tuple[Any, Any]:
     import jax
     import jax.numpy as jnp
 
-    from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
+    from moe_jax.model.decoder import Decoder, Tokens, Variables, initial_expert_bias
     from moe_jax.model.moe.backends import this_machine, with_dispatch
     from moe_jax.prepare.tokenizer import build_tokenizer
     from moe_jax.runs.opened import open_run
@@ -96,7 +96,7 @@ def model_of(case: Case) -> tuple[Any, Any]:
     engine = Engine(case.config, tokenizer, this_machine(), case.dtype, end_token=-1)
     model = with_dispatch(engine.config, 2, train=False, machine=this_machine(), as_set=False)
     decoder = Decoder(model, tokenizer.vocab_size)
-    params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.jit(decoder.init)(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
     return engine, engine.prepare(Variables(nn.unbox(params), initial_expert_bias(case.config.model)))
 
 
@@ -176,7 +176,7 @@ def with_torch(case: Case, engine: Any, variables: Any, num_tokens: int) -> Call
     import jax
     import numpy as np
 
-    from moe_jax.model.decoder import forward
+    from moe_jax.model.decoder import Tokens, forward
 
     sys.path.insert(0, str(Path(__file__).parent))
     torch_decoder = importlib.import_module("torch_decoder")
@@ -184,7 +184,7 @@ def with_torch(case: Case, engine: Any, variables: Any, num_tokens: int) -> Call
         return None
     prompt_BL = prompts_of(case, engine.tokenizer.vocab_size)
     decoder = engine.programs.decoder_for(prompt_BL.size)
-    logits_BLV = np.asarray(jax.jit(lambda ids: forward(decoder, variables, ids).logits_BLV)(prompt_BL))
+    logits_BLV = np.asarray(jax.jit(lambda ids: forward(decoder, variables, Tokens(ids)).logits_BLV)(prompt_BL))
     draw = torch_decoder.loop(engine.config, variables.params, prompt_BL, logits_BLV, SAMPLE.temperature)
 
     def turn() -> float:

@@ -474,17 +474,17 @@ from pathlib import Path
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-from moe_jax.trackers.writer import MetricsWriter
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.data.batches import train_batches
-from moe_jax.model.decoder import Decoder
+from moe_jax.model.decoder import Decoder, Tokens
 from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import find_plays, render_play
 from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.report.pictures import plot_expert_load, plot_loss_curve
 from moe_jax.runs.layout import RunDirectory
+from moe_jax.runs.metrics_file import MetricsFile
 from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.training.flops import count_params
 from moe_jax.training.metrics import named_metrics, routing_by_layer, step_metrics
@@ -540,7 +540,7 @@ losses_S, share_NE = [], np.zeros((2, 4))
 with (
     use_mesh(mesh),
     train_batches(data, config.data, context_length=64) as batches,
-    MetricsWriter(run, None) as writer,
+    MetricsFile(run, None) as writer,
 ):
     for step in range(1, 101):
         state, output = one_step(state, put_batch(next(batches), mesh))
@@ -650,12 +650,12 @@ prompt = "ANTIPHOLUS OF SYRACUSE:\nThe"
 settings = dataclasses.replace(config.sample, max_new_tokens=30, temperature=0.0)
 (greedy,) = engine.generate(variables, prompt, settings)
 tokens_L = np.array([*engine.tokenizer.encode(prompt), *greedy.tokens], np.int32)
-full_LV = forward(decoder, variables, tokens_L[None]).logits_BLV[0]
+full_LV = forward(decoder, variables, Tokens(tokens_L[None])).logits_BLV[0]
 
 
 @jax.jit
 def turn(token_BL, position_BL, caches):
-    return forward(decoder, variables, token_BL, position_BL=position_BL, caches=caches)
+    return forward(decoder, variables, Tokens(token_BL, position_BL=position_BL), caches=caches)
 
 
 caches = init_caches(engine.config, batch_size=1, cache_length=64)

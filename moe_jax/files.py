@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, or grow on a full disk's terms; folders of one process at a time."""
+"""Atomic files, files that grow and outlast a full disk, and folders that one process at a time works in."""
 
 import contextlib
 import errno
@@ -32,7 +32,7 @@ def read_json(file: Path, kind: type[T], remedy: str) -> T:
 
 @contextlib.contextmanager
 def naming(file: Path | str) -> Iterator[None]:
-    """Within it an OSError is one of ``file``: that of a failed write does not say where it was."""
+    """Within it an OSError names ``file``: that of a failed write does not say where it was."""
     try:
         yield
     except OSError as error:
@@ -43,9 +43,9 @@ def naming(file: Path | str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_file(file: Path) -> Iterator[Path]:
-    """Gives a path beside ``file`` to write to, which takes its place at the end; on an exception it is removed.
+    """Yields a path beside ``file`` to write to, which takes its place at the end; on an exception it is removed.
 
-    The content is on disk before the name is, so that a loss of power leaves no empty file under it.
+    The content is flushed to disk before the name is, so that a loss of power leaves no empty file under it.
     """
     beside = file.with_name(f".{file.name}.{os.getpid()}")
     try:
@@ -68,12 +68,12 @@ class GrowingFile:
     """A file that grows by whole records, and whose writer a full disk does not stop.
 
     Records that cannot be written wait in memory, and nothing of them stays in the file. They are tried again with the
-    next one and at the end, so that none is lost, doubled or out of order once there is space. ``tell`` gets one line
-    when writing begins to fail and one when it works again.
+    next one and at the end, so that none is lost, doubled or out of order once there is space. ``report`` gets a line
+    when writing begins to fail and a line when it works again.
     """
 
-    def __init__(self, file: Path, tell: Callable[[str], None]):
-        self._file, self._tell = file, tell
+    def __init__(self, file: Path, report: Callable[[str], None]):
+        self._file, self._report = file, report
         self._unwritten: list[bytes] = []
         self._is_failing = False
         # No buffer of Python's: after a fault nobody could say what of it is in the file.
@@ -95,14 +95,14 @@ class GrowingFile:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._descriptor, self._end)
             if not self._is_failing:
-                self._tell(
+                self._report(
                     f"warning: {self._file} cannot be written ({error.strerror}); the run goes on, keeps what is due "
                     "in memory and tries again each time"
                 )
             self._is_failing = True
             return
         if self._is_failing:
-            self._tell(f"{self._file} can be written again, and nothing of it is lost")
+            self._report(f"{self._file} can be written again, and nothing of it is lost")
         self._is_failing = False
 
     def _write(self, record: bytes) -> None:
@@ -125,7 +125,7 @@ class GrowingFile:
         try:
             os.close(self._descriptor)
         except OSError as error:  # a server's file system may report a lost write as late as here
-            self._tell(f"warning: the end of {self._file} may be missing ({error.strerror})")
+            self._report(f"warning: the end of {self._file} may be missing ({error.strerror})")
         return self._unwritten
 
 

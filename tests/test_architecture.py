@@ -23,7 +23,7 @@ WITHOUT_JAX = [
     *("errors", "cli", "config", "files", "commands/train", "commands/sample"),
     *("data/dataset", "data/rows", "data/tokenizer_file", "prepare/cache", "prepare/folder"),
     *("runs/layout", "runs/opened", "runs/progress"),
-    *("server/arguments", "server/metrics", "server/requests", "terminal/prompts"),
+    *("commands/server", "server/counters", "server/requests", "terminal/prompts"),
 ]
 
 

@@ -10,12 +10,12 @@ import pytest
 from moe_jax.cli import load_recipe, parse
 from moe_jax.commands.evaluate import EvaluateCommand
 from moe_jax.commands.sample import parse_sample
+from moe_jax.commands.server import ServerCommand
 from moe_jax.commands.train import parse_train
 from moe_jax.config import Config, SampleConfig
 from moe_jax.config.fields import settings
 from moe_jax.errors import UserError
 from moe_jax.prepare.settings import parse_prepare
-from moe_jax.server.arguments import ServerCommand
 
 REPOSITORY = Path(__file__).parents[1]
 MOE = str(REPOSITORY / "configs/moe.py")

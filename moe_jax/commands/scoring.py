@@ -11,7 +11,7 @@ import optax
 
 from moe_jax.config import MeshConfig
 from moe_jax.data.batches import check_data
-from moe_jax.data.dataset import PreparedData, is_prepared
+from moe_jax.data.dataset import Dataset, is_dataset
 from moe_jax.data.tokenizer_file import fingerprint
 from moe_jax.errors import UserError
 from moe_jax.files import cache_folder
@@ -86,11 +86,11 @@ def score(opened: OpenedRun, path: str | None, split: Split) -> dict[str, Any]:
     return values
 
 
-def _dataset(opened: OpenedRun, path: str | None) -> PreparedData:
+def _dataset(opened: OpenedRun, path: str | None) -> Dataset:
     """The run's own text, or the one at ``path``, which is tokenized and split as the run's was."""
     data, tokenizer, run = opened.config.data, opened.tokenizer, opened.directory
     if path is not None:
-        is_ready = Path(path).is_dir() and is_prepared(Path(path))
+        is_ready = Path(path).is_dir() and is_dataset(Path(path))
         data = dataclasses.replace(
             data,
             path=path,

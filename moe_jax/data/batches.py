@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from moe_jax.config import DataConfig
-from moe_jax.data.dataset import PreparedData, Split, TokenStream
+from moe_jax.data.dataset import Dataset, Split, TokenStream
 from moe_jax.data.rows import PackedRows, Parts, ShuffledRows, cut_documents
 from moe_jax.data.tokenizer import UNKNOWN, Tokenizer, document_end
 from moe_jax.errors import UserError
@@ -25,7 +25,7 @@ _MIX_BLOCK = 1 << 16
 """Rows over which a mixture keeps its weights exactly."""
 
 
-def check_data(data: PreparedData, config: DataConfig, context_length: int) -> None:
+def check_data(data: Dataset, config: DataConfig, context_length: int) -> None:
     """UserError where ``data`` cannot be trained or validated on in the way that ``config`` asks for."""
     for corpus in data.corpora:
         for split in (corpus.train, corpus.val):
@@ -141,7 +141,7 @@ def _document_rows(
     return _DocumentRows(split.stream(), parts, rows, document_end(tokenizer))
 
 
-def _training_rows(data: PreparedData, config: DataConfig, context_length: int) -> Rows:
+def _training_rows(data: Dataset, config: DataConfig, context_length: int) -> Rows:
     """The rows of a run, mapped from disk."""
     corpora: list[Rows] = []
     for index, corpus in enumerate(data.corpora):
@@ -193,7 +193,7 @@ class _Mixture:
 class _BatchSource:
     """Grain source: item n is this host's part of batch n."""
 
-    def __init__(self, data: PreparedData, config: DataConfig, context_length: int, host: int, num_hosts: int):
+    def __init__(self, data: Dataset, config: DataConfig, context_length: int, host: int, num_hosts: int):
         self._rows = _training_rows(data, config, context_length)
         self._tokenizer, self._config, self._length = data.tokenizer, config, context_length
         self._host, self._host_rows = host, config.batch_size // num_hosts
@@ -252,7 +252,7 @@ class TrainBatches:
 
 
 def train_batches(
-    data: PreparedData,
+    data: Dataset,
     config: DataConfig,
     context_length: int,
     *,
@@ -268,7 +268,7 @@ def train_batches(
     return TrainBatches(_BatchSource(data, config, context_length, host, num_hosts), start)
 
 
-def batches_per_epoch(data: PreparedData, config: DataConfig, context_length: int) -> int:
+def batches_per_epoch(data: Dataset, config: DataConfig, context_length: int) -> int:
     """Optimizer steps in which as many rows are drawn as the training split has: whole epochs, rounded up."""
     return math.ceil(len(_training_rows(data, config, context_length)) / config.batch_size)
 

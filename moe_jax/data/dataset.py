@@ -130,7 +130,7 @@ class MadeFrom:
 
 
 @dataclass(frozen=True)
-class PreparedData:
+class Dataset:
     folder: Path
     tokenizer: Tokenizer
     corpora: tuple[Corpus, ...]
@@ -179,7 +179,7 @@ def progress_file(folder: Path) -> Path:
     return folder / "progress.json"
 
 
-def is_prepared(folder: Path) -> bool:
+def is_dataset(folder: Path) -> bool:
     """Whether ``folder`` is one that a preparation made, or began."""
     return meta_file(folder).exists() or progress_file(folder).exists()
 
@@ -192,7 +192,7 @@ def read_typed(file: Path, kind: type[T], remedy: str) -> T:
         raise UserError(f"{file} is corrupt ({error}); {remedy}") from None
 
 
-def open_prepared(folder: Path) -> PreparedData:
+def open_dataset(folder: Path) -> Dataset:
     """The prepared data in ``folder``, its files checked. UserError where they are not as they were made.
 
     A file's size is always compared, its SHA-256 where its time of change is not the one it had when it was last
@@ -224,7 +224,7 @@ def open_prepared(folder: Path) -> PreparedData:
     )
     if data_fingerprint(tokenizer, corpora) != meta.fingerprint:
         raise UserError(f"{file} was changed after it was made; prepare the folder again")
-    data = PreparedData(folder, tokenizer, corpora, meta.made_from, meta.fingerprint)
+    data = Dataset(folder, tokenizer, corpora, meta.made_from, meta.fingerprint)
     _check_files(data)
     return data
 
@@ -235,7 +235,7 @@ def data_fingerprint(tokenizer: Tokenizer, corpora: Iterable[Corpus]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
-def _check_files(data: PreparedData) -> None:
+def _check_files(data: Dataset) -> None:
     remedy = "put a copy of it back, or prepare the folder again"
     known, is_new = _checked(data.fingerprint), False
     for split in (*data.splits("train"), *data.splits("val")):
@@ -262,7 +262,7 @@ def _checked(fingerprint: str) -> dict[str, int]:
 
 
 def remember_checked(fingerprint: str, corpora: Iterable[Corpus]) -> None:
-    """Notes on this machine that the files are now as they were made, so that ``open_prepared`` need not read them."""
+    """Notes on this machine that the files are now as they were made, so that ``open_dataset`` need not read them."""
     files = [file for corpus in corpora for split in (corpus.train, corpus.val) for file, _ in split.files()]
     known = _checked(fingerprint) | {str(file.resolve()): file.stat().st_mtime_ns for file in files}
     cache = cache_folder("checked")

@@ -8,7 +8,7 @@ from flax.linen import initializers
 
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
-from moe_jax.model.layers import dropout, fold_in, matrix_init, rms_normalise
+from moe_jax.model.layers import dropout, matrix_init, rms_normalise
 from moe_jax.sharding.mesh import with_axes
 
 
@@ -35,6 +35,10 @@ def rotate(x_BLHA: Array, position_BL: Array, theta: float) -> Array:
     """Rotary position embedding (arXiv 2104.09864, eq. 34): pairs (i, i + A/2) turn by position · theta^(-2i/A).
 
     The paper pairs neighbours; pairing halves is the same map under a permutation of the weights.
+
+    >>> x_BLHA = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)  # one pair, (1, 0), a quarter turn on is (0, 1)
+    >>> rotate(x_BLHA, jnp.array([[jnp.pi / 2]]), theta=100.0).round(4).reshape(-1).tolist()
+    [-0.0, 1.0]
     """
     A = x_BLHA.shape[-1]
     frequency = theta ** (-jnp.arange(0, A, 2, dtype=jnp.float32) / A)
@@ -45,34 +49,43 @@ def rotate(x_BLHA: Array, position_BL: Array, theta: float) -> Array:
 
 
 def attend(
-    query_BLHA: Array, key_BJMA: Array, value_BJMA: Array, mask_BLM: Array, weight_dropout: tuple[float, Array] | None
+    query_BLHA: Array,
+    key_BJMA: Array,
+    value_BJMA: Array,
+    mask_BLM: Array,
+    dropout_rate: float = 0.0,
+    dropout_keys_B: Array | None = None,
 ) -> Array:
     """Softmax attention; query head h reads key/value head h // (H/J) (grouped queries, arXiv 2305.13245).
 
     Args:
       mask_BLM: True where query l may see key m.
-      weight_dropout: (rate, one key a sequence), or None.
+      dropout_rate, dropout_keys_B: dropout of the softmax's weights, with one key a sequence; None: no dropout.
 
     Returns:
       [B, L, H, A] in the type of the query; scores and softmax are in float32.
     """
     B, L, H, A = query_BLHA.shape
     J = key_BJMA.shape[1]
-    # Heads in front of positions, so that both products are plain batched matrix products.
+    # Heads in front of positions, so that both products are plain batched matrix products: the H/J query heads that
+    # read one key/value head become rows of one matrix, [B, L, H, A] -> [B, J, H/J · L, A], head after head.
     query_BJQA = query_BLHA.reshape(B, L, J, H // J, A).transpose(0, 2, 3, 1, 4).reshape(B, J, (H // J) * L, A)
     scores_BJQM = jnp.matmul(query_BJQA, key_BJMA.transpose(0, 1, 3, 2), preferred_element_type=jnp.float32)
     scores_BJGLM = scores_BJQM.reshape(B, J, H // J, L, -1) * A**-0.5
     scores_BJGLM = jnp.where(mask_BLM[:, None, None], scores_BJGLM, -1e30)
-    weights_BJGLM = jax.nn.softmax(scores_BJGLM, axis=-1)
-    if weight_dropout is not None:
-        weights_BJGLM = dropout(weights_BJGLM, *weight_dropout)
+    weights_BJGLM = dropout(jax.nn.softmax(scores_BJGLM, axis=-1), dropout_rate, dropout_keys_B)
     weights_BJQM = weights_BJGLM.reshape(scores_BJQM.shape).astype(query_BLHA.dtype)
     out_BJQA = jnp.matmul(weights_BJQM, value_BJMA)
+    # And back: [B, J, H/J · L, A] -> [B, L, J · H/J, A].
     return out_BJQA.reshape(B, J, H // J, L, A).transpose(0, 3, 1, 2, 4).reshape(B, L, H, A)
 
 
 def causal_mask(position_BL: Array, segment_BL: Array | None = None) -> Array:
-    """[B, L, L], True where key m is not after query l and, where there are segments, of the same one."""
+    """[B, L, L], True where key m is not after query l and, where there are segments, of the same one.
+
+    >>> causal_mask(jnp.array([[0, 1, 0]]), segment_BL=jnp.array([[1, 1, 2]])).astype(int).tolist()
+    [[[1, 0, 0], [1, 1, 0], [0, 0, 1]]]
+    """
     mask_BLM = position_BL[:, :, None] >= position_BL[:, None, :]
     if segment_BL is None:
         return mask_BLM
@@ -142,9 +155,7 @@ class Attention(nn.Module):
         else:
             cache = write_cache(cache, key_BLJA, value_BLJA, position_BL)
             key_BJMA, value_BJMA = cache.key_BJMA, cache.value_BJMA
-        keys_B = fold_in(keys_B, 0)
-        weight_dropout = (config.dropout_rate, keys_B) if keys_B is not None and config.dropout_rate else None
-        out_BLHA = attend(query_BLHA, key_BJMA, value_BJMA, mask_BLM, weight_dropout)
+        out_BLHA = attend(query_BLHA, key_BJMA, value_BJMA, mask_BLM, config.dropout_rate, keys_B)
         init = with_axes(matrix_init(config, is_block_output=True), ("heads", "embed"))
         y_BLD = out_BLHA.reshape(*x_BLD.shape[:2], D) @ self.param("out", init, (D, D)).astype(x_BLD.dtype)
         if config.use_bias:

@@ -17,12 +17,12 @@ from moe_jax.axes import Array, PyTree
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import Attention, LayerCache, cache_mask, causal_mask
 from moe_jax.model.layers import Norm, dropout, fold_in, matrix_init
-from moe_jax.model.mlp import DenseMLP
+from moe_jax.model.mlp import DenseMLP, dense_width
 from moe_jax.model.moe.dispatch import PRODUCTS
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.moe.routing import ROUTERS
 from moe_jax.model.moe.statistics import MoEStatistics
-from moe_jax.sharding.mesh import with_axes
+from moe_jax.sharding.mesh import constrain, with_axes
 
 
 class Variables(flax.struct.PyTreeNode):
@@ -43,16 +43,17 @@ class Variables(flax.struct.PyTreeNode):
         return Variables(items["params"], items["router_state"]["expert_bias"] if "router_state" in items else None)
 
 
-class Context(flax.struct.PyTreeNode):
-    """What every block of one forward pass shares."""
+class Tokens(flax.struct.PyTreeNode):
+    """What a forward pass reads: B rows of L tokens, and what is known of each token."""
 
-    position_BL: Array
-    mask_BLM: Array
-    token_mask_BL: Array | None
-    """True for real tokens; None: all are."""
-    keys_B: Array | None
-    """One random key a sequence for dropout and router noise; None: no randomness."""
-    train: bool = flax.struct.field(pytree_node=False)
+    id_BL: Array
+    """int32."""
+    mask_BL: Array | None = None
+    """True for real tokens; None: all are. A masked token sends no rows, takes no capacity and counts nowhere."""
+    position_BL: Array | None = None
+    """int32; None: 0 to L-1. A negative one is padding."""
+    segment_BL: Array | None = None
+    """The number of a token's document, within which attention stays; None: a row is one document. Not with caches."""
 
 
 class DecoderOutput(flax.struct.PyTreeNode):
@@ -61,6 +62,18 @@ class DecoderOutput(flax.struct.PyTreeNode):
     statistics: MoEStatistics | None
     """Leaves [MoE layers, B, ...]: each sequence is one routing group. None without MoE layers."""
     caches: tuple[LayerCache, ...] | None = None
+
+
+class Context(flax.struct.PyTreeNode):
+    """What every block of one forward pass shares."""
+
+    position_BL: Array
+    mask_BLM: Array
+    """True where query l may see key m."""
+    token_mask_BL: Array | None
+    keys_B: Array | None
+    """One random key a sequence for dropout and router noise; None: no randomness."""
+    train: bool = flax.struct.field(pytree_node=False)
 
 
 class Block(nn.Module):
@@ -78,32 +91,29 @@ class Block(nn.Module):
         expert_bias_E: Array | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Array, MoEStatistics | None, LayerCache | None]:
-        config = self.config
+        config, rate = self.config, self.config.dropout_rate
         keys_B = fold_in(context.keys_B, layer)
         normed_BLD = Norm(config, name="attention_norm")(x_BLD)
         y_BLD, cache = Attention(config, name="attention")(
-            normed_BLD, context.position_BL, context.mask_BLM, cache, keys_B
+            normed_BLD, context.position_BL, context.mask_BLM, cache, fold_in(keys_B, 0)
         )
-        x_BLD = x_BLD + _dropout(config, y_BLD, keys_B, 1)
+        x_BLD = x_BLD + dropout(y_BLD, rate, fold_in(keys_B, 1))
         normed_BLD = Norm(config, name="mlp_norm")(x_BLD)
-        statistics = None
-        if self.is_moe:
-            noise_keys_B = fold_in(keys_B, 2) if context.train else None
-            y_BLD, statistics = MoE(config, name="moe")(
-                normed_BLD,
-                train=context.train,
-                token_mask_GT=context.token_mask_BL,
-                noise_keys_G=noise_keys_B,
-                expert_bias_E=expert_bias_E,
-            )
-        else:
-            y_BLD = DenseMLP(config, dense_width(config), name="mlp")(normed_BLD)
-        return x_BLD + _dropout(config, y_BLD, keys_B, 3), statistics, cache
+        y_BLD, statistics = self._feed_forward(normed_BLD, context, expert_bias_E, fold_in(keys_B, 2))
+        return x_BLD + dropout(y_BLD, rate, fold_in(keys_B, 3)), statistics, cache
 
-
-def dense_width(config: ModelConfig) -> int:
-    """Hidden width of a dense block's MLP: as set, or the width that a token passes in a MoE layer."""
-    return config.mlp_dim or (config.moe.top_k + config.moe.num_shared_experts) * config.moe.expert_dim
+    def _feed_forward(
+        self, x_BLD: Array, context: Context, expert_bias_E: Array | None, noise_keys_B: Array | None
+    ) -> tuple[Array, MoEStatistics | None]:
+        if not self.is_moe:
+            return DenseMLP(self.config, dense_width(self.config), name="mlp")(x_BLD), None
+        return MoE(self.config, name="moe")(  # a sequence is one group of tokens
+            x_BLD,
+            train=context.train,
+            token_mask_GT=context.token_mask_BL,
+            noise_keys_G=noise_keys_B if context.train else None,
+            expert_bias_E=expert_bias_E,
+        )
 
 
 class Period(nn.Module):
@@ -136,52 +146,36 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens_BL: Array,
+        tokens: Tokens,
         *,
         train: bool = False,
         expert_bias_NE: Array | None = None,
-        token_mask_BL: Array | None = None,
         keys_B: Array | None = None,
-        position_BL: Array | None = None,
-        segment_BL: Array | None = None,
         caches: tuple[LayerCache, ...] | None = None,
         logits_at_B: Array | None = None,
     ) -> DecoderOutput:
         """Logits [B, L, V] for the token after each position.
 
         Args:
-          tokens_BL: int32.
           train: capacity binds and router noise is on; otherwise nothing is dropped.
-          expert_bias_NE: the router state of ``sigmoid_bias``, which needs it; zeros while parameters are created.
-          token_mask_BL: True for real tokens; a masked token sends no rows, takes no capacity and counts nowhere.
+          expert_bias_NE: the router state, where the router has one; zeros while parameters are created.
           keys_B: one random key a sequence for dropout and noise; None: neither.
-          position_BL: int32 positions; None: 0 to L-1. A negative one is padding.
-          segment_BL: the number of the document that a token is of, within which attention stays; positions restart in
-            each. None: a row is one document. Not with ``caches``.
           caches: one a layer, only with ``unstacked``; queries then see the last M positions in the cache.
           logits_at_B: the place in each row whose logits alone are computed, [B, 1, V]; None: all.
         """
         config = self.config
-        B, L = tokens_BL.shape
+        position_BL = tokens.position_BL
         if position_BL is None:
-            position_BL = jnp.broadcast_to(jnp.arange(L), (B, L))
+            position_BL = jnp.broadcast_to(jnp.arange(tokens.id_BL.shape[1]), tokens.id_BL.shape)
         if caches is None:
-            mask_BLM = causal_mask(position_BL, segment_BL)
+            mask_BLM = causal_mask(position_BL, tokens.segment_BL)
         else:
             mask_BLM = cache_mask(position_BL, jnp.max(position_BL, axis=1), caches[0].key_BJMA.shape[2])
-        context = Context(position_BL, mask_BLM, token_mask_BL, keys_B, train)
+        context = Context(position_BL, mask_BLM, tokens.mask_BL, keys_B, train)
 
         embedding_init = with_axes(initializers.normal(config.init_std), ("vocab", "embed"))
         embedding_VD = self.param("embedding", embedding_init, (self.vocab_size, config.embed_dim))
-        x_BLD = jnp.take(embedding_VD, tokens_BL, axis=0, mode="clip")
-        if config.positions == "learned":
-            init = with_axes(initializers.normal(config.init_std), ("position", "embed"))
-            positions_LD = self.param("positions", init, (config.context_length, config.embed_dim))
-            x_BLD = x_BLD + jnp.take(positions_LD, position_BL, axis=0, mode="clip")
-        x_BLD = x_BLD.astype(config.dtype)
-        if config.embedding_dropout:
-            x_BLD = _dropout(config, x_BLD, fold_in(keys_B, config.num_layers), 0)
-        x_BLD = nn.with_logical_constraint(x_BLD, ("batch", None, None))
+        x_BLD = self._embed(embedding_VD, tokens.id_BL, context)
         if expert_bias_NE is None and self.is_initializing():
             expert_bias_NE = initial_expert_bias(config)
         if self.unstacked:
@@ -190,23 +184,39 @@ class Decoder(nn.Module):
             x_BLD, statistics = self._scan(x_BLD, context, expert_bias_NE)
         if logits_at_B is not None:
             x_BLD = jnp.take_along_axis(x_BLD, logits_at_B[:, None, None], axis=1)
+        return DecoderOutput(self._logits(x_BLD, embedding_VD), statistics, caches)
+
+    def _embed(self, embedding_VD: Array, id_BL: Array, context: Context) -> Array:
+        config = self.config
+        x_BLD = jnp.take(embedding_VD, id_BL, axis=0, mode="clip")
+        if config.positions == "learned":
+            init = with_axes(initializers.normal(config.init_std), ("position", "embed"))
+            positions_LD = self.param("positions", init, (config.context_length, config.embed_dim))
+            x_BLD = x_BLD + jnp.take(positions_LD, context.position_BL, axis=0, mode="clip")
+        x_BLD = x_BLD.astype(config.dtype)
+        if config.embedding_dropout:
+            # Blocks fold in their layer, 0 to N-1, so N is free.
+            keys_B = fold_in(fold_in(context.keys_B, config.num_layers), 0)
+            x_BLD = dropout(x_BLD, config.dropout_rate, keys_B)
+        return constrain(x_BLD, ("batch", None, None))
+
+    def _logits(self, x_BLD: Array, embedding_VD: Array) -> Array:
+        config = self.config
         x_BLD = Norm(config, name="final_norm")(x_BLD)
         if config.tie_embeddings:
             output_DV = embedding_VD.T
         else:
             init = with_axes(matrix_init(config), ("embed", "vocab"))
             output_DV = self.param("output", init, (config.embed_dim, self.vocab_size))
-        logits_BLV = jnp.matmul(x_BLD, output_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32)
-        return DecoderOutput(logits_BLV, statistics, caches)
+        return jnp.matmul(x_BLD, output_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32)
 
     def _scan(
         self, x_BLD: Array, context: Context, expert_bias_NE: Array | None
     ) -> tuple[Array, MoEStatistics | None]:
         statistics = None
         for name, kinds, first, repeats in layout(self.config):
-            period = Period
-            if self.config.remat != "none":
-                period = nn.remat(Period, prevent_cse=False, policy=_remat_policy(self.config.remat))
+            remat = self.config.remat
+            period = Period if remat == "none" else nn.remat(Period, prevent_cse=False, policy=_remat_policy(remat))
             scan = nn.scan(
                 period,
                 variable_axes={"params": 0},
@@ -222,11 +232,7 @@ class Decoder(nn.Module):
         return x_BLD, statistics
 
     def _walk(
-        self,
-        x_BLD: Array,
-        context: Context,
-        expert_bias_NE: Array | None,
-        caches: tuple[LayerCache, ...] | None,
+        self, x_BLD: Array, context: Context, expert_bias_NE: Array | None, caches: tuple[LayerCache, ...] | None
     ) -> tuple[Array, MoEStatistics | None, tuple[LayerCache, ...] | None]:
         all_statistics, new_caches = [], []
         is_moe = [kind for _, kinds, _, repeats in layout(self.config) for kind in kinds * repeats]
@@ -245,32 +251,17 @@ class Decoder(nn.Module):
 def forward(
     decoder: Decoder,
     variables: Variables,
-    tokens_BL: Array,
+    tokens: Tokens,
     *,
     train: bool = False,
-    token_mask_BL: Array | None = None,
     keys_B: Array | None = None,
-    position_BL: Array | None = None,
-    segment_BL: Array | None = None,
     caches: tuple[LayerCache, ...] | None = None,
     logits_at_B: Array | None = None,
 ) -> DecoderOutput:
     """``decoder`` as a pure function of its variables; arguments as in ``Decoder.__call__``."""
-    return cast(
-        DecoderOutput,
-        decoder.apply(
-            {"params": variables.params},
-            tokens_BL,
-            train=train,
-            expert_bias_NE=variables.expert_bias_NE,
-            token_mask_BL=token_mask_BL,
-            keys_B=keys_B,
-            position_BL=position_BL,
-            segment_BL=segment_BL,
-            caches=caches,
-            logits_at_B=logits_at_B,
-        ),
-    )
+    params, bias_NE = {"params": variables.params}, variables.expert_bias_NE
+    options = {"expert_bias_NE": bias_NE, "keys_B": keys_B, "caches": caches, "logits_at_B": logits_at_B}
+    return cast(DecoderOutput, decoder.apply(params, tokens, train=train, **options))
 
 
 def layout(config: ModelConfig) -> list[tuple[str, tuple[bool, ...], int, int]]:
@@ -318,13 +309,6 @@ def cast_matrices(variables: Variables, config: ModelConfig) -> Variables:
         return leaf.astype(config.dtype) if path[-1].key in _MATRICES else leaf
 
     return variables.replace(params=jax.tree_util.tree_map_with_path(cast, variables.params))
-
-
-def _dropout(config: ModelConfig, x_BLD: Array, keys_B: Array | None, site: int) -> Array:
-    site_keys_B = fold_in(keys_B, site)
-    if site_keys_B is None or not config.dropout_rate:
-        return x_BLD
-    return dropout(x_BLD, config.dropout_rate, site_keys_B)
 
 
 def _remat_policy(remat: Literal["dots", "full"]) -> Any:

@@ -13,7 +13,11 @@ from moe_jax.sharding.mesh import with_axes
 
 
 def rms_normalise(x: Array, scale_D: Array, epsilon: float = 1e-6) -> Array:
-    """x / sqrt(mean(x²) + ε) · scale over the last axis (arXiv 1910.07467, eq. 4), computed in float32."""
+    """x / sqrt(mean(x²) + ε) · scale over the last axis (arXiv 1910.07467, eq. 4), computed in float32.
+
+    >>> rms_normalise(jnp.array([3.0, 4.0]), jnp.array([1.0, 2.0])).round(4).tolist()  # over sqrt((9 + 16) / 2)
+    [0.8485, 2.2627]
+    """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)
     return _match(scale_D, x32) * x32
@@ -31,8 +35,11 @@ def _match(vector_D: Array, x: Array) -> Array:
     return vector_D.reshape((1,) * (x.ndim - 1) + vector_D.shape)
 
 
-def dropout(x: Array, rate: float, sequence_keys_B: Array) -> Array:
-    """Zeroes elements with probability ``rate`` and scales the rest by 1/(1 - rate); one random key a sequence."""
+def dropout(x: Array, rate: float, sequence_keys_B: Array | None) -> Array:
+    """Zeroes elements with probability ``rate`` and scales the rest by 1/(1 - rate); one random key a sequence, or
+    None for no dropout."""
+    if sequence_keys_B is None or not rate:
+        return x
     keep = jax.vmap(lambda key, row: jax.random.bernoulli(key, 1.0 - rate, row.shape))(sequence_keys_B, x)
     return jnp.where(keep, x / (1.0 - rate), 0.0).astype(x.dtype)
 

@@ -74,6 +74,11 @@ class DenseMLP(nn.Module):
         return expert_mlp(weights, x_BLD.reshape(-1, D), self.config.activation).reshape(x_BLD.shape)
 
 
+def dense_width(config: ModelConfig) -> int:
+    """Hidden width of a dense block's MLP: as set, or the width that a token passes in a MoE layer."""
+    return config.mlp_dim or (config.moe.top_k + config.moe.num_shared_experts) * config.moe.expert_dim
+
+
 def mlp_weights(
     module: nn.Module, config: ModelConfig, D: int, F: int, num_experts: int | None = None
 ) -> ExpertWeights:

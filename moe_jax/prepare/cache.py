@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from moe_jax.config import DataConfig
-from moe_jax.data.dataset import FORMAT_VERSION, PreparedData, is_prepared, meta_file, open_prepared
+from moe_jax.data.dataset import FORMAT_VERSION, Dataset, is_dataset, meta_file, open_dataset
 from moe_jax.data.tokenizer import Delimiters
 from moe_jax.data.tokenizer_file import fingerprint
 from moe_jax.errors import UserError
@@ -21,14 +21,14 @@ from moe_jax.prepare.tokenizer import build_tokenizer, file_of_spec, spec_by_con
 log = logging.getLogger("moe_jax")
 
 
-def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "endoftext") -> PreparedData:
+def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "endoftext") -> Dataset:
     """The prepared folder that ``data`` names, or that of a text, made in ``cache`` unless it is there.
 
     ``delimiters`` are those of a text's documents; a prepared folder has its own. UserError where the text or the
     tokenizer does not exist, before any work, or where the folder was prepared with other settings.
     """
-    if data.path is not None and Path(data.path).is_dir() and is_prepared(Path(data.path)):
-        found = open_prepared(Path(data.path))
+    if data.path is not None and Path(data.path).is_dir() and is_dataset(Path(data.path)):
+        found = open_dataset(Path(data.path))
         _check_matches(data, found)
         return found
     config = PrepareConfig(
@@ -45,13 +45,13 @@ def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "end
     config = dataclasses.replace(config, out=str(folder))
     if meta_file(folder).exists():
         try:
-            return open_prepared(folder)
+            return open_dataset(folder)
         except UserError as error:  # damaged, but the text to make it from is there
             log.debug(f"{folder} is made again: {error}")
     return prepare_folder(config, is_cache=True)
 
 
-def _check_matches(data: DataConfig, found: PreparedData) -> None:
+def _check_matches(data: DataConfig, found: Dataset) -> None:
     """UserError where settings that ask for something by name are not what the folder was prepared with."""
     settings = found.made_from.settings
     if data.val_fraction is not None and data.val_fraction != settings["val_fraction"]:

@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moe_jax.data.dataset import PreparedData, progress_file
+from moe_jax.data.dataset import Dataset, progress_file
 from moe_jax.errors import Interrupted
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.settings import parse_prepare
 
 
-def _describe(data: PreparedData, out: Path) -> Iterable[str]:
+def _describe(data: Dataset, out: Path) -> Iterable[str]:
     for corpus in data.corpora:
         for split in (corpus.train, corpus.val):
             yield (

@@ -23,14 +23,14 @@ from moe_jax.data.dataset import (
     FORMAT_VERSION,
     Corpus,
     CorpusMeta,
+    Dataset,
     MadeFrom,
     Meta,
-    PreparedData,
     TokenizerMeta,
     data_fingerprint,
-    is_prepared,
+    is_dataset,
     meta_file,
-    open_prepared,
+    open_dataset,
     progress_file,
     read_typed,
     remember_checked,
@@ -75,7 +75,7 @@ class _Unfinished:
         atomic_write_text(progress_file(out), json.dumps(msgspec.to_builtins(self)))
 
 
-def prepare_folder(config: PrepareConfig, *, is_cache: bool = False) -> PreparedData:
+def prepare_folder(config: PrepareConfig, *, is_cache: bool = False) -> Dataset:
     """Makes or completes the prepared folder ``config.out``. UserError on bad input, before anything is written.
 
     If another process works in it, or it is damaged, raises UserError; a cache waits, and is made again.
@@ -112,13 +112,13 @@ def prepare_folder(config: PrepareConfig, *, is_cache: bool = False) -> Prepared
             corpora = [_write_corpus(plan, config, tokenizer, unfinished, bar) for plan in plans]
             write_meta(out, tokenizer, _with_weights(corpora, plans), origin)
             progress_file(out).unlink()
-    return open_prepared(out)
+    return open_dataset(out)
 
 
 def _check_out(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out must be a folder, but {out} is a file; choose another")
-    if out.exists() and not is_prepared(out) and set(os.listdir(out)) - {".lock", "tokenizer", *_leftovers(out)}:
+    if out.exists() and not is_dataset(out) and set(os.listdir(out)) - {".lock", "tokenizer", *_leftovers(out)}:
         raise UserError(f"--out {out} holds other files; choose a new or an empty folder")
 
 
@@ -137,14 +137,14 @@ def _resume(out: Path, origin: MadeFrom) -> _Unfinished | None:
     return unfinished
 
 
-def _prepared_before(out: Path, origin: MadeFrom, plans: list[CorpusPlan]) -> PreparedData:
+def _prepared_before(out: Path, origin: MadeFrom, plans: list[CorpusPlan]) -> Dataset:
     """What is in ``out`` already, perhaps under other weights. UserError where it was made from something else."""
-    data = open_prepared(out)
+    data = open_dataset(out)
     _check_same(data.made_from, origin, out)
     corpora = _with_weights(data.corpora, plans)
     if corpora != list(data.corpora):
         write_meta(out, data.tokenizer, corpora, origin)
-    return open_prepared(out)
+    return open_dataset(out)
 
 
 def _check_same(before: MadeFrom, now: MadeFrom, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""The files of a run directory, written whole or not at all. Imports no jax."""
+"""What a run directory holds, which run is the latest, and what may change when a run goes on. Imports no jax."""
 
 import contextlib
 import dataclasses
@@ -59,14 +59,14 @@ class RunDirectory:
         return config
 
     def check_unlocked(self) -> None:
-        """UserError where another run's process trains in the folder; creates nothing."""
+        """UserError where another process trains in the folder; creates nothing."""
         if is_first_process():
             refuse_locked_folder(self.path, "--workdir", "training in")
 
     def lock(self) -> AbstractContextManager[None]:
         """Creates the folder and keeps other runs from training in it. UserError where one already does.
 
-        Of a run of several processes the first holds the lock.
+        In a run of several processes the first one holds the lock.
         """
         if not is_first_process():
             return contextlib.nullcontext()
@@ -81,7 +81,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 
 def latest_run(folder: Path = Path("runs")) -> RunDirectory:
-    """Of the runs in ``folder`` with a checkpoint, the one whose files changed last. UserError where there is none."""
+    """Of the runs in ``folder`` with a checkpoint, the one that changed last. UserError where there is none."""
     runs = [RunDirectory(file.parent) for file in folder.glob("*/config.json")]
     runs = [run for run in runs if saved_steps(run.checkpoints)]
     if not runs:

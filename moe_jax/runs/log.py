@@ -51,7 +51,7 @@ class _FileHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if self._file is None:
-            self._file = GrowingFile(self._path, self._tell)
+            self._file = GrowingFile(self._path, self._report)
         self._file.append((self.format(record) + "\n").encode("utf-8", "backslashreplace"))
 
     def close(self) -> None:
@@ -59,10 +59,10 @@ class _FileHandler(logging.Handler):
         file, self._file = self._file, None
         lost = [] if file is None else file.close()
         if lost:
-            self._tell(f"warning: {self._path} lacks its last {len(lost)} messages, which could not be written")
+            self._report(f"warning: {self._path} lacks its last {len(lost)} messages, which could not be written")
         super().close()
 
-    def _tell(self, message: str) -> None:
+    def _report(self, message: str) -> None:
         self._console.handle(logging.makeLogRecord({"msg": message}))
 
 
@@ -71,7 +71,7 @@ def start_log(file: Path) -> Iterator[None]:
     """Within it, log messages go to the console and, with their time, to the end of ``file``.
 
     Where either is on a full disk the run goes on, with what the other one has. Of several processes only the first
-    writes the file, and the others print warnings alone.
+    writes the file, and the others print nothing but warnings.
     """
     is_first = is_first_process()
     console = _ConsoleHandler(logging.INFO if is_first else logging.WARNING)

@@ -31,9 +31,18 @@ class MetricsFile:
         self._file: GrowingFile | None = None
         if is_first_process():
             if self._path.exists():
-                kept = [line for line in _sound_lines(self._path) if line["step"] <= (restored_step or 0)]
-                atomic_write_text(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+                self._cut(restored_step or 0)
             self._file = GrowingFile(self._path, log.warning)
+
+    def _cut(self, last_step: int) -> None:
+        """Keeps the lines up to ``last_step``, and to the first damaged one: a run is not lost for its log."""
+        lines, damage = _read(self._path)
+        if damage is not None:
+            aside = self._path.with_suffix(".damaged.jsonl")
+            shutil.copyfile(self._path, aside)
+            log.warning(f"warning: {damage}; the {len(lines)} lines before it are kept, and the whole file is {aside}")
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= last_step]
+        atomic_write_text(self._path, "".join(kept))
 
     def __enter__(self) -> Self:
         return self
@@ -77,16 +86,6 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     lines, damage = _read(file)
     if damage is not None:
         raise UserError(f"{damage}; remove what is wrong, or put a copy of the file back")
-    return lines
-
-
-def _sound_lines(file: Path) -> list[dict[str, Any]]:
-    """The lines up to the first damaged one, as a loss of power leaves them: a run is not lost for its log."""
-    lines, damage = _read(file)
-    if damage is not None:
-        aside = file.with_suffix(".damaged.jsonl")
-        shutil.copyfile(file, aside)
-        log.warning(f"warning: {damage}; the {len(lines)} lines before it are kept, and the whole file is {aside}")
     return lines
 
 

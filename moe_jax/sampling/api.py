@@ -15,7 +15,7 @@ from moe_jax.config.bounds import Utf8
 from moe_jax.config.fields import check_type, unknown_name
 from moe_jax.config.rules import check_sample
 from moe_jax.errors import UserError
-from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
+from moe_jax.model.decoder import Decoder, Tokens, Variables, initial_expert_bias
 from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.runs.opened import OpenedRun, open_run
 from moe_jax.sampling.engine import Dtype, Engine
@@ -94,7 +94,7 @@ def load_variables(opened: OpenedRun) -> Variables:
     decoder = Decoder(model, opened.tokenizer.vocab_size)
 
     def initial() -> dict[str, Any]:
-        boxed = decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+        boxed = decoder.init(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
         return Variables(nn.unbox(boxed), initial_expert_bias(decoder.config)).to_items()
 
     device = SingleDeviceSharding(jax.devices()[0])

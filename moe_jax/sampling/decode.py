@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import LayerCache, init_caches
-from moe_jax.model.decoder import Decoder, Variables, forward
+from moe_jax.model.decoder import Decoder, Tokens, Variables, forward
 from moe_jax.model.moe.backends import Machine, with_dispatch
 from moe_jax.sampling.processors import (
     keep_min_p,
@@ -115,9 +115,7 @@ def prefill(
     output = forward(
         decoder,
         variables,
-        text_PL,
-        token_mask_BL=real_PL,
-        position_BL=jnp.where(real_PL, index_PL, -1),
+        Tokens(text_PL, mask_BL=real_PL, position_BL=jnp.where(real_PL, index_PL, -1)),
         caches=init_caches(decoder.config, P, decoder.config.context_length),
         logits_at_B=length_P - 1,
     )
@@ -208,9 +206,8 @@ def decode(
         token_B = jnp.where(ended_B, end_token, drawn_B)
         logprob_BV = jax.nn.log_softmax(state.logits_BV)
         logprob_B = jnp.where(ended_B, 0.0, jnp.take_along_axis(logprob_BV, drawn_B[:, None], axis=1)[:, 0])
-        output = forward(
-            decoder, variables, token_B[:, None], position_BL=state.position_B[:, None], caches=state.caches
-        )
+        token = Tokens(token_B[:, None], position_BL=state.position_B[:, None])
+        output = forward(decoder, variables, token, caches=state.caches)
         assert output.caches is not None
         top_logprobs_BK, top_tokens_BK = jax.lax.top_k(logprob_BV, num_top)
         new = Drawn(token_B, logprob_B, top_tokens_BK, top_logprobs_BK, None)

@@ -3,16 +3,18 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 from starlette.types import Receive, Scope, Send
 
 from moe_jax.config import SampleConfig
@@ -20,78 +22,62 @@ from moe_jax.errors import UserError
 from moe_jax.sampling.engine import Engine
 from moe_jax.sampling.text import Text
 from moe_jax.server import page
-from moe_jax.server.guards import AskForKey, AskForName, Count
-from moe_jax.server.metrics import Metrics
-from moe_jax.server.requests import (
-    CompletionRequest,
-    Limits,
-    RequestError,
-    check_model,
-    parse_completion,
-)
-from moe_jax.server.responses import (
-    DONE,
-    Completion,
-    Spellings,
-    error_object,
-    event,
-    json_bytes,
-    model_object,
-)
-from moe_jax.server.worker import Call, QueueFull, Worker, WorkerDied
-
-LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
-"""What a program on this machine calls it. Another name is a web page's, which had it resolved to this machine."""
+from moe_jax.server.counters import Counters
+from moe_jax.server.guards import Count, Guard
+from moe_jax.server.requests import CompletionRequest, Limits, RequestError, check_model, parse_completion
+from moe_jax.server.responses import DONE, Completion, Spellings, event
+from moe_jax.server.worker import Call, Worker
 
 
 @dataclass
 class Service:
     """What the routes work with."""
 
-    generator: Engine
+    engine: Engine
     worker: Worker
     limits: Limits
-    max_body_bytes: int
     api_key: bytes | None = None
-    metrics: Metrics = field(default_factory=Metrics)
-    created: int = field(default_factory=lambda: int(time.time()))
+    counters: Counters = field(default_factory=Counters)
     is_stopping: bool = False
     """Set at the first signal."""
-
-    def __post_init__(self) -> None:
-        self.spellings = Spellings(self.generator.tokenizer)
 
 
 def build_app(service: Service, allowed_hosts: Sequence[str] | None) -> Starlette:
     """The application; ``allowed_hosts`` are the names that it may be called by, None: any."""
-    service.metrics.queue_length = lambda: service.worker.queue_length
-    service.metrics.num_running = lambda: service.worker.num_running
+    service.counters.queue_length.set_function(lambda: service.worker.queue_length)
+    service.counters.running.set_function(lambda: service.worker.num_running)
     routes = _Routes(service)
-    names = [Middleware(AskForName, names=allowed_hosts)] if allowed_hosts is not None else []
+    guarded = [
+        Route("/", page.show),
+        Route("/healthz", routes.healthz),
+        Route("/metrics", routes.metrics),
+        Route("/v1/models", routes.models),
+        Route("/v1/models/{name:path}", routes.model),
+        Route("/v1/completions", routes.completions, methods=["POST"]),
+    ]
+    guard = Middleware(Guard, names=allowed_hosts, api_key=service.api_key)
     return Starlette(
-        routes=[
-            Route("/", page.show),
-            Route("/healthz", routes.healthz),
-            Route("/metrics", routes.metrics),
-            Route("/v1/models", routes.models),
-            Route("/v1/models/{name:path}", routes.model),
-            Route("/v1/completions", routes.completions, methods=["POST"]),
-        ],
-        middleware=[
-            Middleware(Count, metrics=service.metrics),
-            *names,
-            Middleware(AskForKey, api_key=service.api_key),
-        ],
-        exception_handlers={RequestError: _tell, HTTPException: _tell_http, Exception: _tell_fault},
+        # The guard is inside of the error handlers, the count outside of them.
+        routes=[Mount("/", routes=guarded, middleware=[guard])],
+        middleware=[Middleware(Count, counters=service.counters)],
+        exception_handlers=dict.fromkeys((RequestError, HTTPException, Exception), _answer_error),
     )
 
 
 class _Routes:
     def __init__(self, service: Service):
         self._service = service
+        self._spellings = Spellings(service.engine.tokenizer)
+        self._model = {
+            "id": service.limits.model,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "moe_jax",
+            "max_model_len": service.engine.config.context_length,  # as other open servers name the context
+        }
         # What begin puts before every prompt: the start of a document, or nothing. A context of 1 has no room for it.
-        has_room = service.generator.config.context_length > 1
-        self._num_added = len(service.generator.begin([0], SampleConfig()).prompt_ids) - 1 if has_room else 0
+        has_room = service.engine.config.context_length > 1
+        self._num_added = len(service.engine.begin([0], SampleConfig()).prompt_ids) - 1 if has_room else 0
 
     async def healthz(self, request: Request) -> Response:
         if self._service.is_stopping:
@@ -101,18 +87,14 @@ class _Routes:
         return PlainTextResponse("ok\n")
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self._service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self._service.counters.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
     async def models(self, request: Request) -> Response:
-        return _json({"object": "list", "data": [self._model()]})
+        return _json({"object": "list", "data": [self._model]})
 
     async def model(self, request: Request) -> Response:
         check_model(request.path_params["name"], self._service.limits)
-        return _json(self._model())
-
-    def _model(self) -> dict:
-        service = self._service
-        return model_object(service.limits.model, service.created, service.generator.config.context_length)
+        return _json(self._model)
 
     async def completions(self, request: Request) -> Response:
         service, arrived = self._service, time.monotonic()
@@ -120,21 +102,19 @@ class _Routes:
         if kind != "application/json":
             # Also what a page of another site may send without being asked for leave.
             raise RequestError(f"the Content-Type must be application/json, got {kind[:80]!r}; set it", status=415)
-        wanted = parse_completion(await _read_body(request, service.max_body_bytes), service.limits)
-        with _full_or_dead():
-            service.worker.check_room(len(wanted.prompts) * wanted.sample.num_samples)
-        # A long prompt takes a while to tokenize, and the others' texts are to flow.
-        call = Call(await run_in_threadpool(self._begin, wanted), service.metrics, arrived)
-        with _full_or_dead():
-            service.worker.submit(call)
+        wanted = parse_completion(await _read_body(request, service.limits.max_body_bytes), service.limits)
         n = wanted.sample.num_samples
-        service.metrics.prompt_tokens += sum(len(ticket.text.prompt_ids) for ticket in call.tickets[::n])
-        answer = Completion(wanted, call, service.spellings, service.limits.model)
+        service.worker.check_room(len(wanted.prompts) * n)
+        # A long prompt takes a while to tokenize, and the others' texts are to flow.
+        call = Call(await run_in_threadpool(self._begin, wanted), service.counters, arrived)
+        service.worker.submit(call)
+        service.counters.prompt_tokens.inc(sum(len(ticket.text.prompt_ids) for ticket in call.tickets[::n]))
+        answer = Completion(wanted, call, self._spellings, service.limits.model)
         if wanted.stream:
             return _Stream(service, call, answer)
         async with _attended(service, call, request.receive):
             while not call.is_done:
-                await _change(call)
+                await call.change()
                 if call.is_gone:
                     return Response(status_code=499)
                 if call.has_failed:
@@ -144,16 +124,16 @@ class _Routes:
 
     def _begin(self, wanted: CompletionRequest) -> list[Text]:
         """A text for each prompt and sample. RequestError where a prompt cannot be continued."""
-        generator, texts = self._service.generator, []
-        limit = min(self._service.limits.max_prompt_tokens, generator.config.context_length)
+        engine, texts = self._service.engine, []
+        limit = min(self._service.limits.max_prompt_tokens, engine.config.context_length)
         for prompt in wanted.prompts:
-            ids = generator.tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
+            ids = engine.tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
             size = self._num_added + len(ids)
             if size > limit:
                 message = f"the prompt may have {limit} tokens, got {size}; shorten it"
                 raise RequestError(message, "prompt", code="context_length_exceeded")
             try:
-                texts += [generator.begin(ids, wanted.sample, number) for number in range(wanted.sample.num_samples)]
+                texts += [engine.begin(ids, wanted.sample, number) for number in range(wanted.sample.num_samples)]
             except UserError as error:
                 raise RequestError(str(error)[:300], "prompt") from None
         return texts
@@ -188,15 +168,14 @@ class _Stream(Response):
                 yield b"".join(map(event, self._answer.last_chunks())) + DONE
                 return
             if call.has_failed:
-                error = _failure()
-                yield event(error_object(error.message, status=error.status))
+                yield event(_failure().content)
                 return
-            await _change(call)
+            await call.change()
 
 
 @contextlib.asynccontextmanager
 async def _attended(service: Service, call: Call, receive: Receive) -> AsyncIterator[None]:
-    """Within it ``call`` is told when its client leaves; at the end of it nothing more is made for the call."""
+    """Within it ``call`` learns when its client leaves; at its end nothing more is made for the call."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -209,18 +188,13 @@ async def _attended(service: Service, call: Call, receive: Receive) -> AsyncIter
     finally:
         watcher.cancel()
         service.worker.cancel(call)
-        service.metrics.duration.observe(time.monotonic() - call.arrived)
-
-
-async def _change(call: Call) -> None:
-    await call.changed.wait()
-    call.changed.clear()
+        service.counters.duration.observe(time.monotonic() - call.arrived)
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
     """RequestError where it has more than ``limit`` bytes; they are read to the end all the same.
 
-    A client that is still sending would miss the answer.
+    A client that is still sending would miss the answer, as it would that of Starlette's own limit.
     """
     parts, size = [], 0
     try:
@@ -237,43 +211,20 @@ async def _read_body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-@contextlib.contextmanager
-def _full_or_dead() -> Iterator[None]:
-    """What the worker refuses as an answer."""
-    try:
-        yield
-    except QueueFull:
-        raise RequestError(
-            "too many requests wait already; try again later",
-            status=429,
-            code="rate_limit_exceeded",
-            headers={"Retry-After": "1"},
-        ) from None
-    except WorkerDied:
-        raise RequestError("the server cannot generate any more; it has to be started again", status=503) from None
-
-
 def _failure() -> RequestError:
     return RequestError("the server failed while it generated this text", status=500)
 
 
-def _json(content: dict, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(json_bytes(content), status, headers, media_type="application/json")
+def _json(content: dict, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
 
 
-async def _tell(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    content = error_object(error.message, error.param, status=error.status, code=error.code)
-    return _json(content, error.status, error.headers)
-
-
-async def _tell_http(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    headers = dict(error.headers) if error.headers else None
-    message = f"{request.method} {request.url.path[:80]}: {error.detail}"
-    return _json(error_object(message, status=error.status_code), error.status_code, headers)
-
-
-async def _tell_fault(request: Request, error: Exception) -> Response:
-    """The traceback is in the log."""
-    return _json(error_object("a fault of the server", status=500), 500)
+async def _answer_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        message = f"{request.method} {request.url.path[:80]}: {error.detail}"
+        error = RequestError(message, status=error.status_code, headers=error.headers)
+    elif not isinstance(error, RequestError):
+        error = RequestError("a fault of the server", status=500)  # the traceback is in the log
+    answer = _json(error.content, error.status)
+    answer.headers.update(error.headers or {})
+    return answer

@@ -1,27 +1,24 @@
-"""uvicorn's connection with two patiences: for a request that does not get whole, and for an answer not read."""
+"""uvicorn's connection with two timeouts: for a request that does not become whole, and for an answer not read."""
 
 import asyncio
-from collections.abc import Callable
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-PATIENCE = 30.0
-"""Seconds."""
 HAS_LEFT = "has_left"
 """Is true in the state of a request whose connection ended before its answer was whole."""
 _LOOKS = 8
-"""Times in ``PATIENCE`` that is looked whether the client has taken something."""
+"""Checks in one patience whether the client has taken something."""
 
 
 class Connection(H11Protocol):
     """Is cut ``patience`` seconds after a request began that is not whole, or in which nothing of an answer was taken.
 
-    uvicorn waits for either as long as the client likes, at a shutdown too. A client that opens a connection and
-    sends nothing is cut as well. While nothing more can be sent, what is made waits in the ticket of its text.
+    uvicorn has no such timeouts: it waits for either as long as the client likes, at a shutdown too. A client that
+    opens a connection and sends nothing is cut as well. While nothing more can be sent, new text waits in its ticket.
     """
 
-    patience = PATIENCE
+    patience = 30.0
 
     def __init__(self, *arguments, **named):
         super().__init__(*arguments, **named)
@@ -31,8 +28,8 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # so that pause_writing tells of every answer that is not read
-        self._request_timer = self._after_patience(self.transport.abort)
+        transport.set_write_buffer_limits(high=0)  # so that pause_writing comes for every answer that is not read
+        self._request_timer = self.loop.call_later(self.patience, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._request_timer = _stop(self._request_timer)
@@ -46,7 +43,7 @@ class Connection(H11Protocol):
         if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
             self._request_timer = _stop(self._request_timer)
         elif self._request_timer is None and not self.transport.is_closing():
-            self._request_timer = self._after_patience(self.transport.abort)
+            self._request_timer = self.loop.call_later(self.patience, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -68,9 +65,6 @@ class Connection(H11Protocol):
             self.transport.abort()
         else:
             self._answer_timer = self.loop.call_later(self.patience / _LOOKS, self._look)
-
-    def _after_patience(self, function: Callable[[], None]) -> asyncio.TimerHandle:
-        return self.loop.call_later(self.patience, function)
 
 
 def _stop(timer: asyncio.TimerHandle | None) -> None:

@@ -1,4 +1,4 @@
-"""The page at / to try prompts: one file, with nothing from elsewhere."""
+"""The page at / to try prompts: one file that loads nothing from elsewhere."""
 
 import base64
 import functools
@@ -17,27 +17,14 @@ async def show(request: Request) -> Response:
 
 @functools.cache
 def _load() -> tuple[str, dict[str, str]]:
-    """The page, and headers under which a browser runs this very script and style and no other."""
+    """The page, and headers under which a browser runs its script and style and no others."""
     content = resources.files("moe_jax.server").joinpath("page.html").read_text(encoding="utf-8")
-    policy = (
-        "default-src 'none'",
-        f"script-src {_hash_of('script', content)}",
-        f"style-src {_hash_of('style', content)}",
-        "connect-src 'self'",
-        "img-src data:",  # the empty icon, for which the browser would ask otherwise
-        "base-uri 'none'",
-        "form-action 'none'",
-        "frame-ancestors 'none'",
-    )
-    headers = {
-        "Content-Security-Policy": "; ".join(policy),
-        "Cache-Control": "no-store",
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
-    }
-    return content, headers
-
-
-def _hash_of(element: str, content: str) -> str:
-    (inside,) = re.findall(f"<{element}>(.*?)</{element}>", content, re.DOTALL)
-    return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
+    # The empty icon is data:, which a browser would ask for otherwise.
+    policy = "default-src 'none'; connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    policy += "frame-ancestors 'none'"
+    for element in ("script", "style"):
+        (inside,) = re.findall(f"<{element}>(.*?)</{element}>", content, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        policy += f"; {element}-src 'sha256-{digest}'"
+    headers = {"Cache-Control": "no-store", "Referrer-Policy": "no-referrer", "X-Content-Type-Options": "nosniff"}
+    return content, headers | {"Content-Security-Policy": policy}

@@ -1,72 +1,51 @@
-"""The objects that answer a request, as OpenAI's completions API has them. Imports no jax."""
+"""The objects that answer a completion, as OpenAI's API has them, from what its call has received."""
 
-import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import msgspec
 
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.sampling.text import TextStream
 from moe_jax.server.requests import CompletionRequest, Prompt
-
-if TYPE_CHECKING:
-    from moe_jax.server.worker import Call, Ticket
+from moe_jax.server.worker import Call, Ticket
 
 _LEAST = -9999.0
 """Stands for a log-probability that JSON has no number for, as in other servers."""
 
-_KINDS = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
-
-
-def error_object(message: str, param: str | None = None, *, status: int = 400, code: str | None = None) -> dict:
-    kind = _KINDS.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def model_object(name: str, created: int, context_length: int) -> dict:
-    """``max_model_len`` is how other open servers tell the context."""
-    return {
-        "id": name,
-        "object": "model",
-        "created": created,
-        "owned_by": "moe_jax",
-        "max_model_len": context_length,
-    }
-
-
-def json_bytes(content: dict) -> bytes:
-    return json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
-
 
 def event(content: dict) -> bytes:
     """A server-sent event. JSON has no line ends outside of its texts, and there they are escaped."""
-    return b"data: " + json_bytes(content) + b"\n\n"
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"
 
 
-class Spellings:
+class Spellings(dict[int, str]):
     """What each token looks like by itself, decoded once: some tokenizers take long over a single one."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        self._texts: dict[int, str] = {}
 
-    def __getitem__(self, token: int) -> str:
-        text = self._texts.get(token)
-        if text is None:
-            text = self._texts[token] = self.tokenizer.decode([token])
+    def __missing__(self, token: int) -> str:
+        text = self[token] = self.tokenizer.decode([token])
         return text
 
 
 class Completion:
-    """The answer to one request, whole or in chunks, from what its ``call`` has received."""
+    """The answer to one request, whole or in chunks."""
 
-    def __init__(self, wanted: CompletionRequest, call: "Call", spellings: Spellings, model: str):
-        self._wanted, self._call, self._model = wanted, call, model
-        self._id, self._created = f"cmpl-{uuid.uuid4().hex}", int(time.time())
+    def __init__(self, wanted: CompletionRequest, call: Call, spellings: Spellings, model: str):
+        self._wanted, self._call = wanted, call
+        self._head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
         n = wanted.sample.num_samples
         self._choices = [
             _Choice(index, ticket, wanted.prompts[index // n], wanted, spellings)
@@ -75,8 +54,7 @@ class Completion:
 
     def whole(self) -> dict:
         """The answer once the call is done."""
-        choices = [choice.take() for choice in self._choices]
-        return self._object(choices) | {"usage": self._usage()}
+        return self._object([choice.take() for choice in self._choices]) | {"usage": self._usage()}
 
     def chunks(self) -> Iterator[dict]:
         """What has been received since the last time, a chunk for each text that has gained something."""
@@ -91,13 +69,7 @@ class Completion:
             yield self._object([]) | {"usage": self._usage()}
 
     def _object(self, choices: Sequence[dict]) -> dict:
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-        }
+        return self._head | {"choices": choices}
 
     def _usage(self) -> dict:
         """A prompt counts once, whatever n is."""
@@ -110,14 +82,14 @@ class Completion:
 class _Choice:
     """One text of an answer, and how much of it has been taken."""
 
-    def __init__(self, index: int, ticket: "Ticket", prompt: Prompt, wanted: CompletionRequest, spellings: Spellings):
+    def __init__(self, index: int, ticket: Ticket, prompt: Prompt, wanted: CompletionRequest, spellings: Spellings):
         self._index, self._ticket, self._spellings = index, ticket, spellings
         self._num_logprobs = wanted.logprobs
         self._has_ended = False
         self._num_tokens = 0
         self._echoed = ""
         if wanted.echo:
-            self._echoed = prompt if isinstance(prompt, str) else spellings.tokenizer.decode(list(prompt))
+            self._echoed = prompt if isinstance(prompt, str) else spellings.tokenizer.decode(prompt)
         # How many characters are certain before a token is where it begins.
         self._offset, self._stream = len(self._echoed), TextStream(spellings.tokenizer)
 

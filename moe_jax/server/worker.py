@@ -1,4 +1,4 @@
-"""One thread that owns the model: requests queue for it, their texts share a batch, what is made goes to the loop."""
+"""One thread that owns the model: requests queue for it, and their texts share a continuous batch."""
 
 import asyncio
 import threading
@@ -10,22 +10,15 @@ from moe_jax.model.decoder import Variables
 from moe_jax.sampling.batch import STREAM_STEPS, Batch
 from moe_jax.sampling.engine import Engine
 from moe_jax.sampling.text import Text
-from moe_jax.server.metrics import Metrics
+from moe_jax.server.counters import Counters
+from moe_jax.server.requests import RequestError
 
 NUM_TOP = 5
 """The most likely tokens that a program may ask to see of each token, as OpenAI has it."""
 
 
-class QueueFull(Exception):
-    """No room for a request's texts."""
-
-
-class WorkerDied(Exception):
-    """There is no worker to make texts, or there was none to finish one."""
-
-
 class Ticket:
-    """One text on its way. The worker's thread touches ``text`` alone; what is beside it is the event loop's."""
+    """One text on its way. The worker's thread alone touches ``text``; the rest is the event loop's."""
 
     def __init__(self, text: Text, call: "Call"):
         self.text, self.call = text, call
@@ -39,49 +32,55 @@ class Ticket:
 class Call:
     """The texts of one request, as the event loop sees them."""
 
-    def __init__(self, texts: Sequence[Text], metrics: Metrics, arrived: float):
+    def __init__(self, texts: Sequence[Text], counters: Counters, arrived: float):
         """``arrived`` is when the request came, by ``time.monotonic``. Belongs to the running event loop."""
         self.tickets = [Ticket(text, self) for text in texts]
         self.loop = asyncio.get_running_loop()
-        self.changed = asyncio.Event()
-        """Set when there is something to read, the worker has died, or the client has left."""
         self.has_failed = False
         self.is_gone = False
+        """Whether the client has left."""
         self.arrived = arrived
-        self._metrics, self._has_begun = metrics, False
+        self._counters, self._has_begun = counters, False
+        self._changed = asyncio.Event()
 
     @property
     def is_done(self) -> bool:
         return all(ticket.finish_reason is not None for ticket in self.tickets)
 
+    async def change(self) -> None:
+        """Waits until there is something to read, the worker has died, or the client has left."""
+        await self._changed.wait()
+        self._changed.clear()
+
     def leave(self) -> None:
         """The client has left."""
         self.is_gone = True
-        self.changed.set()
+        self._changed.set()
 
     def fail(self) -> None:
+        """The worker has died."""
         self.has_failed = True
-        self.changed.set()
+        self._changed.set()
 
     def receive(self, ticket: Ticket, piece: str, num_tokens: int, finish_reason: str | None) -> None:
         """What the worker has made of ``ticket`` since the last time."""
-        self._metrics.generated_tokens += num_tokens - ticket.num_tokens
+        self._counters.generated_tokens.inc(num_tokens - ticket.num_tokens)
         if piece:
             ticket.pieces.append(piece)
         ticket.num_tokens, ticket.finish_reason = num_tokens, finish_reason
         if not self._has_begun:
             self._has_begun = True
-            self._metrics.first_token.observe(time.monotonic() - self.arrived)
-        self.changed.set()
+            self._counters.first_token.observe(time.monotonic() - self.arrived)
+        self._changed.set()
 
 
 class Worker:
-    """Runs ``Batch`` in a thread: a text joins it when a place is free, and leaves when it ends or is not wanted."""
+    """Runs ``Batch`` in a thread: a text joins when a row is free, and leaves when it ends or is not wanted."""
 
-    def __init__(self, generator: Engine, variables: Variables, sizes: Sequence[int], max_queue: int):
-        """``sizes`` are the batch sizes to compile; ``max_queue`` texts may wait for a place."""
-        self._batch = Batch(generator.programs, variables, sizes, num_top=NUM_TOP)
-        self.max_queue = max_queue
+    def __init__(self, engine: Engine, variables: Variables, sizes: Sequence[int], max_queue: int):
+        """``sizes`` are the batch sizes to compile; ``max_queue`` texts may wait for a row."""
+        self._batch = Batch(engine.programs, variables, sizes, num_top=NUM_TOP)
+        self._max_queue = max_queue
         self._condition = threading.Condition()
         # Shared between the threads, under the condition.
         self._waiting: deque[Ticket] = deque()
@@ -93,7 +92,7 @@ class Worker:
         self._thread = threading.Thread(target=self._live, name="worker", daemon=True)
 
     def start(self) -> None:
-        """Compiles everything, in the thread that calls, and starts the worker's, to which the batch belongs then."""
+        """Compiles everything in the calling thread, then starts the worker's, which owns the batch from then on."""
         self._batch.warm_up()
         self.is_ready = True
         self._thread.start()
@@ -114,14 +113,15 @@ class Worker:
         return len(self._running)
 
     def check_room(self, num_texts: int) -> None:
-        """Raises WorkerDied, or QueueFull where ``num_texts`` more could not wait."""
+        """RequestError where the worker has died, or ``num_texts`` more could not wait."""
         if not self.is_ready:
-            raise WorkerDied
-        if len(self._waiting) + num_texts > self.max_queue:
-            raise QueueFull
+            raise RequestError("the server cannot generate any more; it has to be started again", status=503)
+        if len(self._waiting) + num_texts > self._max_queue:
+            message, later = "too many requests wait already; try again later", {"Retry-After": "1"}
+            raise RequestError(message, status=429, code="rate_limit_exceeded", headers=later)
 
     def submit(self, call: Call) -> None:
-        """Queues the texts of ``call``, all or none. Raises QueueFull or WorkerDied."""
+        """Queues the texts of ``call``, all or none. Raises RequestError as ``check_room``."""
         with self._condition:
             self.check_room(len(call.tickets))
             self._waiting.extend(call.tickets)
@@ -142,7 +142,7 @@ class Worker:
             while self._take_turn(self._batch):
                 continue
         finally:
-            # Of an exception Python prints the traceback; the requests are told here, and /healthz.
+            # Python prints the traceback of an exception; requests learn of it here, and /healthz.
             self._end()
 
     def _take_turn(self, batch: Batch) -> bool:
@@ -163,7 +163,7 @@ class Worker:
         for ticket in leaving:
             batch.remove(ticket.text)
         for ticket in joining:
-            batch.admit([ticket.text])  # one by one, as it was compiled
+            batch.admit([ticket.text])  # one at a time, as it was compiled
         if running:
             # A first token is a turn of its own, for a reader who waits for it.
             batch.advance(1 if joining else STREAM_STEPS)

@@ -11,7 +11,7 @@ from moe_jax.axes import Array, PyTree
 from moe_jax.config import Config
 from moe_jax.model.decoder import Block, Decoder, Variables, unstack
 from moe_jax.training.state import TrainState
-from moe_jax.training.step import gradient, sequence_keys
+from moe_jax.training.step import gradient, sequence_keys, tokens_of
 
 
 def find_not_finite(config: Config, decoder: Decoder, state: TrainState, batch: dict[str, Array]) -> str:
@@ -52,13 +52,10 @@ def _first_bad_output(config: Config, decoder: Decoder, state: TrainState, batch
     def are_finite(variables: Variables, rows: dict[str, Array], keys_B: Array | None) -> dict[str, Array]:
         _, kept = walking.apply(
             {"params": unstack(variables, config.model).params},
-            rows["inputs"],
+            tokens_of(rows),
             train=True,
             expert_bias_NE=variables.expert_bias_NE,
-            token_mask_BL=rows.get("mask"),
             keys_B=keys_B,
-            position_BL=rows.get("positions"),
-            segment_BL=rows.get("segments"),
             capture_intermediates=lambda module, _: isinstance(module, Block),
             mutable=["intermediates"],
         )

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moe_jax.data.batches import evaluation_batches
-from moe_jax.data.dataset import PreparedData, Split
+from moe_jax.data.dataset import Dataset, Split
 from moe_jax.model.decoder import Variables
 from moe_jax.model.moe.statistics import RoutingTotals
 from moe_jax.sharding.mesh import put_batch
@@ -34,7 +34,7 @@ class Evaluation:
 def evaluate(
     eval_step: Callable[[Variables, dict], EvalOutput],
     variables: Variables,
-    data: PreparedData,
+    data: Dataset,
     name: str,
     mesh: Mesh,
     *,

@@ -10,7 +10,7 @@ import optax
 
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import Config, MoEConfig
-from moe_jax.model.decoder import Decoder, DecoderOutput, Variables, forward
+from moe_jax.model.decoder import Decoder, DecoderOutput, Tokens, Variables, forward
 from moe_jax.model.moe.routing import ROUTERS, updated_bias
 from moe_jax.model.moe.statistics import (
     MoEStatistics,
@@ -138,18 +138,14 @@ def _summed_loss(
     Where the batch has a ``mask``, other tokens count nowhere; where it has ``segments``, attention stays in each.
     """
     mask_BL = batch.get("mask")
-    output = forward(
-        decoder,
-        variables,
-        batch["inputs"],
-        train=train,
-        keys_B=keys_B,
-        token_mask_BL=mask_BL,
-        position_BL=batch.get("positions"),
-        segment_BL=batch.get("segments"),
-    )
+    output = forward(decoder, variables, tokens_of(batch), train=train, keys_B=keys_B)
     loss_BL = cross_entropy(output.logits_BLV, batch["targets"])
     return jnp.sum(loss_BL if mask_BL is None else jnp.where(mask_BL, loss_BL, 0.0)), output
+
+
+def tokens_of(batch: dict[str, Array]) -> Tokens:
+    """What the decoder reads of a batch."""
+    return Tokens(batch["inputs"], batch.get("mask"), batch.get("positions"), batch.get("segments"))
 
 
 def cross_entropy(logits_BLV: Array, targets_BL: Array) -> Array:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from moe_jax.config import Config, DataConfig
 from moe_jax.config.rules import check
 from moe_jax.data.batches import batches_per_epoch, check_data
-from moe_jax.data.dataset import PreparedData
+from moe_jax.data.dataset import Dataset
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Variables
 from moe_jax.model.moe.backends import Choice, Machine, choose, this_machine, with_dispatch
@@ -58,7 +58,7 @@ class Setup:
     config: Config
     """With epochs as steps, and with what must not change over a run's life as it was at its first start."""
     run: RunDirectory
-    dataset: PreparedData
+    dataset: Dataset
     mesh: Mesh
     decoder: Decoder
     """With the backend of training."""
@@ -86,7 +86,7 @@ class Setup:
         return self.config.data.batch_size // self.config.optimizer.accumulation_steps
 
 
-def resolve(config: Config, dataset: PreparedData, workdir: Path) -> Setup:
+def resolve(config: Config, dataset: Dataset, workdir: Path) -> Setup:
     """Act one: all that a start depends on. Raises every UserError that can be known before it, and writes nothing."""
     run = RunDirectory(workdir)
     if run.path.exists() and not run.path.is_dir():
@@ -140,7 +140,7 @@ def _begun(run: RunDirectory, saved: Saved | None) -> Config | None:
     return None
 
 
-def check_same_text(record: Record, config: DataConfig, dataset: PreparedData) -> None:
+def check_same_text(record: Record, config: DataConfig, dataset: Dataset) -> None:
     """UserError where a checkpoint was trained on other text: its vocabulary, too, would be another."""
     before = record.progress["data_fingerprint"]
     if before != dataset.fingerprint:

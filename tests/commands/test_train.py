@@ -14,7 +14,7 @@ import pytest
 
 from moe_jax.commands.training import train
 from moe_jax.config import MoEConfig
-from moe_jax.data.dataset import open_prepared
+from moe_jax.data.dataset import open_dataset
 from moe_jax.errors import Interrupted, UserError
 from moe_jax.files import cache_folder
 from moe_jax.prepare.folder import prepare_folder
@@ -142,7 +142,7 @@ def test_a_mixture_in_packed_rows_goes_on_and_ends_bit_identical(change, tmp_pat
     last = read_metrics(straight.metrics_file)[-1]
     assert {"val/loss", "val/loss/long", "val/loss/short", "val/bits_per_byte"} <= set(last)
     # Bits per byte of both texts from the bytes themselves: tokens scored are those of the documents and their ends.
-    data = open_prepared(tmp_path / "data")
+    data = open_dataset(tmp_path / "data")
     tokens, size = (sum(getattr(s, name) for s in data.splits("val")) for name in ("num_tokens", "num_bytes"))
     np.testing.assert_allclose(last["val/bits_per_byte"], last["val/loss"] * tokens / size / math.log(2), rtol=1e-9)
     read, at, sent = Loop._read, steps // 2 + 1, []
@@ -211,7 +211,7 @@ def test_a_run_cannot_go_on_with_other_settings(finished, change, sections, word
 def test_stop_tokens_that_are_none_are_told_before_the_first_step(change, tmp_path, capsys):
     with pytest.raises(UserError, match=r"each of stop_tokens must be in \[0, \d+\], got 99999"):
         train(change(sample={"stop_tokens": (99999,)}), tmp_path / "run")
-    assert not read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_cannot_go_on_with_other_text(finished, change, tmp_path):

@@ -25,7 +25,7 @@ from moe_jax.commands.training import train
 from moe_jax.config import Config, MeshConfig
 from moe_jax.config.rules import check
 from moe_jax.files import cache_folder
-from moe_jax.model.decoder import Decoder
+from moe_jax.model.decoder import Decoder, Tokens
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.settings import parse_prepare
@@ -171,7 +171,9 @@ def test_the_docstring_of_a_recipe_counts_its_parameters(recipe):
     file = ROOT / "configs" / f"{recipe}.py"
     config = check(load_recipe(file))
     decoder = Decoder(config.model, VOCABULARY[config.data.path or config.data.tokenizer])
-    params = jax.eval_shape(lambda: nn.unbox(decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]))
+    params = jax.eval_shape(
+        lambda: nn.unbox(decoder.init(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"])
+    )
     counts = count_params(params, config.model.moe)
     stated = re.search(r"([\d.]+) M parameters(?:, ([\d.]+) M\s+active)?", " ".join(file.read_text().split()))
     assert stated is not None

@@ -19,7 +19,7 @@ def normal(seed, *shape):
 def test_attention_equals_a_loop_over_heads_and_positions(J):
     query, key, value = normal(0, B, L, H, A), normal(1, B, L, J, A), normal(2, B, L, J, A)
     mask = causal_mask(jnp.broadcast_to(jnp.arange(L), (B, L)))
-    actual = attend(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask, None)
+    actual = attend(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask)
     q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
     for b in range(B):
         for h in range(H):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.decoder import Decoder, Variables, forward, initial_expert_bias, layout
+from moe_jax.model.decoder import Decoder, Tokens, Variables, forward, initial_expert_bias, layout
 from tests.oracles.moe import on_cpu
 from tests.oracles.programs import equations_of
 
@@ -60,7 +60,9 @@ VARIANTS = {"llama": LLAMA, "gpt": GPT, "mixed": MIXED, "deepseek": DEEPSEEK, "d
 
 def make_variables(config, length=2):
     tokens_BL = jnp.zeros((1, length), jnp.int32)
-    params = nn.unbox(jax.jit(Decoder(on_cpu(config, length), VOCAB).init)(jax.random.key(0), tokens_BL))["params"]
+    params = nn.unbox(jax.jit(Decoder(on_cpu(config, length), VOCAB).init)(jax.random.key(0), Tokens(tokens_BL)))[
+        "params"
+    ]
     bias_NE = initial_expert_bias(config)
     if bias_NE is not None:  # another one in each layer, so that layers cannot be mixed up
         bias_NE = 0.2 * jax.random.normal(jax.random.key(2), bias_NE.shape)
@@ -74,12 +76,12 @@ def model(request):
     return config, make_variables(config), jax.random.randint(jax.random.key(1), (B, L), 0, VOCAB)
 
 
-def apply_of(config, train=False, **options):
-    return jax.jit(
-        lambda variables, tokens: forward(
-            Decoder(on_cpu(config, tokens.size, train=train), VOCAB), variables, tokens, train=train, **options
-        )
-    )
+def apply_of(config, train=False, keys_B=None, mask_BL=None):
+    def apply(variables, tokens_BL):
+        decoder = Decoder(on_cpu(config, tokens_BL.size, train=train), VOCAB)
+        return forward(decoder, variables, Tokens(tokens_BL, mask_BL), train=train, keys_B=keys_B)
+
+    return jax.jit(apply)
 
 
 def test_no_position_sees_a_later_token_though_capacity_binds(model):
@@ -155,7 +157,7 @@ def test_remat_of_all_but_products_does_not_compute_sorted_experts_twice(dispatc
 def test_masked_tokens_change_no_other_token(model):
     config, variables, tokens_BL = model
     mask_BL = jnp.ones((B, L), bool).at[0, 7:].set(False)
-    apply = apply_of(config, train=True, token_mask_BL=mask_BL)
+    apply = apply_of(config, train=True, mask_BL=mask_BL)
     first, second = apply(variables, tokens_BL), apply(variables, tokens_BL.at[0, 7:].set(5))
     np.testing.assert_array_equal(first.logits_BLV[0, :7], second.logits_BLV[0, :7])
     if config.moe.num_experts:
@@ -212,7 +214,7 @@ def test_dropout_differs_by_key_and_only_in_training():
     config = dataclasses.replace(LLAMA, dropout_rate=0.5)
     tokens_BL = jnp.ones((B, L), jnp.int32)
     decoder, variables = Decoder(on_cpu(config, train=True), VOCAB), make_variables(config)
-    apply = jax.jit(lambda keys: forward(decoder, variables, tokens_BL, train=True, keys_B=keys).logits_BLV)
+    apply = jax.jit(lambda keys: forward(decoder, variables, Tokens(tokens_BL), train=True, keys_B=keys).logits_BLV)
     keys = jax.random.split(jax.random.key(5), B)
     one, again, other = apply(keys), apply(keys), apply(jax.random.split(jax.random.key(6), B))
     np.testing.assert_array_equal(one, again)

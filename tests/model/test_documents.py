@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.decoder import Decoder, Variables, forward, unstack
+from moe_jax.model.decoder import Decoder, Tokens, Variables, forward, unstack
 from tests.oracles.moe import on_cpu
 
 VOCAB, L = 24, 12
@@ -40,21 +40,21 @@ PATHS = {
 
 @pytest.fixture(scope="module", params=PATHS)
 def model(request):
-    """(function of variables, tokens_BL and options to logits, variables, the same compiled for them, tolerance)."""
+    """(function of variables and tokens to logits, variables, the same compiled for them, tolerance)."""
     config = on_cpu(dataclasses.replace(CONFIG, **PATHS[request.param]))
     variables = Variables(
-        jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+        jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
     )
     variables = jax.tree.map(lambda leaf: leaf.value if hasattr(leaf, "value") else leaf, variables, is_leaf=is_boxed)
     decoder = Decoder(config, VOCAB)
     if request.param == "walk":
         decoder, variables = Decoder(config, VOCAB, unstacked=True), unstack(variables, config)
 
-    def logits(variables, tokens_BL, **options):
-        return forward(decoder, variables, jnp.asarray(tokens_BL), **options).logits_BLV
+    def logits(variables, tokens):
+        return forward(decoder, variables, tokens).logits_BLV
 
     # Rows of other lengths are rounded at other places: to 2^-8 of a number in bfloat16.
-    run = jax.jit(lambda tokens_BL, options: logits(variables, tokens_BL, **options))
+    run = jax.jit(lambda tokens: logits(variables, tokens))
     return logits, variables, run, 2**-6 if request.param == "bfloat16" else 2e-5
 
 
@@ -63,22 +63,16 @@ def is_boxed(leaf):
 
 
 def row(tokens_L):
-    """The arguments of a row of documents."""
-    return {
-        "tokens_BL": np.asarray(tokens_L)[None],
-        "segment_BL": jnp.asarray(SEGMENT_L[None]),
-        "position_BL": jnp.asarray(POSITION_L[None]),
-        "token_mask_BL": jnp.asarray(SEGMENT_L[None] > 0),
-    }
+    """A row of documents."""
+    return Tokens(*(jnp.asarray(leaf)[None] for leaf in (tokens_L, SEGMENT_L > 0, POSITION_L, SEGMENT_L)))
 
 
 def test_no_document_sees_another_by_editing(model):
     _, _, run, _ = model
-    options = row(TOKENS_L)
-    before = run(options.pop("tokens_BL"), options)
+    before = run(row(TOKENS_L))
     for segment in (0, 1, 2, 3):
         edited = np.where(segment == SEGMENT_L, (TOKENS_L + 7) % VOCAB, TOKENS_L)
-        after = run(edited[None], options)
+        after = run(row(edited))
         others = (segment != SEGMENT_L) & (SEGMENT_L > 0)
         np.testing.assert_array_equal(before[0, others], after[0, others])
         if segment:
@@ -87,12 +81,10 @@ def test_no_document_sees_another_by_editing(model):
 
 def test_no_document_sees_another_by_gradient(model):
     logits, variables, _, _ = model
-    options = row(np.arange(L))  # every place its own token, so that the embedding's rows are the places
+    tokens = row(np.arange(L))  # every place its own token, so that the embedding's rows are the places
 
     def loss(params, segment):
-        tokens_BL = options["tokens_BL"]
-        rest = {name: value for name, value in options.items() if name != "tokens_BL"}
-        logits_LV = logits(variables.replace(params=params), tokens_BL, **rest)[0]
+        logits_LV = logits(variables.replace(params=params), tokens)[0]
         return jnp.sum(jnp.where((segment == SEGMENT_L)[:, None], jnp.sin(logits_LV), 0.0))
 
     # With untied embeddings the output is another matrix, so a row of the embedding has the gradient of its place.
@@ -105,12 +97,10 @@ def test_no_document_sees_another_by_gradient(model):
 
 def test_a_document_in_a_row_is_what_it_is_alone(model):
     _, _, run, tolerance = model
-    options = row(TOKENS_L)
-    together = run(options.pop("tokens_BL"), options)[0]
+    together = run(row(TOKENS_L))[0]
     first = 0
     for size in SIZES:
         alone_L, mask_BL = np.resize(TOKENS_L[first : first + size], L), jnp.arange(L)[None] < size
-        options = {"segment_BL": mask_BL.astype(int), "position_BL": jnp.arange(L)[None], "token_mask_BL": mask_BL}
-        alone = run(alone_L[None], options)[0]
+        alone = run(Tokens(jnp.asarray(alone_L)[None], mask_BL, jnp.arange(L)[None], mask_BL.astype(int)))[0]
         np.testing.assert_allclose(together[first : first + size], alone[:size], atol=tolerance, rtol=1e-4)
         first += size

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.data.tokenizer_file import save_tokenizer
-from moe_jax.model.decoder import Decoder, Variables
+from moe_jax.model.decoder import Decoder, Tokens, Variables
 from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.runs.checkpoint.record import Record
 from moe_jax.runs.checkpoint.save import Checkpoints, Retention
@@ -18,7 +18,7 @@ def write_run(folder, config, losses=(3.0,)):
     """``folder`` with a checkpoint of new parameters for each validation loss, of the steps 2, 4 and so on."""
     run, tokenizer = RunDirectory(folder), build_tokenizer("char", [VERSE])
     decoder = Decoder(on_cpu(config.model), tokenizer.vocab_size)
-    initialise = jax.jit(lambda key: nn.unbox(decoder.init(key, jnp.zeros((1, 2), jnp.int32)))["params"])
+    initialise = jax.jit(lambda key: nn.unbox(decoder.init(key, Tokens(jnp.zeros((1, 2), jnp.int32))))["params"])
     folder.mkdir(parents=True)
     run.save_config(config)
     save_tokenizer(tokenizer, run.tokenizer)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig
-from moe_jax.data.dataset import open_prepared
+from moe_jax.data.dataset import open_dataset
 from moe_jax.data.tokenizer import document_start
 from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.errors import UserError
@@ -249,7 +249,7 @@ def test_corpora_have_weights_that_can_change_without_tokenizing_again(stories, 
     again = prepare_folder(dataclasses.replace(config, weights=("tales=1", "verse=3")))
     assert [(corpus.name, corpus.weight) for corpus in again.corpora] == [("tales", 0.25), ("verse", 0.75)]
     assert again.fingerprint != data.fingerprint
-    assert open_prepared(tmp_path / "out").fingerprint == again.fingerprint
+    assert open_dataset(tmp_path / "out").fingerprint == again.fingerprint
 
 
 def damage_edit(folder):
@@ -295,10 +295,10 @@ def test_a_copied_folder_is_checked_once(config, tmp_path, monkeypatch):
 
     read, real = [], prepared.file_sha256
     monkeypatch.setattr(prepared, "file_sha256", lambda file: read.append(file) or real(file))
-    open_prepared(tmp_path / "moved")
+    open_dataset(tmp_path / "moved")
     assert len(read) > 3
     read.clear()
-    open_prepared(tmp_path / "moved")
+    open_dataset(tmp_path / "moved")
     assert read == []
 
 
@@ -426,7 +426,7 @@ def test_a_cache_folder_that_cannot_be_written_costs_only_time(config, tmp_path,
     (tmp_path / "in the way").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "in the way"))
     made = prepare_folder(config)
-    assert open_prepared(made.folder).fingerprint == made.fingerprint
+    assert open_dataset(made.folder).fingerprint == made.fingerprint
 
 
 @pytest.mark.parametrize("change", ["longer", "same length", "gone"])

@@ -86,7 +86,11 @@ def test_two_processes_save_and_restore_a_checkpoint(tmp_path):
         subprocess.Popen([*command, index, port, str(run)], cwd=ROOT, stdout=-1, stderr=-1, text=True)
         for index in ("0", "1")
     ]
-    outputs = [process.communicate(timeout=240) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert all("done" in out for out, _ in outputs)
     assert "hello from 0" in outputs[0][0]

@@ -4,38 +4,16 @@ import io
 import logging
 import types
 
+import pytest
 from rich.console import Console
 
 from moe_jax.runs import progress
 from moe_jax.runs.progress import Progress
 
-log = logging.getLogger("moe_jax")
-
 
 class Terminal(io.StringIO):
     def isatty(self):
         return True
-
-
-def work(monkeypatch, console, log=None):
-    """Steps at chosen seconds, with something else of 985 seconds in between, which counts in no speed."""
-
-    def at(seconds):
-        # Its name for the module, and not the clock itself: event loops of other threads wait by that.
-        monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: seconds))
-
-    at(0.0)
-    with Progress(console, log) as shown:
-        shown.start("training", 100, 10)
-        shown.describe("compiling")
-        for done, seconds in ((11, 5.0), (12, 9.0), (13, 13.0), (14, 15.0)):
-            at(seconds)
-            shown.update(done, f"step {done}", 400)
-        shown.describe("evaluating")
-        for done, seconds in ((15, 1000.0), (16, 1002.0), (17, 1011.0)):
-            at(seconds)
-            shown.update(done, f"step {done}", 400)
-        shown.describe("drawing")
 
 
 LINES = [
@@ -48,21 +26,28 @@ LINES = [
 ]
 
 
-def test_a_line_is_logged_at_times(monkeypatch, caplog):
+@pytest.mark.parametrize(("screen", "level"), [(io.StringIO(), logging.INFO), (Terminal(), logging.DEBUG)])
+def test_a_line_is_logged_at_times_and_the_bar_shows_the_same(monkeypatch, caplog, screen, level):
+    def at(seconds):
+        # Its name for the module, and not the clock itself: event loops of other threads wait by that.
+        monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: seconds))
+
     caplog.set_level(logging.DEBUG)
-    for file, level in ((io.StringIO(), logging.INFO), (Terminal(), logging.DEBUG)):
-        caplog.clear()
-        work(monkeypatch, Console(file=file), log)
-        assert caplog.record_tuples == [("moe_jax", level, line) for line in LINES]
-
-
-def test_on_a_terminal_the_bar_shows_the_same(monkeypatch):
-    screen, pipe = Terminal(), io.StringIO()
-    work(monkeypatch, Console(file=screen, width=100))
-    assert "drawing" in screen.getvalue()
-    assert LINES[-1] in screen.getvalue()
-    work(monkeypatch, Console(file=pipe))
-    assert pipe.getvalue() == ""
+    at(0.0)
+    with Progress(Console(file=screen, width=100), logging.getLogger("moe_jax")) as shown:
+        shown.start("training", 100, 10)
+        shown.describe("compiling")
+        for done, seconds in ((11, 5.0), (12, 9.0), (13, 13.0), (14, 15.0)):
+            at(seconds)
+            shown.update(done, f"step {done}", 400)
+        shown.describe("evaluating")  # its 985 seconds count in no speed
+        for done, seconds in ((15, 1000.0), (16, 1002.0), (17, 1011.0)):
+            at(seconds)
+            shown.update(done, f"step {done}", 400)
+        shown.describe("drawing")
+    assert caplog.record_tuples == [("moe_jax", level, line) for line in LINES]
+    for text in ("drawing", LINES[-1]):
+        assert (text in screen.getvalue()) == screen.isatty()
 
 
 def test_work_of_unknown_size_has_no_time_left():

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.config import MoEConfig, SampleConfig
 from moe_jax.model import decoder as decoder_module
-from moe_jax.model.decoder import forward
+from moe_jax.model.decoder import Tokens, forward
 from moe_jax.sampling.batch import Batch
 from tests.sampling.tiny import CONFIG, make, make_trained
 
@@ -54,7 +54,7 @@ def reference_rotary(decoder, variables, texts, monkeypatch):
         return (distance_BLL >= 0) & (distance_BLL < M)
 
     monkeypatch.setattr(decoder_module, "causal_mask", banded)
-    logits_BLV = jax.jit(lambda tokens_BL: forward(decoder, variables, tokens_BL).logits_BLV)(np.array(texts))
+    logits_BLV = jax.jit(lambda tokens_BL: forward(decoder, variables, Tokens(tokens_BL)).logits_BLV)(np.array(texts))
     return [np.asarray(rows[len(ids) - 1 : -1]) for rows, ids in zip(logits_BLV, PROMPTS, strict=True)]
 
 
@@ -68,7 +68,9 @@ def reference_learned(decoder, variables, texts, monkeypatch):
                 start = size - M // 2
             windows.append(text[start:size] + [0] * (M - size + start))
             sizes.append(size - start)
-    logits_BLV = jax.jit(lambda tokens_BL: forward(decoder, variables, tokens_BL).logits_BLV)(np.array(windows))
+    logits_BLV = jax.jit(lambda tokens_BL: forward(decoder, variables, Tokens(tokens_BL)).logits_BLV)(
+        np.array(windows)
+    )
     rows = np.asarray(logits_BLV)[np.arange(len(sizes)), np.array(sizes) - 1]
     return np.split(rows, np.cumsum([END - len(ids) for ids in PROMPTS])[:-1])
 
@@ -176,7 +178,7 @@ def test_a_penalty_knows_what_the_window_has_left():
     engine, variables, decoder = make(config, end_token=-1)
     text = engine.begin(PROMPTS[1], SampleConfig(max_new_tokens=30, temperature=0.0, repetition_penalty=1.6))
     engine.finish(variables, [text])
-    run = jax.jit(lambda tokens_BL: forward(decoder, variables, tokens_BL).logits_BLV)
+    run = jax.jit(lambda tokens_BL: forward(decoder, variables, Tokens(tokens_BL)).logits_BLV)
     ids, start = list(PROMPTS[1]), 0
     while len(ids) < len(PROMPTS[1]) + 30:
         start = len(ids) - M // 2 if len(ids) - start > M else start

@@ -10,7 +10,7 @@ import pytest
 from moe_jax.config import Config, DataConfig, SampleConfig
 from moe_jax.data.tokenizer import document_end, document_start
 from moe_jax.errors import UserError
-from moe_jax.model.decoder import forward
+from moe_jax.model.decoder import Tokens, forward
 from moe_jax.model.moe.backends import Machine
 from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.sampling.decode import Programs
@@ -23,7 +23,7 @@ END = document_end(TOKENIZER)
 def naive_greedy(decoder, variables, prompt, count, penalty=1.0):
     """Full forwards of the growing text, without a cache; tokens in it are penalised."""
     ids = list(prompt)
-    run = jax.jit(lambda tokens: forward(decoder, variables, tokens).logits_BLV)
+    run = jax.jit(lambda tokens: forward(decoder, variables, Tokens(tokens)).logits_BLV)
     for _ in range(count):
         padded = np.zeros((1, 16), np.int32)
         padded[0, : len(ids)] = ids
@@ -81,7 +81,7 @@ def test_log_probabilities_are_those_of_the_model_itself(rotary):
     samples = engine.generate(variables, "bad", settings)
     texts = [[*prompt, *sample.tokens] for sample in samples]
     padded_BL = np.array([text + [0] * (16 - len(text)) for text in texts], np.int32)
-    logprobs_BLV = jax.jit(lambda: jax.nn.log_softmax(forward(decoder, variables, padded_BL).logits_BLV))()
+    logprobs_BLV = jax.jit(lambda: jax.nn.log_softmax(forward(decoder, variables, Tokens(padded_BL)).logits_BLV))()
     for sample, logprobs_LV in zip(samples, np.asarray(logprobs_BLV)[:, len(prompt) - 1 :], strict=True):
         expected = [row[token] for row, token in zip(logprobs_LV, sample.tokens, strict=False)]
         assert len(expected) == len(sample.tokens) == len(sample.logprobs)
@@ -180,7 +180,7 @@ def test_chat_delimiters_start_and_end_a_text(rotary):
     start, end = chat.specials["<|im_start|>"], chat.specials["<|im_end|>"]
     # The same drawing, without an end: it stops where <|im_end|> comes, and not at <|endoftext|>.
     ids = [start]
-    run = jax.jit(lambda tokens: forward(decoder, variables, tokens).logits_BLV)
+    run = jax.jit(lambda tokens: forward(decoder, variables, Tokens(tokens)).logits_BLV)
     for _ in range(8):
         ids.append(int(np.argmax(run(np.array([ids + [0] * (16 - len(ids))], np.int32))[0, len(ids) - 1])))
     expected = ids[1 : ids.index(end)] if end in ids else ids[1:]

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config import Config, ModelConfig, MoEConfig
-from moe_jax.model.decoder import Decoder, Variables, initial_expert_bias
+from moe_jax.model.decoder import Decoder, Tokens, Variables, initial_expert_bias
 from moe_jax.model.moe.backends import Machine
 from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.sampling.engine import Engine
@@ -25,7 +25,7 @@ CONFIG = ModelConfig(
 def make_trained(config, tokenizer=TOKENIZER):
     """(training decoder, its variables) of a model of ``config``."""
     decoder = Decoder(on_cpu(config), tokenizer.vocab_size)
-    params = nn.unbox(jax.jit(decoder.init)(jax.random.key(1), jnp.zeros((1, 2), jnp.int32)))["params"]
+    params = nn.unbox(jax.jit(decoder.init)(jax.random.key(1), Tokens(jnp.zeros((1, 2), jnp.int32))))["params"]
     return decoder, Variables(params, initial_expert_bias(config))
 
 

@@ -7,7 +7,7 @@ from tests.server.harness import Pace, make_endless, serving
 
 @pytest.fixture(scope="session")
 def made():
-    """(generator, variables) of a model of bytes with a context of 64."""
+    """(engine, variables) of a model of bytes with a context of 64."""
     return make_endless()
 
 

@@ -12,9 +12,9 @@ from unittest import mock
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.data.tokenizer import ByteTokenizer
 from moe_jax.sampling.batch import Batch
-from moe_jax.server.app import LOOPBACK, Service
+from moe_jax.server.app import Service
 from moe_jax.server.requests import Limits
-from moe_jax.server.serve import Server, listen
+from moe_jax.server.serve import LOOPBACK, Server, listen
 from moe_jax.server.worker import Worker
 from tests.sampling.tiny import make
 
@@ -31,7 +31,7 @@ SIZES = (1, 4)
 
 
 def make_endless():
-    """(generator, variables) of a model of bytes that does not end a text by itself."""
+    """(engine, variables) of a model of bytes that does not end a text by itself."""
     return make(MODEL, BYTES, end_token=-1)[:2]
 
 
@@ -88,19 +88,37 @@ class Running:
         connection.sendall(head.encode() + body)
 
     def metric(self, name):
-        """The value of one line of /metrics; 0 where it is not there yet."""
-        _, _, body = self.request("GET", "/metrics")
-        found = [line.split()[-1] for line in body.decode().splitlines() if line.startswith(name + " ")]
-        return float(found[0]) if found else 0.0
+        """The value of the line ``name`` of /metrics; 0 where there is none yet."""
+        lines = self.request("GET", "/metrics")[2].decode().splitlines()
+        return next((float(line.split()[-1]) for line in lines if line.startswith(name + " ")), 0.0)
 
     def count(self, endpoint, status):
         """Requests of ``endpoint`` that were answered with ``status``."""
         return self.metric(f'moe_jax_requests_total{{endpoint="{endpoint}",status="{status}"}}')
 
     @property
+    def num_generated(self):
+        return self.service.counters.registry.get_sample_value("moe_jax_generated_tokens_total")
+
+    @property
+    def num_texts(self):
+        return self.service.worker.num_running, self.service.worker.queue_length
+
+    @property
     def is_idle(self):
-        worker = self.service.worker
-        return worker.queue_length == 0 and worker.num_running == 0 and not worker._leaving
+        return self.num_texts == (0, 0) and not self.service.worker._leaving
+
+
+def read(connection, until=None):
+    """What comes on ``connection``, up to and with the bytes ``until``, or else to its end."""
+    received = b""
+    while until is None or until not in received:
+        part = connection.recv(2**16)
+        if not part:
+            assert until is None, received
+            break
+        received += part
+    return received
 
 
 def events(body):
@@ -122,13 +140,13 @@ def wait_until(is_true, seconds=20.0):
 @contextlib.contextmanager
 def serving(made, *, sizes=SIZES, max_queue=32, api_key=None, send_buffer=None):
     """A ``Running`` server, which has ended after it; ``send_buffer`` is how many bytes the kernel keeps for it."""
-    generator, variables = made
+    engine, variables = made
     Pace.gate.set()
     with mock.patch("moe_jax.server.worker.Batch", PacedBatch):
-        worker = Worker(generator, variables, sizes, max_queue)
+        worker = Worker(engine, variables, sizes, max_queue)
         worker.start()
-    limits = Limits("tiny", generator.tokenizer.vocab_size, 64, 2000, max_queue)
-    service = Service(generator, worker, limits, 4096, api_key)
+    limits = Limits("tiny", engine.tokenizer.vocab_size, 64, 2000, max_queue, max_body_bytes=4096)
+    service = Service(engine, worker, limits, api_key)
     server = Server(service, LOOPBACK)
     listener = listen("127.0.0.1", 0)
     if send_buffer is not None:

@@ -6,7 +6,7 @@ import pytest
 
 from moe_jax.config import MeshConfig, ModelConfig, MoEConfig
 from moe_jax.errors import UserError
-from moe_jax.model.decoder import Decoder
+from moe_jax.model.decoder import Decoder, Tokens
 from moe_jax.sharding.mesh import LOGICAL_RULES, make_mesh
 from tests.oracles.moe import on_cpu
 
@@ -32,7 +32,9 @@ def test_every_parameter_axis_has_a_rule():
         tie_embeddings=False,
         moe=MoEConfig(first_dense=1, every=2, router="noisy_top_k"),
     )
-    boxed = jax.eval_shape(lambda: Decoder(on_cpu(config), 8).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    boxed = jax.eval_shape(
+        lambda: Decoder(on_cpu(config), 8).init(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))
+    )
     leaves = jax.tree.leaves(boxed, is_leaf=lambda leaf: hasattr(leaf, "names"))
     names = {name for leaf in leaves for name in leaf.names}
     assert all(len(leaf.names) == leaf.value.ndim for leaf in leaves)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import SampleConfig
-from moe_jax.model.decoder import forward
+from moe_jax.model.decoder import Tokens, forward
 from moe_jax.sampling.text import Text
 from moe_jax.terminal import sampling as terminal
 from tests.sampling.tiny import CONFIG, TOKENIZER, make
@@ -126,7 +126,7 @@ def test_experts_of_the_last_answer(rotary, converse):
     assert text == sample.text
     assert header.strip() == "experts, a column for each MoE layer"
     ids = [*TOKENIZER.encode("abc").tolist(), *sample.tokens]
-    run = jax.jit(lambda mask_BL: forward(decoder, variables, np.array([ids]), token_mask_BL=mask_BL))
+    run = jax.jit(lambda mask_BL: forward(decoder, variables, Tokens(np.array([ids]), mask_BL)))
 
     def load(size):
         """The oracle: rows that a full forward of so many tokens sends to each layer's experts."""

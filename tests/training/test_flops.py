@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.decoder import Decoder, Variables, forward, unstack
+from moe_jax.model.decoder import Decoder, Tokens, Variables, forward, unstack
 from moe_jax.training.flops import PEAK_FLOPS, count_params, flops_per_token, utilisation
 from moe_jax.training.step import cross_entropy
 
@@ -53,12 +53,14 @@ def test_xla_counts_about_as_many(num_experts, router, capacity_factor):
     )
     config = ModelConfig(context_length=64, num_layers=2, embed_dim=256, num_heads=2, activation="gelu", moe=moe)
     decoder = Decoder(config, 512)
-    params = nn.unbox(jax.eval_shape(lambda: decoder.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]))
+    params = nn.unbox(
+        jax.eval_shape(lambda: decoder.init(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"])
+    )
     tokens = jax.ShapeDtypeStruct((2, 64), jnp.int32)
     walking = Decoder(config, 512, unstacked=True)  # XLA counts a loop's body once
 
     def loss(params, tokens):
-        logits = forward(walking, unstack(Variables(params), config), tokens, train=True).logits_BLV
+        logits = forward(walking, unstack(Variables(params), config), Tokens(tokens), train=True).logits_BLV
         return jnp.mean(cross_entropy(logits, tokens))
 
     counted = jax.jit(jax.grad(loss)).lower(params, tokens).cost_analysis()["flops"] / (2 * 64)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig, OptimizerConfig
-from moe_jax.model.decoder import Decoder
+from moe_jax.model.decoder import Decoder, Tokens
 from moe_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, muon_labels
 from tests.oracles.moe import on_cpu
 
@@ -29,7 +29,7 @@ def test_decay_is_for_matrices_only():
     )
     config = dataclasses.replace(config, norm="layernorm")
     params = jax.eval_shape(
-        lambda: Decoder(on_cpu(config), VOCAB).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+        lambda: Decoder(on_cpu(config), VOCAB).init(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
     )
     decayed = {
         jax.tree_util.keystr(path).split("'")[-2]
@@ -133,7 +133,7 @@ def test_muon_trains_hidden_matrices_and_adamw_the_rest():
     )
     config = dataclasses.replace(config, use_bias=True, tie_embeddings=False, qk_norm=True)
     params = jax.eval_shape(
-        lambda: Decoder(on_cpu(config), VOCAB).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+        lambda: Decoder(on_cpu(config), VOCAB).init(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
     )
     labels = jax.tree_util.tree_leaves_with_path(muon_labels(params))
     by_muon = {jax.tree_util.keystr(path).split("'")[-2] for path, label in labels if label == "muon"}

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.config.rules import check
-from moe_jax.model.decoder import Decoder, Variables
+from moe_jax.model.decoder import Decoder, Tokens, Variables
 from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
 from moe_jax.training.diagnosis import find_not_finite, first_bad_gradient
 from moe_jax.training.optimizer import make_optimizer, make_schedule
@@ -212,7 +212,7 @@ def test_the_reported_loss_is_the_language_model_loss_alone():
     with use_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
         params = init_state(decoder, optimizer, mesh, seed=0).params
-        logits = jax.jit(decoder.apply)({"params": params}, batch()["inputs"]).logits_BLV
+        logits = jax.jit(decoder.apply)({"params": params}, Tokens(batch()["inputs"])).logits_BLV
         everything = {**batch(), "mask": np.ones((BATCH, L), bool)}
         evaluated = jax.jit(functools.partial(eval_step, decoder))(Variables(params), everything)
     log_probs = jax.nn.log_softmax(logits)
@@ -228,7 +228,7 @@ def test_the_gradient_norm_is_taken_before_clipping_and_the_update_after(referen
 
 def test_evaluation_scores_only_what_the_mask_says():
     decoder = Decoder(on_cpu(CONFIG.model), VOCAB)
-    params = jax.jit(decoder.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.jit(decoder.init)(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
     mask = np.zeros((BATCH, L), bool)
     mask[:3] = True
     mask[3, :5] = True

@@ -1,4 +1,4 @@
-"""Saves that fail: found out before where that can be, and told in a few words where Orbax has pages."""
+"""Saves that fail: noticed beforehand where possible, and reported in a few words where Orbax prints pages."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ from moe_jax.axes import PyTree
 
 
 def check_space(folder: Path, items: Mapping[str, PyTree]) -> None:
-    """OSError where ``items`` will not fit; Orbax would find out in the middle, and with many words."""
+    """OSError where ``items`` will not fit; Orbax would notice in the middle of writing."""
     needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(dict(items))), shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(errno.ENOSPC, f"{needed / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB free")

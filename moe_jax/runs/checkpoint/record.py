@@ -1,5 +1,6 @@
 """Which checkpoints a run has, whether they are sound, and what each remembers beside its arrays. Imports no jax."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,30 +97,39 @@ def find_checkpoint(folder: Path, which: Which) -> Found:
 
     UserError where there is none, its record is damaged, or it was written by another version of this package.
     """
-    steps = saved_steps(folder)
-    if not steps:
+    records = read_records(folder)
+    if not records:
         raise UserError(f"there is no checkpoint in {folder}; train a model there first")
-    losses = losses_of(folder)
-    best = min(losses, key=lambda step: losses[step], default=steps[-1])
-    folders: dict[Which, Path] = {"best": folder / str(best), "newest": folder / str(steps[-1])}
+    losses, newest = losses_of(records), max(records)
+    best = min(losses, key=lambda step: losses[step], default=newest)
+    folders: dict[Which, Path] = {"best": folder / str(best), "newest": folder / str(newest)}
     record = _checked_record(folders[which])
     if isinstance(record, str):
         raise _damaged(which, folders, record, ())
     return Found(which, folders, record)
 
 
-def losses_of(folder: Path) -> dict[int, float]:
+def read_records(folder: Path) -> dict[int, Record | None]:
+    """The records of all steps as they stand, oldest first, where a wrong one can do no harm; None: unreadable."""
+    return {step: read_record(folder / str(step)) for step in saved_steps(folder)}
+
+
+def losses_of(records: Mapping[int, Record | None]) -> dict[int, float]:
     """The validation losses of the steps that were evaluated and whose records can be read."""
-    records = {step: read_record(folder / str(step)) for step in saved_steps(folder)}
     return {step: record.val_loss for step, record in records.items() if record and record.val_loss is not None}
 
 
 def read_record(step_folder: Path) -> Record | None:
-    """The record as it stands, where a wrong one can do no harm; None where it cannot be read."""
+    """The record as it stands, None where it cannot be read."""
     try:
-        return msgspec.json.decode((step_folder / "record" / "metadata").read_bytes(), type=Record)
-    except (OSError, ValueError):
+        return msgspec.convert(_read(step_folder), Record)
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def _read(step_folder: Path) -> Any:
+    # Not by msgspec: sums of metrics may not be finite, and Orbax writes such numbers as they are.
+    return json.loads((step_folder / "record" / "metadata").read_bytes())
 
 
 class _Version(msgspec.Struct):
@@ -133,10 +143,10 @@ def _checked_record(step_folder: Path) -> Record | str:
         damage = find_damage(step_folder, ["record"])
         if damage is not None:
             return damage
-        content = (step_folder / "record" / "metadata").read_bytes()
-        version = msgspec.json.decode(content, type=_Version).format_version
+        values = _read(step_folder)
+        version = msgspec.convert(values, _Version).format_version
         if version == FORMAT_VERSION:
-            return msgspec.json.decode(content, type=Record)
+            return msgspec.convert(values, Record)
     remedy = (
         "use the older moe_jax that wrote it, or start a new run in another --workdir"
         if version < FORMAT_VERSION

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from moe_jax.axes import PyTree
 from moe_jax.errors import EnvironmentFault, UserError
 from moe_jax.runs.checkpoint.faults import check_space, quiet_libraries, reason
-from moe_jax.runs.checkpoint.record import Record, Saved, losses_of, read_record
+from moe_jax.runs.checkpoint.record import Record, Saved, losses_of, read_records
 from moe_jax.runs.checkpoint.restore import restore_items, shapes_of
 from moe_jax.runs.checkpoint.seal import seal
 from moe_jax.runs.layout import saved_steps
@@ -60,7 +60,7 @@ class Checkpoints:
         self._folder, self._saved, self._retention = folder.absolute(), saved, retention
         self._unfinished = self._folder / _UNFINISHED
         self._newest = None if saved is None else saved.record.step
-        self._is_first = is_first_process()
+        self._is_first, self._is_alone = is_first_process(), jax.process_count() == 1
         all_well(True)  # no process still looks at what is moved now
         if self._is_first:
             self._clean()
@@ -70,8 +70,6 @@ class Checkpoints:
         self._saving: tuple[int, Future[None]] | None = None
         self._failure: str | None = None
         self._retry_at = math.inf
-        self.seconds = 0.0
-        """How long saves have kept the caller waiting."""
 
     def _clean(self) -> None:
         """Moves damaged checkpoints away, and removes what a process that was killed left."""
@@ -92,8 +90,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or jax.process_count() == 1:
-            self.wait()  # where something else ended this process, the others may never come to agree
+        if kind is None or self._is_alone:
+            self.wait()  # after an exception in this process the others may never come to agree
         self._thread.shutdown()
         self._checkpointer.close()
         self._quiet.close()
@@ -104,18 +102,17 @@ class Checkpoints:
 
         The record's shapes are filled in. A step that is on disk is not written again.
         """
-        started = time.perf_counter()
         self.wait()
-        if record.step != self._newest:
-            future: Future[None] = Future()
-            try:
-                self._make_room(items)
-                self._write(record, items)
-                future = self._thread.submit(self._commit, record.step)
-            except Exception as error:  # noqa: BLE001 - a file system's faults have many types in Orbax
-                future.set_exception(error)
-            self._saving = record.step, future
-        self.seconds += time.perf_counter() - started
+        if record.step == self._newest:
+            return
+        future: Future[None] = Future()
+        try:
+            self._make_room(items)
+            self._write(record, items)
+            future = self._thread.submit(self._commit, record.step)
+        except Exception as error:  # noqa: BLE001 - a file system's faults have many types in Orbax
+            future.set_exception(error)
+        self._saving = record.step, future
 
     def _make_room(self, items: Mapping[str, PyTree]) -> None:
         """Raises in every process where the first one cannot begin."""
@@ -127,7 +124,7 @@ class Checkpoints:
         except OSError as error:
             fault = error
         if not all_well(fault is None):
-            raise fault or OSError("the first process could not begin")
+            raise fault or EnvironmentFault("the first process cannot write")
 
     def _write(self, record: Record, items: Mapping[str, PyTree]) -> None:
         is_finite = record.val_loss is not None and math.isfinite(record.val_loss)
@@ -172,7 +169,7 @@ class Checkpoints:
 
         Never with several processes: their clocks differ, and they must all save at the same step.
         """
-        if jax.process_count() > 1:
+        if not self._is_alone:
             return False
         if self._saving is not None and self._saving[1].done():
             self.wait()
@@ -202,18 +199,19 @@ class Checkpoints:
         self._retry_at = time.monotonic() + _RETRY_SECONDS
         self._remove_unfinished()  # half a checkpoint takes room that the next one needs
         newest = "none is on disk yet" if self._newest is None else f"the newest on disk is of step {self._newest}"
+        again = f"in {_RETRY_SECONDS:.0f} s" if self._is_alone else "at the next checkpoint"
         log.warning(
             f"warning: the checkpoint of step {step} is not saved ({why}); training goes on, and it is "
-            f"tried again in {_RETRY_SECONDS:.0f} s; {newest}"
+            f"tried again {again}; {newest}"
         )
         gc.collect()  # Orbax's futures refer to each other, and hold a copy of the whole state
 
 
 def _steps_to_keep(folder: Path, retention: Retention) -> set[int]:
-    steps, losses = saved_steps(folder), losses_of(folder)
-    newest = steps[len(steps) - min(retention.newest, len(steps)) :]
+    records = read_records(folder)
+    losses = losses_of(records)
+    newest = sorted(records, reverse=True)[: retention.newest]
     best = sorted(losses, key=lambda step: losses[step])[: retention.best]
-    records = {step: read_record(folder / str(step)) for step in steps}
     # One whose record cannot be read may have been saved for good.
     for_good = [step for step, record in records.items() if record is None or record.for_good]
     return {*newest, *best, *for_good}
