@@ -82,19 +82,19 @@ class StopStream:
         if end is not None:
             self.is_stopped, self._held = True, ""
             return text[:end]
-        half = max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - half :]
-        return text[: len(text) - half]
+        longest = max(map(len, self._stops), default=1) - 1
+        starts = range(max(0, len(text) - longest), len(text))
+        # Where what is left could be the beginning of a stop.
+        end = next(
+            (start for start in starts if any(stop.startswith(text[start:]) for stop in self._stops)), len(text)
+        )
+        self._held = text[end:]
+        return text[:end]
 
     def finish(self) -> str:
         """What was held back, once nothing more comes."""
         held, self._held = self._held, ""
         return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of ``text`` that ``stop`` may begin with."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from moe_jax.errors import UserError
 from moe_jax.model.decoder import Tokens, forward
 from moe_jax.model.moe.backends import Machine
 from moe_jax.prepare.tokenizer import build_tokenizer
+from moe_jax.sampling.decode import Programs
 from moe_jax.sampling.engine import Engine
 from tests.sampling.tiny import CONFIG, TOKENIZER
 
@@ -184,3 +185,9 @@ def test_chat_delimiters_start_and_end_a_text(rotary):
         ids.append(int(np.argmax(run(np.array([ids + [0] * (16 - len(ids))], np.int32))[0, len(ids) - 1])))
     expected = ids[1 : ids.index(end)] if end in ids else ids[1:]
     assert sample.tokens == expected
+
+
+def test_each_shape_has_the_backend_of_its_number_of_tokens_whatever_the_run_was_trained_with():
+    moe = dataclasses.replace(CONFIG.moe, dispatch="tokamax")  # which this machine does not have
+    programs = Programs(dataclasses.replace(CONFIG, moe=moe), 13, Machine("cpu"), END)
+    assert [programs.decoder_for(size).config.moe.dispatch for size in (1, 4, 5)] == ["by_row", "by_row", "blocked"]
