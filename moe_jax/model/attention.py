@@ -37,8 +37,8 @@ def rotate(x_BLHA: Array, position_BL: Array, theta: float) -> Array:
     The paper pairs neighbours; pairing halves is the same map under a permutation of the weights.
 
     >>> x_BLHA = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)  # one pair, (1, 0), a quarter turn on is (0, 1)
-    >>> rotate(x_BLHA, jnp.array([[jnp.pi / 2]]), theta=100.0).round(4).reshape(-1).tolist()
-    [-0.0, 1.0]
+    >>> print(abs(rotate(x_BLHA, jnp.array([[jnp.pi / 2]]), theta=100.0)).round(4).reshape(-1))
+    [0. 1.]
     """
     A = x_BLHA.shape[-1]
     frequency = theta ** (-jnp.arange(0, A, 2, dtype=jnp.float32) / A)
@@ -140,9 +140,10 @@ class Attention(nn.Module):
         config = self.config
         H, D = config.num_heads, config.embed_dim
         J, A = config.num_kv_heads or H, D // config.num_heads
-        query_BLHA = self._project("query", x_BLD, H, A)
-        key_BLJA = self._project("key", x_BLD, J, A)
-        value_BLJA = self._project("value", x_BLD, J, A)
+        B, L, _ = x_BLD.shape
+        query_BLHA = self._linear("query", x_BLD, H * A, ("embed", "heads")).reshape(B, L, H, A)
+        key_BLJA = self._linear("key", x_BLD, J * A, ("embed", "heads")).reshape(B, L, J, A)
+        value_BLJA = self._linear("value", x_BLD, J * A, ("embed", "heads")).reshape(B, L, J, A)
         if config.qk_norm:
             init = with_axes(initializers.ones, ("head_dim",))
             query_BLHA = rms_normalise(query_BLHA, self.param("query_norm", init, (A,))).astype(x_BLD.dtype)
@@ -156,18 +157,16 @@ class Attention(nn.Module):
             cache = write_cache(cache, key_BLJA, value_BLJA, position_BL)
             key_BJMA, value_BJMA = cache.key_BJMA, cache.value_BJMA
         out_BLHA = attend(query_BLHA, key_BJMA, value_BJMA, mask_BLM, config.dropout_rate, keys_B)
-        init = with_axes(matrix_init(config, is_block_output=True), ("heads", "embed"))
-        y_BLD = out_BLHA.reshape(*x_BLD.shape[:2], D) @ self.param("out", init, (D, D)).astype(x_BLD.dtype)
-        if config.use_bias:
-            bias_init = with_axes(initializers.zeros, ("embed",))
-            y_BLD = y_BLD + self.param("out_bias", bias_init, (D,)).astype(x_BLD.dtype)[None, None, :]
+        y_BLD = self._linear("out", out_BLHA.reshape(B, L, D), D, ("heads", "embed"), is_block_output=True)
         return y_BLD, cache
 
-    def _project(self, name: str, x_BLD: Array, heads: int, A: int) -> Array:
-        B, L, D = x_BLD.shape
-        init = with_axes(matrix_init(self.config), ("embed", "heads"))
-        y = x_BLD @ self.param(name, init, (D, heads * A)).astype(x_BLD.dtype)
-        if self.config.use_bias:
-            bias_init = with_axes(initializers.zeros, ("heads",))
-            y = y + self.param(f"{name}_bias", bias_init, (heads * A,)).astype(x_BLD.dtype)[None, None, :]
-        return y.reshape(B, L, heads, A)
+    def _linear(
+        self, name: str, x_BLD: Array, width: int, axes: tuple[str, str], is_block_output: bool = False
+    ) -> Array:
+        """The product with the matrix ``name``, whose axes are called ``axes``, and the bias if there is one."""
+        init = with_axes(matrix_init(self.config, is_block_output=is_block_output), axes)
+        y = x_BLD @ self.param(name, init, (x_BLD.shape[-1], width)).astype(x_BLD.dtype)
+        if not self.config.use_bias:
+            return y
+        bias_init = with_axes(initializers.zeros, axes[1:])
+        return y + self.param(f"{name}_bias", bias_init, (width,)).astype(x_BLD.dtype)[None, None, :]

@@ -15,8 +15,8 @@ from moe_jax.sharding.mesh import with_axes
 def rms_normalise(x: Array, scale_D: Array, epsilon: float = 1e-6) -> Array:
     """x / sqrt(mean(x²) + ε) · scale over the last axis (arXiv 1910.07467, eq. 4), computed in float32.
 
-    >>> rms_normalise(jnp.array([3.0, 4.0]), jnp.array([1.0, 2.0])).round(4).tolist()  # over sqrt((9 + 16) / 2)
-    [0.8485, 2.2627]
+    >>> print(rms_normalise(jnp.array([3.0, 4.0]), jnp.array([1.0, 2.0])).round(4))  # 3 and 2 · 4 over sqrt(25 / 2)
+    [0.8485 2.2627]
     """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)

@@ -15,9 +15,9 @@ def enable_compile_cache() -> None:
 
 
 def compiler_options(deterministic: bool) -> dict[str, bool] | None:
-    """What ``jax.jit`` is told for the training programs: with ``deterministic``, no GPU kernel that varies by run.
+    """Options of ``jax.jit`` for the training programs: with ``deterministic``, no GPU kernel that varies by run.
 
-    XLA then neither adds up in the order in which threads arrive nor picks kernels by timing them. Programs for
-    processors and TPUs are deterministic as they are, and not changed by it.
+    XLA then neither adds up in the order in which threads arrive nor picks kernels by timing them. Programs for CPUs
+    and TPUs are deterministic anyway, and not changed by it.
     """
     return {"xla_gpu_deterministic_ops": True} if deterministic else None

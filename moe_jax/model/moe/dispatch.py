@@ -62,12 +62,11 @@ def gather(
     placement = jax.vmap(lambda expert_TK: place(expert_TK, E, capacity))(plan.expert_TK)
     # Slot c of group g's share of expert e is (e · G + g) · C + c: one expert's lie together, group after group.
     first_slot_GTK = (plan.expert_TK * G + jnp.arange(G)[:, None, None]) * capacity
-    slot_TK, row_S = _index_tables(
-        _merged(first_slot_GTK + placement.position_TK), _merged(placement.kept_TK), E * G * capacity
-    )
+    weight_TK, slot_TK = _merged(plan.combine_weight_TK), _merged(first_slot_GTK + placement.position_TK)
+    slot_TK, row_S = _index_tables(slot_TK, _merged(placement.kept_TK), E * G * capacity)
     x_ERD = _to_slots(x_GTD.reshape(G * T, D), slot_TK, row_S).reshape(E, G * capacity, D)
     y_SD = expert_mlp(weights, x_ERD, activation).reshape(-1, D)
-    y_TD = _from_slots(y_SD, _merged(plan.combine_weight_TK), slot_TK, row_S)
+    y_TD = _from_slots(y_SD, weight_TK, slot_TK, row_S)
     return y_TD.reshape(G, T, D), placement.kept_TK
 
 
@@ -89,7 +88,7 @@ def through_sorted_rows(
       As ``einsum``; a row is kept wherever there is one.
     """
     G, T, D = x_GTD.shape
-    expert_TK = _merged(plan.expert_TK)
+    expert_TK, weight_TK = _merged(plan.expert_TK), _merged(plan.combine_weight_TK)
     placement = place(expert_TK, num_experts, G * T)
     load_E = jnp.sum(chosen_experts(expert_TK, num_experts).astype(jnp.int32), axis=0)
     size_E = (load_E + multiple - 1) // multiple * multiple
@@ -98,7 +97,7 @@ def through_sorted_rows(
     S = num_slots(G * plan.max_rows, num_experts, multiple)
     slot_TK, row_S = _index_tables(slot_TK, placement.kept_TK, S)
     y_SD = experts(_to_slots(x_GTD.reshape(G * T, D), slot_TK, row_S), size_E)
-    y_TD = _from_slots(y_SD, _merged(plan.combine_weight_TK), slot_TK, row_S)
+    y_TD = _from_slots(y_SD, weight_TK, slot_TK, row_S)
     return y_TD.reshape(G, T, D), placement.kept_TK.reshape(plan.expert_TK.shape)
 
 

@@ -22,29 +22,27 @@ from moe_jax.model.moe.statistics import RouterStatistics
 _product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-def scores(
-    x_GTD: Array, router_DE: Array, noise_DE: Array | None, noise_keys_G: Array | None, moe: MoEConfig
-) -> Array:
+def scores(x_GTD: Array, router_DE: Array, noise_DE: Array | None, keys_G: Array | None, moe: MoEConfig) -> Array:
     """The router's logits x·W_r, [G, T, E], of float32 tokens."""
     return _product(x_GTD, router_DE)
 
 
 def noisy_scores(
-    x_GTD: Array, router_DE: Array, noise_DE: Array | None, noise_keys_G: Array | None, moe: MoEConfig
+    x_GTD: Array, router_DE: Array, noise_DE: Array | None, keys_G: Array | None, moe: MoEConfig
 ) -> Array:
     """``scores``, with noise of the learned scale x·W_noise where keys are given, one a group."""
-    if noise_keys_G is None or noise_DE is None:
+    if keys_G is None or noise_DE is None:
         return _product(x_GTD, router_DE)
     noise_scale_GTE = _product(x_GTD, noise_DE)
-    return jax.vmap(noisy_logits)(_product(x_GTD, router_DE), noise_scale_GTE, noise_keys_G)
+    return jax.vmap(noisy_logits)(_product(x_GTD, router_DE), noise_scale_GTE, keys_G)
 
 
 def jittered_scores(
-    x_GTD: Array, router_DE: Array, noise_DE: Array | None, noise_keys_G: Array | None, moe: MoEConfig
+    x_GTD: Array, router_DE: Array, noise_DE: Array | None, keys_G: Array | None, moe: MoEConfig
 ) -> Array:
     """``scores`` of a jittered input where keys are given, one a group."""
-    if noise_keys_G is not None:
-        x_GTD = jax.vmap(lambda x_TD, key: jittered(x_TD, moe.router_jitter, key))(x_GTD, noise_keys_G)
+    if keys_G is not None:
+        x_GTD = jax.vmap(lambda x_TD, key: jittered(x_TD, moe.router_jitter, key))(x_GTD, keys_G)
     return _product(x_GTD, router_DE)
 
 
@@ -81,8 +79,8 @@ def top_k_plan(
       token_mask_T: [T] bool, True for real tokens; None: all are real.
 
     >>> plan = top_k_plan(jnp.log(jnp.array([[1.0, 2.0, 5.0]])), top_k=2)  # probabilities 1/8, 2/8, 5/8
-    >>> plan.expert_TK.tolist(), plan.combine_weight_TK.round(4).tolist()  # 5/7 and 2/7
-    ([[2, 1]], [[0.7143, 0.2857]])
+    >>> print(plan.expert_TK, plan.combine_weight_TK.round(4))  # 5/7 and 2/7
+    [[2 1]] [[0.7143 0.2857]]
     """
     router_logits_TE = _clear_masked(router_logits_TE, token_mask_T)
     chosen_logit_TK, expert_TK = jax.lax.top_k(router_logits_TE, top_k)
@@ -249,7 +247,7 @@ class Router:
     plan: Callable[[Array, Array | None, Array | None, MoEConfig], RoutingPlan]
     """(router_logits_TE, token_mask_T, expert_bias_E, settings) -> the plan of one group."""
     score: Callable[[Array, Array, Array | None, Array | None, MoEConfig], Array] = scores
-    """(x_GTD, router_DE, noise_DE, noise_keys_G, settings) -> router_logits_GTE."""
+    """(x_GTD, router_DE, noise_DE, keys_G, settings) -> router_logits_GTE."""
     has_noise: bool = False
     """``score`` draws random numbers in training."""
     has_noise_matrix: bool = False
