@@ -17,9 +17,9 @@ from moe_jax.errors import UserError
 from moe_jax.files import cache_folder
 from moe_jax.model.decoder import Decoder, Variables
 from moe_jax.model.moe.backends import this_machine, with_dispatch
+from moe_jax.model.moe.routing import is_causal
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.runs.opened import OpenedRun
-from moe_jax.sampling.engine import is_causal
 from moe_jax.sharding.mesh import make_mesh, use_mesh
 from moe_jax.sharding.startup import enable_compile_cache
 from moe_jax.training.evaluate import bits_per_byte, evaluate, joined
@@ -37,7 +37,7 @@ def score(opened: OpenedRun, path: str | None, split: Split) -> dict[str, Any]:
     Raises UserError, as for a text that has changed, or a prepared folder whose tokens are not those of the run.
     """
     config, tokenizer = opened.config, opened.tokenizer
-    if not is_causal(config.model):
+    if not is_causal(config.model.moe):
         print("note: experts that choose have seen later tokens too, and drop some", file=sys.stderr)
     dataset = _dataset(opened, path)
     check_data(dataset, config.data, config.model.context_length)

@@ -13,14 +13,16 @@ from moe_jax.config import Config
 from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.errors import Interrupted, UserError
 from moe_jax.files import cache_folder, remove_leftovers
+from moe_jax.model.moe.routing import is_causal
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.report.pictures import draw
 from moe_jax.runs.checkpoint.save import Checkpoints, Retention
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.log import start_log
 from moe_jax.runs.metrics_file import MetricsFile
-from moe_jax.sampling.engine import Engine, is_causal
+from moe_jax.sampling.engine import Engine
 from moe_jax.sharding.mesh import use_mesh
+from moe_jax.sharding.processes import is_first_process
 from moe_jax.sharding.startup import enable_compile_cache
 from moe_jax.trackers.alarms import Alarms
 from moe_jax.trackers.console import Console
@@ -55,7 +57,7 @@ def train(config: Config, workdir: Path) -> None:
     if "mlflow" in config.train.trackers:
         check_mlflow(config.train, run)
     engine = None
-    if is_causal(config.model):  # no text can be sampled from experts that choose among later tokens too
+    if is_causal(config.model.moe):  # no text can be sampled from experts that choose among later tokens too
         engine = Engine(config, dataset.tokenizer, setup.machine)
         engine.check_stop_tokens(config.sample)
     with run.lock(), start_log(run.log_file), use_mesh(setup.mesh), catch_signals() as request:
@@ -66,14 +68,15 @@ def train(config: Config, workdir: Path) -> None:
                 if not run.loss_curve.exists():  # the start that made the last step was killed before it drew it
                     _draw(run)
                 return
-            for file in (run.metrics_file, run.config_file, run.mlflow_file, run.loss_curve, run.expert_load):
-                remove_leftovers(file)
+            if is_first_process():
+                for file in (run.metrics_file, run.config_file, run.mlflow_file, run.loss_curve, run.expert_load):
+                    remove_leftovers(file)
+                save_tokenizer(dataset.tokenizer, run.tokenizer)
             # Metrics first: where something is wrong with them, no tracker is left with a run that never began.
             with MetricsFile(run, start.restored_step) as metrics:
                 observers = _observers(setup, start, engine)
                 with _closing(observers) as outcome:
                     run.save_config(config)
-                    save_tokenizer(dataset.tokenizer, run.tokenizer)
                     _describe(setup, start.state)
                     state = fit(setup, start, checkpoints, metrics, observers, request)
                     outcome.files = _draw(run)
@@ -87,9 +90,10 @@ def _observers(setup: Setup, start: Start, engine: Engine | None) -> list[Observ
     """Those that the settings ask for. Raises UserError where a tracker cannot begin."""
     config, run = setup.config, setup.run
     trackers: list[Tracker] = []
-    if "mlflow" in config.train.trackers:
+    names = config.train.trackers if is_first_process() else ()
+    if "mlflow" in names:
         trackers.append(MLflow(config, run, start.restored_step))
-    if "tensorboard" in config.train.trackers:
+    if "tensorboard" in names:
         trackers.append(TensorBoard(run, start.restored_step))
     observers: list[Observer] = [Alarms(config.model.moe), *trackers]
     if config.train.profile is not None:
@@ -150,7 +154,7 @@ def _describe(setup: Setup, state: TrainState) -> None:
         log.info(f"going on from step {int(state.step)}")
     for phase, backend in setup.backends.items():
         log.info(f"dispatch in {phase}: {backend}")
-    if not is_causal(config.model):
+    if not is_causal(config.model.moe):
         log.info(
             f"experts take {moe.capacity_factor} of a balanced share each, in evaluation too, among all tokens of a "
             "sequence, later ones included: the validation loss has seen the future, and no text can be sampled"
@@ -179,6 +183,8 @@ def _describe_data(setup: Setup) -> None:
 
 def _draw(run: RunDirectory) -> list[Path]:
     """The pictures of the run that could be made; a run is not lost for one."""
+    if not is_first_process():
+        return []
     try:
         return draw(run)
     except (OSError, UserError) as error:  # no folder for matplotlib's own files, or metrics that somebody has changed
@@ -199,5 +205,5 @@ def _conclude(setup: Setup, step: int, progress: Progress, exit_code: int | None
         log.info(f"interrupted: the checkpoint of step {step} is on disk; run the same command to go on")
     elif step < setup.config.train.num_steps:
         log.info(f"stopped early: {progress.evaluations_without_gain} evaluations without a lower validation loss")
-    if is_causal(setup.config.model):
+    if is_causal(setup.config.model.moe):
         log.info(f"sample from it: python sample.py --workdir {setup.run.path}")

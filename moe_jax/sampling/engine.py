@@ -7,12 +7,12 @@ from typing import Literal
 
 import jax
 
-from moe_jax.config import Config, ModelConfig, SampleConfig
+from moe_jax.config import Config, SampleConfig
 from moe_jax.data.tokenizer import Tokenizer, document_end, document_start
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Variables, cast_matrices, unstack
 from moe_jax.model.moe.backends import Machine
-from moe_jax.model.moe.routing import ROUTERS
+from moe_jax.model.moe.routing import is_causal
 from moe_jax.sampling.batch import STREAM_STEPS, Batch
 from moe_jax.sampling.decode import Programs
 from moe_jax.sampling.text import Sample, Text
@@ -40,7 +40,7 @@ class Engine:
 
         Raises UserError for a model that cannot be sampled from.
         """
-        if not is_causal(config.model):
+        if not is_causal(config.model.moe):
             raise UserError(
                 "a model of model.moe.router=expert_choice cannot be sampled from: its experts choose among all "
                 "tokens of a text, later ones included; train one with another router"
@@ -111,8 +111,3 @@ class Engine:
             # The first token is a piece of its own, for a reader who waits for it.
             batch.advance(STREAM_STEPS if text.tokens else 1)
             yield text.take()
-
-
-def is_causal(config: ModelConfig) -> bool:
-    """Whether the logits after a token depend on it and earlier ones only, as sampling needs."""
-    return not config.moe.num_experts or ROUTERS[config.moe.router].is_causal

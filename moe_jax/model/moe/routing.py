@@ -268,3 +268,8 @@ ROUTERS = {
     "sigmoid_bias": Router(_biased_choice, has_state=True),
 }
 """By the names of ``model.moe.router``."""
+
+
+def is_causal(moe: MoEConfig) -> bool:
+    """Whether no token's experts depend on later tokens, as sampling needs; so too in a dense model."""
+    return not moe.num_experts or ROUTERS[moe.router].is_causal
