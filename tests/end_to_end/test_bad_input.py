@@ -203,7 +203,7 @@ BAD_INPUT = [
     box(f"{TRAIN} --model.num-layers", "Missing value for argument '--model.num-layers'"),
     box(f"{TRAIN} --model.norm batchnorm", "('rmsnorm', 'layernorm')"),
     box(f"{TRAIN} runs/tiny", "Unrecognized options: runs/tiny"),
-    mistake(f"{TRAIN} --workdir new --model.moe.grouped-matmul tokamax", "tokamax needs an NVIDIA GPU, got a cpu"),
+    mistake(f"{TRAIN} --workdir new --model.moe.dispatch tokamax", "tokamax needs an NVIDIA GPU, got a cpu"),
     mistake(f"{TRAIN} --workdir new --mesh.data 3", "mesh.data must be at most the 1 devices here, got 3", slow=True),
     mistake(
         f"{TRAIN} --workdir new --data.batch-size 6 --optimizer.accumulation-steps 4", "must divide data.batch_size"

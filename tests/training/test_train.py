@@ -240,7 +240,7 @@ def test_router_state_is_saved_restored_and_sampled_with(change, tiny, tmp_path)
     assert whole.expert_bias_NE.shape == (2, 4)
     assert 0.01 < float(np.max(np.abs(whole.expert_bias_NE))) <= 0.0401
     log = RunDirectory(tmp_path / "whole").log_file.read_text()
-    assert "dispatch in training: sorted (blocked), the fastest measured on a processor" in log
+    assert "dispatch in training: blocked, the fastest measured on a CPU" in log
 
 
 def test_a_run_trained_on_another_kind_of_device_can_be_sampled_from(finished, tmp_path):
