@@ -15,8 +15,9 @@ from moe_jax.sharding.mesh import with_axes
 def rms_normalise(x: Array, scale_D: Array, epsilon: float = 1e-6) -> Array:
     """x / sqrt(mean(x²) + ε) · scale over the last axis (arXiv 1910.07467, eq. 4), computed in float32.
 
-    >>> print(rms_normalise(jnp.array([3.0, 4.0]), jnp.array([1.0, 2.0])).round(4))  # 3 and 2 · 4 over sqrt(25 / 2)
-    [0.8485 2.2627]
+    >>> y = rms_normalise(jnp.array([1.0, 7.0]), jnp.array([1.0, 2.0]))  # sqrt((1 + 49) / 2) = 5
+    >>> [round(float(each), 4) for each in y]
+    [0.2, 2.8]
     """
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + epsilon)

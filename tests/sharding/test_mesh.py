@@ -7,7 +7,7 @@ import pytest
 from moe_jax.config import MeshConfig, ModelConfig, MoEConfig
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Tokens
-from moe_jax.sharding.mesh import LOGICAL_RULES, make_mesh
+from moe_jax.sharding.mesh import LOGICAL_RULES, constrain, make_mesh, with_axes
 from tests.oracles.moe import on_cpu
 
 
@@ -20,6 +20,12 @@ def test_a_mesh_of_all_or_some_devices():
 def test_impossible_meshes_are_refused_with_the_remedy(data, microbatch, words):
     with pytest.raises(UserError, match=words):
         make_mesh(MeshConfig(data=data), microbatch)
+
+
+@pytest.mark.parametrize("make", [lambda axes: with_axes(jnp.zeros, axes), lambda axes: constrain(jnp.ones(1), axes)])
+def test_a_logical_axis_without_a_rule_is_an_error(make):
+    with pytest.raises(ValueError, match=r"needs a rule in LOGICAL_RULES, got \['heds'\]; add one"):
+        make(("heds",))
 
 
 def test_every_parameter_axis_has_a_rule():

@@ -341,3 +341,9 @@ def test_the_router_state_of_sigmoid_bias_is_never_taken_for_granted():
     x, router_DE = make_tokens("even")
     with pytest.raises(ValueError, match="sigmoid_bias needs its router state expert_bias_E"):
         MoE(ModelConfig(embed_dim=D, moe=moe)).apply({"params": make_params(router_DE)}, x, train=False)
+
+
+def test_a_layer_needs_the_name_of_a_backend():
+    moe = make_config("top_k", "auto", None)
+    with pytest.raises(ValueError, match="needs the name of a backend, got"):
+        MoE(ModelConfig(embed_dim=D, moe=moe)).init(jax.random.key(0), jnp.zeros((1, 2, D)), train=False)
