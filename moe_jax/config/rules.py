@@ -41,12 +41,15 @@ class RouterRules:
 
 
 ROUTER_RULES = {
-    "top_k": RouterRules(),
-    "noisy_top_k": RouterRules(),
     "switch": RouterRules(one_expert=True),
     "expert_choice": RouterRules(needs_capacity=True),
     "sigmoid_bias": RouterRules(has_groups=True),
 }
+"""Of the routers that ask for anything."""
+
+
+def router_rules(moe: MoEConfig) -> RouterRules:
+    return ROUTER_RULES[moe.router] if moe.router in ROUTER_RULES else RouterRules()
 
 
 def _check_divides(name: str, value: int, of: str, whole: int) -> None:
@@ -84,7 +87,7 @@ def _check_moe(model: ModelConfig) -> None:
 
 
 def _check_router(moe: MoEConfig) -> None:
-    rules = ROUTER_RULES[moe.router]
+    rules = router_rules(moe)
     if rules.one_expert and moe.top_k != 1:
         raise UserError(
             f"model.moe.router={moe.router} sends a token to one expert, but model.moe.top_k is {moe.top_k}; "
@@ -104,7 +107,7 @@ def _check_router(moe: MoEConfig) -> None:
 
 
 def _check_groups(moe: MoEConfig) -> None:
-    if not ROUTER_RULES[moe.router].has_groups:
+    if not router_rules(moe).has_groups:
         able = ", ".join(name for name, rules in ROUTER_RULES.items() if rules.has_groups)
         raise UserError(
             f"model.moe.num_expert_groups and top_k_groups are for model.moe.router={able}, got "
