@@ -13,7 +13,7 @@ from moe_jax.cli import load_recipe
 from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig
 from moe_jax.config.bounds import MANY
 from moe_jax.config.fields import check_type, settings
-from moe_jax.config.rules import ROUTER_RULES, check, check_sample, profile_steps
+from moe_jax.config.rules import ROUTER_RULES, check, check_sample, profile_steps, router_rules
 from moe_jax.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -118,9 +118,10 @@ def test_an_error_names_a_setting_of_sampling_as_it_was_given():
 
 
 def test_every_router_goes_with_every_dispatch_or_is_refused_with_the_reason():
-    assert tuple(ROUTER_RULES) == CHOICES["router"]
+    assert set(ROUTER_RULES) < set(CHOICES["router"])
     refused = set()
-    for router, rules in ROUTER_RULES.items():
+    for router in CHOICES["router"]:
+        rules = router_rules(MoEConfig(router=router))
         for dispatch in CHOICES["dispatch"]:
             for factor in (None, 1.0):
                 moe = MoEConfig(router=router, dispatch=dispatch, capacity_factor=factor, top_k=2 - rules.one_expert)
