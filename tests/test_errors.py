@@ -58,7 +58,9 @@ def test_native_windows_is_pointed_to_wsl_before_anything_is_imported(monkeypatc
     assert line.startswith("error: moe_jax does not run on native Windows; run the same command in WSL")
 
 
-@pytest.mark.parametrize("module", ["train", "sample", "moe_jax.evaluate", "moe_jax.prepare", "moe_jax.server"])
+@pytest.mark.parametrize(
+    "module", ["train", "sample", "moe_jax.evaluate", "moe_jax.prepare", "moe_jax.report", "moe_jax.server"]
+)
 def test_no_command_imports_what_windows_lacks_before_that(module):
     name = f"{module}.__main__" if (ROOT / module.replace(".", "/")).is_dir() else module
     program = f"import sys, {name}; assert not {{'fcntl', 'moe_jax.files'}} & set(sys.modules)"

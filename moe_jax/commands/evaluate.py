@@ -9,13 +9,15 @@ from typing import Literal
 from moe_jax.cli import parse
 from moe_jax.commands.startup import use_huge_pages
 from moe_jax.config.bounds import LocalInput, RunFolder
-from moe_jax.runs.metrics_file import finite
-from moe_jax.runs.opened import open_run
 
 
 def main() -> None:
     arguments = parse(EvaluateCommand, sys.argv[1:], "python -m moe_jax.evaluate")
     use_huge_pages()
+
+    from moe_jax.runs.metrics_file import finite
+    from moe_jax.runs.opened import open_run
+
     workdir = None if arguments.workdir is None else Path(arguments.workdir)
     opened = open_run(workdir, arguments.checkpoint)
     if opened.is_latest:

@@ -7,8 +7,6 @@ from pathlib import Path
 from moe_jax.cli import parse
 from moe_jax.config.bounds import RunFolder
 from moe_jax.errors import UserError
-from moe_jax.report.pictures import draw
-from moe_jax.runs.layout import RunDirectory, latest_run
 
 
 @dataclass(frozen=True)
@@ -21,6 +19,10 @@ class ReportCommand:
 
 def main() -> None:
     arguments = parse(ReportCommand, sys.argv[1:], "python -m moe_jax.report")
+
+    from moe_jax.report.pictures import draw
+    from moe_jax.runs.layout import RunDirectory, latest_run
+
     run = latest_run() if arguments.workdir is None else RunDirectory(Path(arguments.workdir))
     files = draw(run)
     if not files:

@@ -10,7 +10,6 @@ from typing import Annotated, Literal
 from moe_jax.cli import parse
 from moe_jax.config.bounds import Count, Range, RunFolder
 from moe_jax.errors import UserError
-from moe_jax.runs.opened import OpenedRun, open_run
 
 
 def _printable(name: str, text: str) -> None:
@@ -57,14 +56,17 @@ def main() -> None:
     # There is nothing to finish yet, and a process that ends while it loads or compiles in other threads may crash.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    serve(command)
+
+
+def serve(command: ServerCommand) -> None:
+    """Answers requests until SIGTERM or SIGINT. Raises UserError or EnvironmentFault before the first."""
+    from moe_jax.runs.opened import open_run
+
     opened = open_run(None if command.workdir is None else Path(command.workdir), command.checkpoint)
     if opened.is_latest:
         print(f"note: serving {opened.directory.path}, the run that changed last", file=sys.stderr)
-    serve(opened, command)
 
-
-def serve(opened: OpenedRun, command: ServerCommand) -> None:
-    """Answers requests until SIGTERM or SIGINT. Raises UserError or EnvironmentFault before the first."""
     from moe_jax.sampling.api import load_engine
     from moe_jax.server.app import Service
     from moe_jax.server.requests import Limits
