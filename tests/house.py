@@ -33,8 +33,9 @@ EDGES = [
 ]
 # In reading order: from the letters of an array's axes to a generated token.
 PATH = [
-    *("axes", "config/__init__", "model/moe/plan", "model/moe/routing", "model/moe/dispatch", "model/moe/statistics"),
-    *("model/moe/layer", "model/attention", "model/decoder", "training/step", "training/loop", "sampling/decode"),
+    *("axes", "config/__init__", "model/moe/plan", "model/moe/routing", "model/moe/backends", "model/moe/dispatch"),
+    *("model/moe/statistics", "model/moe/layer", "model/attention", "model/decoder"),
+    *("training/step", "training/loop", "sampling/decode"),
 ]
 BEGIN, END = "<!-- python -m tests.house --write -->\n", "<!-- end -->\n"
 

@@ -1,5 +1,6 @@
 """The size of the house: the path to read, the core and the package stay as small as README.md says."""
 
+import re
 import subprocess
 import sys
 
@@ -28,3 +29,15 @@ def test_the_script_prints_the_map_and_the_path():
     assert done.stdout == house.block()
     assert "| **the core** |" in done.stdout
     assert f"A path to read, {house.totals()['path']:,} lines: [axes](moe_jax/axes.py)" in done.stdout
+
+
+def test_readme_has_the_map_and_the_path_with_counts_that_are_about_right():
+    """Within 5 % or ten lines: small changes of code need no change of the README."""
+    page = (house.ROOT / "README.md").read_text()
+    written = page.split(house.BEGIN)[1].split(house.END)[0]
+    number = r"\d[\d,]*"
+    words, want = (" ".join(re.sub(number, "#", text).split()) for text in (written, house.block()))
+    assert words == want, "run python -m tests.house --write"
+    for got, now in zip(re.findall(number, written), re.findall(number, house.block()), strict=True):
+        count, today = int(got.replace(",", "")), int(now.replace(",", ""))
+        assert abs(count - today) <= max(10, 0.05 * today), "run python -m tests.house --write"
