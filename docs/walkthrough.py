@@ -547,7 +547,7 @@ with (
         losses_S.append(float(output.loss))
         load = routing_by_layer(output.routing)
         share_NE += np.array(load["moe/load"]) / 100
-        writer.write(step, named_metrics(step_metrics(output)) | load)
+        writer.write(step, named_metrics(step_metrics(jax.device_get(output))) | load)
         if step % 20 == 0:
             print(f"step {step:3}: loss {losses_S[-1]:.3f}, unigram entropy {unigram_entropy:.3f}")
 assert abs(losses_S[0] - math.log(V)) < 0.1, "at first it knows nothing"

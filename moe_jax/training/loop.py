@@ -22,7 +22,7 @@ from moe_jax.sharding.startup import compiler_options
 from moe_jax.training.diagnosis import find_not_finite
 from moe_jax.training.evaluate import Evaluation, bits_per_byte, evaluate, joined
 from moe_jax.training.flops import flops_per_token, utilisation
-from moe_jax.training.metrics import Interval, expert_load, named_metrics, routing_by_layer, routing_summary
+from moe_jax.training.metrics import Interval, named_metrics, routing_by_layer, routing_summary
 from moe_jax.training.observers import Observer
 from moe_jax.training.signals import StopRequest
 from moe_jax.training.state import TrainState, random_record
@@ -173,18 +173,16 @@ class Loop:
     def _write_interval(self, done: int) -> None:
         """Writes one line of metrics and starts a new interval."""
         values: dict[str, float | list] = {}
-        load_NE = None
         interval, self.interval = self.interval, Interval(None)
-        if interval.metrics is not None:
-            values |= named_metrics(interval.metrics)
-            load_NE = expert_load(interval.metrics)
+        if interval.sums:
+            values |= named_metrics(interval.sums)
         values["train/learning_rate"] = float(jax.device_get(self.schedule(done - 1 - self.progress.skipped_steps)))
         if self.progress.skipped_steps:
             values["train/skipped_steps"] = self.progress.skipped_steps
         if interval.tokens:
             values |= self._speed(interval)
         self.progress.train_seconds += interval.seconds
-        self._write(done, values, load_NE)
+        self._write(done, values, interval.sums.get("load"))
 
     def _speed(self, interval: Interval) -> dict[str, float]:
         """Of the interval: targets a second, positions a second where rows may hold padding, MFU where it is known."""

@@ -1,75 +1,26 @@
-"""Step metrics: merged over a log interval with clu.metrics, then named as in metrics.jsonl."""
+"""Step metrics: summed over a log interval on the host, then named as in metrics.jsonl."""
 
-from typing import Any, cast
+from typing import Any
 
-import flax.struct
-import jax
 import jax.numpy as jnp
 import numpy as np
-from clu import metrics
 
 from moe_jax.model.moe.statistics import RoutingTotals, health_metrics
 from moe_jax.training.step import StepOutput
 
-
-@flax.struct.dataclass
-class Total(metrics.Metric):
-    """The elementwise sum of an array over steps."""
-
-    total: Any
-
-    @classmethod
-    def from_model_output(cls, value: Any, **_: Any) -> "Total":
-        return cls(total=value)
-
-    def merge(self, other: "Total") -> "Total":
-        return Total(total=self.total + other.total)
-
-    def compute(self) -> Any:
-        return self.total
+_MEANS = ("loss", "grad_norm", "load_balancing_loss", "importance_loss", "router_z_loss")
+_TOTALS = ("num_tokens", "load", "dropped", "entropy")
 
 
-@flax.struct.dataclass
-class DenseMetrics(metrics.Collection):
-    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
-    grad_norm: metrics.Average.from_output("grad_norm")  # type: ignore[valid-type]
-
-
-@flax.struct.dataclass
-class MoEMetrics(metrics.Collection):
-    loss: metrics.Average.from_output("loss")  # type: ignore[valid-type]
-    grad_norm: metrics.Average.from_output("grad_norm")  # type: ignore[valid-type]
-    load_balancing_loss: metrics.Average.from_output("load_balancing_loss")  # type: ignore[valid-type]
-    importance_loss: metrics.Average.from_output("importance_loss")  # type: ignore[valid-type]
-    router_z_loss: metrics.Average.from_output("router_z_loss")  # type: ignore[valid-type]
-    num_tokens: Total.from_output("num_tokens")  # type: ignore[valid-type]
-    load: Total.from_output("load")  # type: ignore[valid-type]
-    dropped: Total.from_output("dropped")  # type: ignore[valid-type]
-    entropy: Total.from_output("entropy")  # type: ignore[valid-type]
-
-
-Metrics = DenseMetrics | MoEMetrics
-
-
-def step_metrics(output: StepOutput) -> Metrics:
-    """One step's metrics, ready to be merged with those of other steps."""
-    values = {"loss": output.loss, "grad_norm": output.grad_norm}
-    if output.routing is None:
-        return DenseMetrics.single_from_model_output(**values)
-    routing = output.routing
-    return MoEMetrics.single_from_model_output(
-        **values,
-        **output.moe_losses,
-        num_tokens=routing.num_tokens,
-        load=routing.load_NE,
-        dropped=routing.dropped_N,
-        entropy=routing.entropy_N,
-    )
-
-
-def merge(metrics: Metrics, more: Metrics) -> Metrics:
-    """The metrics of the steps of both."""
-    return cast(Metrics, metrics.merge(cast(Any, more)))
+def step_metrics(output: StepOutput) -> dict[str, Any]:
+    """What of one step's ``output``, which is on the host, adds up over steps; "steps" counts them."""
+    sums = {"steps": 1, "loss": output.loss, "grad_norm": output.grad_norm, **output.moe_losses}
+    if output.routing is not None:
+        routing = output.routing
+        sums |= dict(
+            zip(_TOTALS, (routing.num_tokens, routing.load_NE, routing.dropped_N, routing.entropy_N), strict=True)
+        )
+    return sums
 
 
 class Interval:
@@ -78,53 +29,42 @@ class Interval:
     What ``to_json`` gives goes into a checkpoint, so that an interval that a stop has divided is averaged as a whole.
     """
 
-    def __init__(self, saved: list | None):
-        self._saved = saved
-        self._metrics: Metrics | None = None
+    def __init__(self, saved: dict[str, Any] | list | None):
+        saved = _from_list(saved) if isinstance(saved, list) else saved or {}
+        self.sums: dict[str, Any] = {
+            name: value if name == "steps" else np.asarray(value, np.float32) for name, value in saved.items()
+        }
+        """Of ``step_metrics``, in float32 and in the order of the steps; empty where no step has counted."""
         self.tokens, self.steps, self.seconds = 0, 0, 0.0
 
     def add(self, output: StepOutput) -> None:
-        metrics = step_metrics(output)
-        if self._saved is not None:
-            # In the order of an interval that was not divided: sums of other orders have other last bits.
-            leaves, structure = jax.tree.flatten(metrics)
-            saved = [
-                np.asarray(value, np.asarray(leaf).dtype) for value, leaf in zip(self._saved, leaves, strict=True)
-            ]
-            self._metrics, self._saved = jax.tree.unflatten(structure, saved), None
-        self._metrics = metrics if self._metrics is None else merge(self._metrics, metrics)
+        new = step_metrics(output)
+        self.sums = {name: self.sums[name] + value for name, value in new.items()} if self.sums else new
 
     def time(self, num_tokens: int) -> None:
         """Counts a step of so many scored tokens among those that ``seconds`` are of."""
         self.tokens += num_tokens
         self.steps += 1
 
-    @property
-    def metrics(self) -> Metrics | None:
-        """None where no step has counted, as where each was left out."""
-        return self._metrics
-
-    def to_json(self) -> list | None:
-        if self._metrics is None:
-            return self._saved
-        return [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(jax.device_get(self._metrics))]
+    def to_json(self) -> dict[str, Any] | None:
+        return {name: np.asarray(value).tolist() for name, value in self.sums.items()} or None
 
 
-def named_metrics(merged: Metrics) -> dict[str, float]:
-    """The merged metrics under their names in metrics.jsonl: train/* and, for a MoE model, moe/*."""
-    values = merged.compute()
-    named = {f"train/{name}": float(values[name]) for name in ("loss", "grad_norm")}
-    if not isinstance(merged, MoEMetrics):
-        return named
-    for name in ("load_balancing_loss", "importance_loss", "router_z_loss"):
-        named[f"moe/{name}"] = float(values[name])
-    routing = RoutingTotals(values["num_tokens"], values["load"], values["dropped"], values["entropy"])
-    return named | routing_summary(routing)
+def _from_list(saved: list) -> dict[str, Any]:
+    """Of a checkpoint of before: [steps, then a sum and the steps for each mean, then the totals]."""
+    is_sparse = len(saved) > 5
+    means = _MEANS if is_sparse else _MEANS[:2]
+    sums = dict(zip(means, saved[1 : 2 * len(means) : 2], strict=True))
+    totals = dict(zip(_TOTALS, saved[-4:], strict=True)) if is_sparse else {}
+    return {"steps": saved[0], **sums, **totals}
 
 
-def expert_load(merged: Metrics) -> np.ndarray | None:
-    """[MoE layers, E] rows of each expert in the merged steps; None for a dense model."""
-    return np.asarray(merged.load.total) if isinstance(merged, MoEMetrics) else None
+def named_metrics(sums: dict[str, Any]) -> dict[str, float]:
+    """``step_metrics``, summed over steps, under their names in metrics.jsonl: train/* and, of a MoE model, moe/*."""
+    room = {"loss": "train", "grad_norm": "train"}
+    steps = np.float32(sums["steps"])
+    named = {f"{room.get(name, 'moe')}/{name}": float(sums[name] / steps) for name in _MEANS if name in sums}
+    return named | (routing_summary(RoutingTotals(*(sums[name] for name in _TOTALS))) if "load" in sums else {})
 
 
 def routing_summary(routing: RoutingTotals) -> dict[str, float]:

@@ -7,6 +7,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class Progress:
     skipped_steps: int = 0
     """Steps without a finite loss and gradient, which changed nothing."""
     skipped_in_a_row: int = 0
-    interval: list | None = None
+    interval: dict[str, Any] | list | None = None
     """``Interval.to_json`` of the steps since the last line of metrics.jsonl."""
     best_val_loss: float | None = None
     evaluations_without_gain: int = 0
