@@ -1,12 +1,12 @@
-"""From text to token streams on disk, in constant memory: python -m moe_jax.prepare --help."""
+"""From text of any kind to a dataset folder, in constant memory: python -m moe_jax.prepare; see --help."""
 
 from moe_jax.errors import run
 
 
 def main() -> None:
-    from moe_jax.prepare import command
+    from moe_jax.commands import prepare  # what it imports does not exist on native Windows
 
-    command.main()
+    prepare.main()
 
 
 if __name__ == "__main__":

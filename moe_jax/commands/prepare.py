@@ -1,4 +1,4 @@
-"""What python -m moe_jax.prepare does and prints."""
+"""python -m moe_jax.prepare: parse the flags, prepare, print what was made."""
 
 import signal
 import sys
