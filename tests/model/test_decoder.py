@@ -230,10 +230,8 @@ def test_the_embedding_may_be_left_out_of_dropout():
 
     def logits(config, seed):
         keys = jax.random.split(jax.random.key(seed), B)
-        tokens_BL = jnp.ones((B, 1), jnp.int32)
-        return forward(
-            Decoder(on_cpu(config, train=True), VOCAB), variables, tokens_BL, train=True, keys_B=keys
-        ).logits_BLV
+        tokens, decoder = Tokens(jnp.ones((B, 1), jnp.int32)), Decoder(on_cpu(config, train=True), VOCAB)
+        return forward(decoder, variables, tokens, train=True, keys_B=keys).logits_BLV
 
     assert float(jnp.max(jnp.abs(logits(config, 0) - logits(config, 1)))) > 1e-3
     without = dataclasses.replace(config, embedding_dropout=False)
