@@ -10,10 +10,8 @@ import optax
 from jax.sharding import Mesh
 
 from moe_jax.axes import Array, PyTree
-from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Tokens, Variables, initial_expert_bias
-from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.sharding.mesh import shardings
 
 
@@ -37,17 +35,6 @@ class TrainState(flax.struct.PyTreeNode):
     def from_items(step: Array, items: dict[str, PyTree]) -> "TrainState":
         variables = Variables.from_items(items)
         return TrainState(step, variables.params, variables.expert_bias_NE, items["optimizer_state"])
-
-
-def make_decoders(config: Config, vocab_size: int) -> tuple[Decoder, Decoder]:
-    """The decoder of the training step and that of evaluation, each with the backend for its batches."""
-    num_tokens = config.data.batch_size // config.optimizer.accumulation_steps * config.model.context_length
-    machine = this_machine()
-    train, evaluation = (
-        Decoder(with_dispatch(config.model, num_tokens, train=train, machine=machine), vocab_size)
-        for train in (True, False)
-    )
-    return train, evaluation
 
 
 def abstract_state(decoder: Decoder, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
