@@ -10,12 +10,8 @@ from hypothesis import strategies as st
 from moe_jax.data.pieces import in_pieces
 from moe_jax.prepare.tokenizer import build_tokenizer
 
-WORDS = st.lists(
-    st.sampled_from(
-        ["the", "it's", " ", "  ", "\n", "\n\n", "\r\n", ".", "'ll", "12345", "é", "你好", "🙂", "\t", "(x)"]
-    ),
-    max_size=60,
-).map("".join)
+ATOMS = ["the", "it's", " ", "  ", "\n", "\n\n", "\r\n", ".", "'ll", "12345", "é", "你好", "🙂", "\t", "(x)"]
+WORDS = st.lists(st.sampled_from(ATOMS), max_size=60).map("".join)
 
 
 @settings(derandomize=True, deadline=None, max_examples=200)
@@ -53,12 +49,15 @@ def test_the_tokens_of_pieces_are_those_of_the_whole(spec):
     assert sum(checked) > 50, "most long texts have a place to cut at"
 
 
-def test_a_safe_cut_is_at_a_single_space_or_line_end():
-    assert list(in_pieces(["one two three"], 9)) == ["one two", " three"]
-    assert list(in_pieces(["one two\nthree"], 9)) == ["one two\n", "three"]
-    assert list(in_pieces(["one  two\n\nthree four"], 15)) == ["one  two\n\nthree", " four"]
-    assert list(in_pieces(["onetwothree"], 5)) == ["onetw", "othree"]
-    assert list(in_pieces([""])) == []
+@pytest.mark.parametrize(("text", "size", "pieces"), [
+    ("one two three", 9, ["one two", " three"]),
+    ("one two\nthree", 9, ["one two\n", "three"]),
+    ("one  two\n\nthree four", 15, ["one  two\n\nthree", " four"]),
+    ("onetwothree", 5, ["onetw", "othree"]),
+    ("", 5, []),
+])  # fmt: skip
+def test_a_safe_cut_is_at_a_single_space_or_line_end(text, size, pieces):
+    assert list(in_pieces([text], size)) == pieces
 
 
 def test_runs_of_spaces_longer_than_a_regular_expression_can_take():

