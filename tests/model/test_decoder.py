@@ -1,6 +1,7 @@
 """The decoder in every variant: causality, one forward for training and decoding, depth, initialisation."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -14,13 +15,14 @@ from tests.oracles.moe import on_cpu
 from tests.oracles.programs import equations_of
 
 VOCAB, B, L = 29, 2, 10
+MOE = MoEConfig(num_experts=4, expert_dim=12, capacity_factor=1.0)
 TINY = ModelConfig(
     context_length=L,
     num_layers=2,
     embed_dim=16,
     num_heads=4,
     init_std=0.3,  # far from uniform, so that a wrong mask or position shows
-    moe=MoEConfig(num_experts=4, expert_dim=12, capacity_factor=1.0),
+    moe=MOE,
 )
 LLAMA = dataclasses.replace(TINY, num_kv_heads=2, qk_norm=True, tie_embeddings=False)
 GPT = dataclasses.replace(
@@ -30,14 +32,14 @@ GPT = dataclasses.replace(
     activation="relu",
     use_bias=True,
     init="kaiming",
-    moe=MoEConfig(num_experts=4, expert_dim=12, router="noisy_top_k", dispatch="einsum", capacity_factor=1.0),
+    moe=dataclasses.replace(MOE, router="noisy_top_k", dispatch="einsum"),
 )
 MIXED = dataclasses.replace(
     TINY,
     num_layers=5,
     activation="gelu",
     init="xavier",
-    moe=MoEConfig(num_experts=4, top_k=1, expert_dim=12, first_dense=1, every=2, capacity_factor=1.0),
+    moe=dataclasses.replace(MOE, top_k=1, first_dense=1, every=2),
 )
 DEEPSEEK = dataclasses.replace(
     TINY,
@@ -58,11 +60,12 @@ DENSE = dataclasses.replace(TINY, moe=MoEConfig(num_experts=0, expert_dim=12))
 VARIANTS = {"llama": LLAMA, "gpt": GPT, "mixed": MIXED, "deepseek": DEEPSEEK, "dense": DENSE}
 
 
+TOKENS_BL = jax.random.randint(jax.random.key(1), (B, L), 0, VOCAB)
+
+
 def make_variables(config, length=2):
-    tokens_BL = jnp.zeros((1, length), jnp.int32)
-    params = nn.unbox(jax.jit(Decoder(on_cpu(config, length), VOCAB).init)(jax.random.key(0), Tokens(tokens_BL)))[
-        "params"
-    ]
+    decoder, tokens = Decoder(on_cpu(config, length), VOCAB), Tokens(jnp.zeros((1, length), jnp.int32))
+    params = nn.unbox(jax.jit(decoder.init)(jax.random.key(0), tokens))["params"]
     bias_NE = initial_expert_bias(config)
     if bias_NE is not None:  # another one in each layer, so that layers cannot be mixed up
         bias_NE = 0.2 * jax.random.normal(jax.random.key(2), bias_NE.shape)
@@ -71,9 +74,9 @@ def make_variables(config, length=2):
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def model(request):
-    """(config, variables, tokens)."""
+    """(config, variables)."""
     config = VARIANTS[request.param]
-    return config, make_variables(config), jax.random.randint(jax.random.key(1), (B, L), 0, VOCAB)
+    return config, make_variables(config)
 
 
 def apply_of(config, train=False, keys_B=None, mask_BL=None):
@@ -84,23 +87,27 @@ def apply_of(config, train=False, keys_B=None, mask_BL=None):
     return jax.jit(apply)
 
 
-def test_no_position_sees_a_later_token_though_capacity_binds(model):
-    config, variables, tokens_BL = model
-    apply = apply_of(config, train=True)
+def test_no_token_sees_a_later_one_another_row_or_a_masked_one_though_capacity_binds(model):
+    config, variables = model
+    apply, tokens_BL = apply_of(config, train=True), TOKENS_BL
     before = apply(variables, tokens_BL)
     if config.moe.num_experts and config.moe.capacity_factor is not None:
         assert float(jnp.sum(before.statistics.num_dropped)) > 0, "capacity must bind"
     for token in range(0, VOCAB, 4):
         after = apply(variables, tokens_BL.at[:, -1].set(token))
         np.testing.assert_array_equal(before.logits_BLV[:, :-1], after.logits_BLV[:, :-1])
+    other = apply(variables, tokens_BL.at[1].set(3))
+    np.testing.assert_array_equal(before.logits_BLV[0], other.logits_BLV[0])
+    masked = apply_of(config, train=True, mask_BL=jnp.ones((B, L), bool).at[0, 7:].set(False))
+    first, second = masked(variables, tokens_BL), masked(variables, tokens_BL.at[0, 7:].set(5))
+    np.testing.assert_array_equal(first.logits_BLV[0, :7], second.logits_BLV[0, :7])
+    if config.moe.num_experts:
+        np.testing.assert_array_equal(first.statistics.router.num_tokens[:, 0], 7)
 
 
-def test_a_sequence_does_not_depend_on_its_neighbours(model):
-    config, variables, tokens_BL = model
-    apply = apply_of(config, train=True)
-    together = apply(variables, tokens_BL).logits_BLV
-    other = apply(variables, tokens_BL.at[1].set(3)).logits_BLV
-    np.testing.assert_array_equal(together[0], other[0])
+def gradient_of(config):
+    """A function: variables to the gradient of the sum of all logits, by them."""
+    return jax.grad(lambda variables: jnp.sum(apply_of(config, train=True)(variables, TOKENS_BL).logits_BLV))
 
 
 SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "mixed", "dense")]
@@ -108,27 +115,25 @@ SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "mixe
 
 @pytest.mark.parametrize("model", ["deepseek", "gpt", *SLOWER], indirect=True)
 def test_remat_and_unrolling_change_no_gradient(model):
-    config, variables, tokens_BL = model
+    config, variables = model
 
     def gradient(config):
         def loss(params):
-            return jnp.std(apply_of(config, train=True)(variables.replace(params=params), tokens_BL).logits_BLV)
+            return jnp.std(apply_of(config, train=True)(variables.replace(params=params), TOKENS_BL).logits_BLV)
 
         return jax.jit(jax.grad(loss))(variables.params)
 
     expected = gradient(config)
     for change in ({"remat": "full"}, {"remat": "dots", "scan_unroll": 2}):
-        for got, want in zip(
-            jax.tree.leaves(gradient(dataclasses.replace(config, **change))), jax.tree.leaves(expected), strict=True
-        ):
-            np.testing.assert_allclose(got, want, rtol=2e-4, atol=1e-6)
+        got = gradient(dataclasses.replace(config, **change))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-6), got, expected)
 
 
 @pytest.mark.parametrize("router", ["noisy_top_k", "switch"])
 def test_evaluation_is_without_noise_though_keys_are_given(router):
     moe = dataclasses.replace(GPT.moe, router=router, top_k=1, dispatch="gather", router_jitter=0.5)
     config = dataclasses.replace(GPT, moe=moe)
-    variables, tokens_BL = make_variables(config), jax.random.randint(jax.random.key(1), (B, L), 0, VOCAB)
+    variables, tokens_BL = make_variables(config), TOKENS_BL
     keys_B = jax.random.split(jax.random.key(3), B)
     quiet = apply_of(config)(variables, tokens_BL).logits_BLV
     np.testing.assert_array_equal(apply_of(config, keys_B=keys_B)(variables, tokens_BL).logits_BLV, quiet)
@@ -140,28 +145,14 @@ def test_evaluation_is_without_noise_though_keys_are_given(router):
 @pytest.mark.parametrize(("dispatch", "loop"), [("blocked", "while"), ("ragged", "ragged_dot_general")])
 def test_remat_of_all_but_products_does_not_compute_sorted_experts_twice(dispatch, loop):
     # Their products' results have to be named for the policy, which sees neither into a loop nor grouped products.
-    tokens_BL = jnp.zeros((B, L), jnp.int32)
-
     def num_loops(remat):
         moe = dataclasses.replace(DEEPSEEK.moe, dispatch=dispatch)
         config = dataclasses.replace(DEEPSEEK, remat=remat, moe=moe)
         variables = jax.eval_shape(lambda: make_variables(config))
-        gradient = jax.grad(lambda params: jnp.sum(apply_of(config)(Variables(params, BIAS), tokens_BL).logits_BLV))
-        program = jax.make_jaxpr(gradient)(variables.params)
+        program = jax.make_jaxpr(gradient_of(config))(variables)
         return sum(equation.primitive.name == loop for equation in equations_of(program.jaxpr))
 
-    BIAS = jnp.zeros((2, 6))
     assert num_loops("dots") == num_loops("none") < num_loops("full")
-
-
-def test_masked_tokens_change_no_other_token(model):
-    config, variables, tokens_BL = model
-    mask_BL = jnp.ones((B, L), bool).at[0, 7:].set(False)
-    apply = apply_of(config, train=True, mask_BL=mask_BL)
-    first, second = apply(variables, tokens_BL), apply(variables, tokens_BL.at[0, 7:].set(5))
-    np.testing.assert_array_equal(first.logits_BLV[0, :7], second.logits_BLV[0, :7])
-    if config.moe.num_experts:
-        np.testing.assert_array_equal(first.statistics.router.num_tokens[:, 0], 7)
 
 
 def test_a_deeper_model_is_no_longer_program():
@@ -170,10 +161,8 @@ def test_a_deeper_model_is_no_longer_program():
     def num_operations(num_layers):
         config = dataclasses.replace(TINY, num_layers=num_layers)
         variables = jax.eval_shape(lambda: make_variables(config))
-        gradient = jax.grad(lambda variables: jnp.sum(apply_of(config, train=True)(variables, tokens_BL).logits_BLV))
-        return jax.jit(gradient).lower(variables).as_text().count(" = ")
+        return jax.jit(gradient_of(config)).lower(variables).as_text().count(" = ")
 
-    tokens_BL = jnp.zeros((B, L), jnp.int32)
     assert num_operations(3) == num_operations(12)
 
 
@@ -184,11 +173,10 @@ def test_layout_follows_first_dense_and_every():
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     config = dataclasses.replace(LLAMA, dtype="bfloat16")
-    tokens_BL = jax.random.randint(jax.random.key(1), (B, L), 0, VOCAB)
     variables = make_variables(config)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
-    exact = apply_of(LLAMA)(variables, tokens_BL).logits_BLV
-    rough = apply_of(config)(variables, tokens_BL).logits_BLV
+    exact = apply_of(LLAMA)(variables, TOKENS_BL).logits_BLV
+    rough = apply_of(config)(variables, TOKENS_BL).logits_BLV
     assert rough.dtype == jnp.float32
     error = jnp.sqrt(jnp.mean((rough - exact) ** 2)) / jnp.std(exact)
     assert 1e-4 < float(error) < 0.05
@@ -210,13 +198,16 @@ def test_initial_standard_deviations_count_no_expert_axis_as_a_fan(init, std_up,
     np.testing.assert_allclose(jnp.std(moe["w_down"]), std_down, rtol=0.03)
 
 
-def test_dropout_differs_by_key_and_only_in_training():
+def dropped_out(config, variables, length, seed):
+    """Logits of a training forward of equal tokens, whose dropout is drawn by ``seed``."""
+    keys_B = jax.random.split(jax.random.key(seed), B)
+    return apply_of(config, train=True, keys_B=keys_B)(variables, jnp.ones((B, length), jnp.int32)).logits_BLV
+
+
+def test_dropout_differs_by_key():
     config = dataclasses.replace(LLAMA, dropout_rate=0.5)
-    tokens_BL = jnp.ones((B, L), jnp.int32)
-    decoder, variables = Decoder(on_cpu(config, train=True), VOCAB), make_variables(config)
-    apply = jax.jit(lambda keys: forward(decoder, variables, Tokens(tokens_BL), train=True, keys_B=keys).logits_BLV)
-    keys = jax.random.split(jax.random.key(5), B)
-    one, again, other = apply(keys), apply(keys), apply(jax.random.split(jax.random.key(6), B))
+    variables = make_variables(config)
+    one, again, other = (dropped_out(config, variables, L, seed) for seed in (5, 5, 6))
     np.testing.assert_array_equal(one, again)
     assert float(jnp.max(jnp.abs(one - other))) > 1e-2
     assert float(jnp.max(jnp.abs(one[0] - one[1]))) > 1e-2, "each sequence has its own key"
@@ -227,12 +218,8 @@ def test_the_embedding_may_be_left_out_of_dropout():
     config = dataclasses.replace(LLAMA, num_layers=1, dropout_rate=0.5)
     params = make_variables(config).params
     variables = Variables(params | {"periods": jax.tree.map(jnp.zeros_like, params["periods"])})
-
-    def logits(config, seed):
-        keys = jax.random.split(jax.random.key(seed), B)
-        tokens, decoder = Tokens(jnp.ones((B, 1), jnp.int32)), Decoder(on_cpu(config, train=True), VOCAB)
-        return forward(decoder, variables, tokens, train=True, keys_B=keys).logits_BLV
-
-    assert float(jnp.max(jnp.abs(logits(config, 0) - logits(config, 1)))) > 1e-3
+    one, other = (dropped_out(config, variables, 1, seed) for seed in (0, 1))
+    assert float(jnp.max(jnp.abs(one - other))) > 1e-3
     without = dataclasses.replace(config, embedding_dropout=False)
-    np.testing.assert_array_equal(logits(without, 0), logits(without, 1))
+    one, other = (dropped_out(without, variables, 1, seed) for seed in (0, 1))
+    np.testing.assert_array_equal(one, other)

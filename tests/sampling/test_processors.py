@@ -101,19 +101,14 @@ def test_thresholds_keep_what_a_sort_keeps():
             assert kept(by_p(jnp.asarray(row), jnp.asarray(top_p))) == sorted_top_p(row, top_p), (row, top_p)
 
 
-def make(B, temperature=1.0, top_k=4, top_p=1.0, min_p=0.0, penalty=1.0, seed=0, samples=None):
-    def column(value, dtype=jnp.float32):
-        return jnp.broadcast_to(jnp.asarray(value, dtype), (B,))
-
-    return Rows(
-        seed_B=column(seed, jnp.uint32),
-        sample_B=jnp.arange(B) if samples is None else samples,
-        temperature_B=column(temperature),
-        top_k_B=column(top_k, jnp.int32),
-        top_p_B=column(top_p),
-        min_p_B=column(min_p),
-        repetition_penalty_B=column(penalty),
-    )
+def make(B, samples=None, **settings):
+    """Settings of ``B`` rows, all the same; the samples are 0, 1, 2 and so on where none are given."""
+    values = {"seed": 0, "temperature": 1.0, "top_k": 4, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+    kinds = {"seed": jnp.uint32, "top_k": jnp.int32}
+    columns = {
+        f"{name}_B": jnp.full(B, value, kinds.get(name, jnp.float32)) for name, value in (values | settings).items()
+    }
+    return Rows(sample_B=jnp.arange(B) if samples is None else samples, **columns)
 
 
 DRAW = jax.jit(draw)
@@ -129,7 +124,7 @@ def test_greedy_takes_the_most_likely_after_the_penalty():
     rows = jnp.stack([LOGITS, LOGITS[::-1]])
     np.testing.assert_array_equal(drawn(rows, temperature=0.0), [1, 2])
     seen = jnp.array([[False, True, False, False]] * 2)
-    np.testing.assert_array_equal(drawn(rows, temperature=0.0, penalty=5.0, seen=seen), [3, 2])
+    np.testing.assert_array_equal(drawn(rows, temperature=0.0, repetition_penalty=5.0, seen=seen), [3, 2])
 
 
 @pytest.mark.parametrize(
@@ -141,7 +136,7 @@ def test_greedy_takes_the_most_likely_after_the_penalty():
         ({"top_p": 0.65}, [0, 4, 0, 3]),
         ({"min_p": 0.4}, [0, 4, 2, 3]),
         # Of tokens 1 and 3, which are in the text: logits below 0 are multiplied.
-        ({"penalty": 2.0}, [10, 16, 20, 9]),
+        ({"repetition_penalty": 2.0}, [10, 16, 20, 9]),
         # In this order: of 1, 16, 4 and 9 the first three are left; 25 of 29 are two of them; 9/16 is above 0.5.
         ({"temperature": 0.5, "top_k": 3, "top_p": 0.8, "min_p": 0.5}, [0, 16, 0, 9]),
         ({}, [1, 4, 2, 3]),
@@ -169,21 +164,13 @@ def test_a_draw_depends_on_seed_sample_and_position_only():
 
 
 def test_each_row_is_drawn_by_its_own_settings():
-    every = [
-        {"temperature": 0.0},
-        {"temperature": 0.7, "top_k": 2},
-        {"top_p": 0.65},
-        {"min_p": 0.5, "seed": 9},
-        {"penalty": 4.0},
-        {},
-    ]
+    every = [{"temperature": 0.0}, {"temperature": 0.7, "top_k": 2}, {"top_p": 0.65}, {"min_p": 0.5, "seed": 9}]
+    every += [{"repetition_penalty": 4.0}, {}]
     seen = jnp.broadcast_to(jnp.array([False, True, False, False]), (6, 4))
     rows = jnp.stack([LOGITS] * 6)
+    own = [make(1, jnp.array([index]), **settings) for index, settings in enumerate(every)]
+    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *own)
     for position in range(20):
-        together = jax.tree.map(
-            lambda *leaves: jnp.concatenate(leaves),
-            *(make(1, **settings, samples=jnp.array([index])) for index, settings in enumerate(every)),
-        )
         tokens = DRAW(rows, together, jnp.full(6, position), seen)
         for index, settings in enumerate(every):
             alone = drawn(rows[:1], position, seen[:1], samples=jnp.array([index]), **settings)

@@ -30,22 +30,17 @@ def of_transformers(warper, rows, ids=None):
     return warper(ids, torch.from_numpy(rows)).numpy()
 
 
-@pytest.mark.parametrize("value", [1, 2, 17, 210, 211])
-def test_top_k(rows, value):
-    expected = of_transformers(logits_process.TopKLogitsWarper(value), rows)
-    np.testing.assert_array_equal(jax.vmap(lambda row: keep_top_k(row, jnp.asarray(value)))(rows), expected)
-
-
-@pytest.mark.parametrize("value", [0.05, 0.5, 0.9, 0.95, 0.999, 1.0])
-def test_top_p(rows, value):
-    expected = of_transformers(logits_process.TopPLogitsWarper(value), rows)
-    np.testing.assert_array_equal(jax.vmap(lambda row: keep_top_p(row, jnp.asarray(value)))(rows), expected)
-
-
-@pytest.mark.parametrize("value", [0.01, 0.1, 0.5, 1.0])
-def test_min_p(rows, value):
-    expected = of_transformers(logits_process.MinPLogitsWarper(value), rows)
-    np.testing.assert_array_equal(jax.vmap(lambda row: keep_min_p(row, jnp.asarray(value)))(rows), expected)
+@pytest.mark.parametrize(
+    ("ours", "theirs", "value"),
+    [
+        *((keep_top_k, "TopKLogitsWarper", value) for value in (1, 2, 17, 210, 211)),
+        *((keep_top_p, "TopPLogitsWarper", value) for value in (0.05, 0.5, 0.9, 0.95, 0.999, 1.0)),
+        *((keep_min_p, "MinPLogitsWarper", value) for value in (0.01, 0.1, 0.5, 1.0)),
+    ],
+)
+def test_which_tokens_are_kept(rows, ours, theirs, value):
+    expected = of_transformers(getattr(logits_process, theirs)(value), rows)
+    np.testing.assert_array_equal(jax.vmap(lambda row: ours(row, jnp.asarray(value)))(rows), expected)
 
 
 @pytest.mark.parametrize("value", [0.3, 1.0, 1.7])
@@ -62,15 +57,10 @@ def test_temperature_and_repetition_penalty(rows, value):
 
 def test_all_in_their_order(rows):
     """Temperature, top-k, top-p, min-p: the order of transformers too."""
-    warpers = [
-        logits_process.TemperatureLogitsWarper(0.7),
-        logits_process.TopKLogitsWarper(60),
-        logits_process.TopPLogitsWarper(0.9),
-        logits_process.MinPLogitsWarper(0.03),
-    ]
-    expected = rows
-    for warper in warpers:
-        expected = of_transformers(warper, expected)
+    expected = of_transformers(logits_process.TemperatureLogitsWarper(0.7), rows)
+    expected = of_transformers(logits_process.TopKLogitsWarper(60), expected)
+    expected = of_transformers(logits_process.TopPLogitsWarper(0.9), expected)
+    expected = of_transformers(logits_process.MinPLogitsWarper(0.03), expected)
 
     def ours(row):
         row = keep_top_k(scale_by_temperature(row, jnp.asarray(0.7)), jnp.asarray(60))

@@ -1,12 +1,17 @@
 """The router's plan and statistics, on numbers worked by hand."""
 
+import typing
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax.config import MoEConfig
+from moe_jax.config.rules import ROUTER_RULES
+from moe_jax.model.moe.backends import BACKENDS
 from moe_jax.model.moe.routing import (
+    ROUTERS,
     expert_capacity,
     expert_choice_plan,
     jittered,
@@ -25,6 +30,8 @@ def test_a_plan_worked_by_hand():
     np.testing.assert_allclose(plan.combine_weight_TK, [[5 / 7, 2 / 7], [4 / 7, 3 / 7]], rtol=1e-6)
     np.testing.assert_array_equal(plan.statistics.load_E, [1, 2, 1])
     np.testing.assert_allclose(plan.statistics.probs_E, [1 / 8 + 4 / 8, 2 / 8 + 3 / 8, 5 / 8 + 1 / 8], rtol=1e-6)
+    raw = top_k_plan(logits_TE, 2, renormalise=False)
+    np.testing.assert_allclose(raw.combine_weight_TK, [[5 / 8, 2 / 8], [4 / 8, 3 / 8]], rtol=1e-6)
     # Both rows sum to 8, so logsumexp = ln 8 twice.
     np.testing.assert_allclose(plan.statistics.squared_logsumexp, 2 * np.log(8) ** 2, rtol=1e-6)
     p, q = np.array([1, 2, 5]) / 8, np.array([4, 3, 1]) / 8
@@ -37,11 +44,6 @@ def test_one_choice_is_weighted_by_its_probability_so_that_the_router_learns():
     np.testing.assert_allclose(plan.combine_weight_TK, [[5 / 8]], rtol=1e-6)
     gradient = jax.grad(lambda logits: top_k_plan(logits, 1).combine_weight_TK.sum())(logits_TE)
     assert np.all(np.asarray(gradient) != 0)
-
-
-def test_ties_go_to_the_lower_expert():
-    plan = top_k_plan(jnp.zeros((3, 5)), 2)
-    np.testing.assert_array_equal(plan.expert_TK, [[0, 1]] * 3)
 
 
 def test_masked_tokens_have_no_rows_and_count_in_no_statistic():
@@ -63,12 +65,6 @@ def test_noise_has_the_learned_scale():
     assert np.all(np.asarray(gradient(jnp.zeros((4, 3)))) > 0), "a larger scale makes larger noise"
 
 
-def test_weights_that_are_not_renormalised_are_the_probabilities():
-    # softmax([ln 1, ln 2, ln 5]) = [1/8, 2/8, 5/8].
-    plan = top_k_plan(jnp.log(jnp.asarray([[1.0, 2.0, 5.0]])), 2, renormalise=False)
-    np.testing.assert_allclose(plan.combine_weight_TK, [[5 / 8, 2 / 8]], rtol=1e-6)
-
-
 def logits_of(scores):
     """The logits whose sigmoid is ``scores``."""
     scores = jnp.asarray(scores)
@@ -86,6 +82,8 @@ def test_a_sigmoid_plan_worked_by_hand():
     np.testing.assert_array_equal(plan.statistics.load_E, [0, 1, 0, 1])
     raw = sigmoid_bias_plan(logits_TE, bias_E, 2, renormalise=False)
     np.testing.assert_allclose(raw.combine_weight_TK, [[0.3, 0.6]], rtol=1e-6)
+    tiny = sigmoid_bias_plan(jnp.full((1, 4), -80.0), jnp.zeros(4), 2)
+    np.testing.assert_allclose(tiny.combine_weight_TK, [[0.5, 0.5]], rtol=1e-6)
     # The bias chooses and does nothing else: it has no gradient.
     gradient = jax.grad(lambda bias: jnp.sum(sigmoid_bias_plan(logits_TE, bias, 2).combine_weight_TK ** 2))(bias_E)
     np.testing.assert_array_equal(gradient, 0)
@@ -99,11 +97,6 @@ def test_groups_are_judged_by_their_two_best_experts():
     # With so low a bias that every s + bias is negative, experts outside of the group are still refused.
     low = sigmoid_bias_plan(logits_TE, jnp.full(6, -2.0), 3, num_expert_groups=2, top_k_groups=1)
     np.testing.assert_array_equal(low.expert_TK, [[3, 4, 5]])
-
-
-def test_sigmoid_weights_sum_to_one_though_every_score_is_tiny():
-    plan = sigmoid_bias_plan(jnp.full((1, 4), -80.0), jnp.zeros(4), 2)
-    np.testing.assert_allclose(plan.combine_weight_TK, [[0.5, 0.5]], rtol=1e-6)
 
 
 def test_the_bias_rises_for_the_underloaded_and_falls_for_the_overloaded():
@@ -158,22 +151,27 @@ def test_jitter_multiplies_by_noise_around_one():
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "top_k", "num_experts", "factor", "capacity"),
+    ("router", "num_tokens", "top_k", "num_experts", "factor", "capacity"),
     [
-        (128, 2, 8, 1.25, 40),
-        (10, 1, 8, 1.0, 2),  # 1.25 rounded up
-        (160, 5, 8, 1.1, 110),  # not 111, though 100 * 1.1 is 110.00000000000001
-        (16, 2, 4, 99.0, 16),  # an expert never sees a token twice
-        (16, 2, 4, 1e-9, 1),
-        (16, 2, 4, None, 16),
+        ("top_k", 128, 2, 8, 1.25, 40),
+        ("expert_choice", 128, 2, 8, 1.25, 40),
+        ("top_k", 10, 1, 8, 1.0, 2),  # 1.25 rounded up
+        ("top_k", 160, 5, 8, 1.1, 110),  # not 111, though 100 * 1.1 is 110.00000000000001
+        ("top_k", 16, 2, 4, 99.0, 16),  # an expert never sees a token twice
+        ("top_k", 16, 2, 4, 1e-9, 1),
+        ("top_k", 16, 2, 4, None, 16),
     ],
 )
-def test_expert_capacity(num_tokens, top_k, num_experts, factor, capacity):
-    moe = MoEConfig(num_experts=num_experts, top_k=top_k, capacity_factor=factor)
+def test_expert_capacity(router, num_tokens, top_k, num_experts, factor, capacity):
+    moe = MoEConfig(num_experts=num_experts, top_k=top_k, router=router, capacity_factor=factor)
     assert expert_capacity(moe, num_tokens, train=True) == capacity
-    assert expert_capacity(moe, num_tokens, train=False) == num_tokens
+    # Experts that choose take as many tokens in evaluation; for the others nothing is dropped there.
+    assert expert_capacity(moe, num_tokens, train=False) == (capacity if router == "expert_choice" else num_tokens)
 
 
-def test_experts_that_choose_take_as_many_tokens_in_evaluation_as_in_training():
-    moe = MoEConfig(num_experts=8, top_k=2, router="expert_choice", capacity_factor=1.25)
-    assert expert_capacity(moe, 128, train=False) == expert_capacity(moe, 128, train=True) == 40
+def test_the_settings_and_their_rules_know_the_same_routers_and_backends_as_the_model():
+    settings = {name: set(typing.get_args(hint)) for name, hint in typing.get_type_hints(MoEConfig).items()}
+    assert settings["router"] == set(ROUTERS) == set(ROUTER_RULES)
+    assert settings["dispatch"] == {"auto", *BACKENDS}
+    for name, router in ROUTERS.items():
+        assert ROUTER_RULES[name].needs_capacity == router.has_own_capacity, name
