@@ -20,13 +20,13 @@ from moe_jax.model.moe.backends import this_machine, with_dispatch
 from moe_jax.model.moe.routing import is_causal
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.runs.opened import OpenedRun
+from moe_jax.runs.resume import check_same_text
 from moe_jax.sharding.mesh import make_mesh, use_mesh
 from moe_jax.sharding.startup import enable_compile_cache
 from moe_jax.training.evaluate import bits_per_byte, evaluate, joined
 from moe_jax.training.metrics import routing_by_layer, routing_summary
 from moe_jax.training.state import abstract_state
 from moe_jax.training.step import eval_step
-from moe_jax.training.train import check_same_text
 
 Split = Literal["val", "train", "all"]
 

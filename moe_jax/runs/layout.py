@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from moe_jax.config import Config
-from moe_jax.config.fields import settings
 from moe_jax.config.rules import check
 from moe_jax.errors import UserError
 from moe_jax.files import atomic_write_text, locked_folder, read_json, refuse_locked_folder
@@ -95,31 +94,3 @@ def latest_run(folder: Path = Path("runs")) -> RunDirectory:
 def _last_change(run: RunDirectory) -> float:
     files = (run.config_file, run.checkpoints, run.metrics_file, run.log_file)
     return max(file.stat().st_mtime for file in files if file.exists())
-
-
-def check_same_run(saved: Config, config: Config) -> None:
-    """UserError unless ``config`` may go on with the run begun as ``saved``: it names every field that may not change.
-
-    Free to change are mesh.*, sample.*, train.* but the seed, the number of microbatches, and data.path (whose content
-    is compared by its fingerprint). optimizer.decay_steps and train.init_from stay what they were where they are None.
-    """
-    before = {name: value for name, _, value in settings(saved)}
-    changes = [
-        f"{name} was {before[name]}, now {value}"
-        for name, _, value in settings(config)
-        if _is_fixed(name, value) and value != before[name]
-    ]
-    if changes:
-        raise UserError(
-            "a run cannot go on with other settings: "
-            + "; ".join(changes)
-            + "; use the old values, or start a new run in another --workdir"
-        )
-
-
-def _is_fixed(name: str, value: object) -> bool:
-    if name in ("data.path", "optimizer.accumulation_steps"):
-        return False
-    if name in ("optimizer.decay_steps", "train.init_from"):
-        return value is not None
-    return name == "train.seed" or name.startswith(("model.", "data.", "optimizer."))

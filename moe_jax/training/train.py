@@ -15,17 +15,18 @@ import msgspec
 import optax
 from jax.sharding import Mesh
 
-from moe_jax.config import Config, DataConfig
+from moe_jax.config import Config
 from moe_jax.config.rules import check
 from moe_jax.data.batches import batches_per_epoch, check_data
 from moe_jax.data.dataset import Dataset
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Variables
 from moe_jax.model.moe.backends import Choice, Machine, choose, this_machine, with_dispatch
-from moe_jax.runs.checkpoint.record import Record, Saved, newest_sound
+from moe_jax.runs.checkpoint.record import Saved, newest_sound
 from moe_jax.runs.checkpoint.save import Checkpoints
-from moe_jax.runs.layout import RunDirectory, check_same_run
+from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.opened import OpenedRun
+from moe_jax.runs.resume import check_same_run, check_same_text
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.training.init_from import open_source
 from moe_jax.training.optimizer import make_optimizer, make_schedule
@@ -139,17 +140,6 @@ def _begun(run: RunDirectory, saved: Saved | None) -> Config | None:
     if run.config_file.exists():
         run.load_config()
     return None
-
-
-def check_same_text(record: Record, config: DataConfig, dataset: Dataset) -> None:
-    """UserError where a checkpoint was trained on other text: its vocabulary, too, would be another."""
-    before = record.progress["data_fingerprint"]
-    if before != dataset.fingerprint:
-        text = "the text of the embedded plays" if config.path is None else f"the text of {config.path}"
-        raise UserError(
-            f"{text} is not the one this run was trained on (fingerprint {dataset.fingerprint}, was {before}); "
-            "name the old text, or start a new run in another --workdir"
-        )
 
 
 def _settle(config: Config, begun: Config | None, steps_per_epoch: int) -> Config:

@@ -14,7 +14,8 @@ import pytest
 from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from moe_jax.errors import UserError
 from moe_jax.files import atomic_file, atomic_write_text
-from moe_jax.runs.layout import RunDirectory, check_same_run, latest_run
+from moe_jax.runs.layout import RunDirectory, latest_run
+from moe_jax.runs.resume import check_same_run
 
 
 @pytest.mark.parametrize(
