@@ -4,7 +4,9 @@ import dataclasses
 import errno
 import json
 import math
+import re
 import shutil
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -69,17 +71,14 @@ def flip_a_bit(folder):
     return file
 
 
-@pytest.mark.parametrize(
-    ("losses", "retention", "for_good", "kept", "best"),
-    [
-        ([3.0, 1.0, 2.0, 2.5, 2.4], (2, 1), (), [20, 40, 50], 2),
-        ([3.0, 1.0, None, None], (2, 1), (), [20, 30, 40], 2),
-        ([None, None, None], (2, 1), (), [20, 30], 3),  # before any evaluation the best is the newest
-        ([3.0, 2.0, 1.0], (2, 1), (), [20, 30], 3),
-        ([3.0, math.nan, math.inf, math.nan], (2, 1), (), [10, 30, 40], 1),
-        ([5.0, 1.0, 4.0, 2.0, 3.0, 6.0, 7.0], (1, 2), (10, 50), [10, 20, 40, 50, 70], 2),
-    ],
-)
+@pytest.mark.parametrize(("losses", "retention", "for_good", "kept", "best"), [
+    ([3.0, 1.0, 2.0, 2.5, 2.4], (2, 1), (), [20, 40, 50], 2),
+    ([3.0, 1.0, None, None], (2, 1), (), [20, 30, 40], 2),
+    ([None, None, None], (2, 1), (), [20, 30], 3),  # before any evaluation the best is the newest
+    ([3.0, 2.0, 1.0], (2, 1), (), [20, 30], 3),
+    ([3.0, math.nan, math.inf, math.nan], (2, 1), (), [10, 30, 40], 1),
+    ([5.0, 1.0, 4.0, 2.0, 3.0, 6.0, 7.0], (1, 2), (10, 50), [10, 20, 40, 50, 70], 2),
+])  # fmt: skip
 def test_what_is_kept_and_which_is_the_best(tmp_path, losses, retention, for_good, kept, best):
     fill(tmp_path, losses, *retention, for_good=for_good)
     assert saved_steps(tmp_path) == kept
@@ -121,10 +120,6 @@ def test_damage_is_found_and_the_older_checkpoint_restored(tmp_path, caplog):
     folder = tmp_path / "checkpoints"
     fill(folder, [1.0, 2.0])
     flip_a_bit(folder / "20" / "params")
-    words = r"the newest checkpoint .* is damaged \(params/.* has changed\); put a copy .*, or use --checkpoint best"
-    with pytest.raises(UserError, match=words):
-        value_of(folder, "newest")
-    assert value_of(folder) == 1.0
     assert newest_sound(folder).record.step == 10
     assert saved_steps(folder) == [10, 20], "nothing is moved before a training goes on"
     assert restored(folder)[0] == 10
@@ -172,52 +167,43 @@ def test_each_array_is_hashed_once_and_of_no_item_that_is_not_asked_for(tmp_path
 
 def test_what_the_disk_cannot_read_is_damage(tmp_path, monkeypatch):
     fill(tmp_path, [1.0, 2.0])
-    bad, original = str(flip_a_bit(tmp_path / "20" / "params")), open
+    bad = flip_a_bit(tmp_path / "20" / "params")
 
-    def failing(file, *arguments, **named):
-        if str(file) == bad:
-            raise OSError(errno.EIO, "Input/output error", bad)
-        return original(file, *arguments, **named)
+    def failing(file, mode):
+        if file == bad:
+            raise OSError(errno.EIO, "Input/output error", str(file))
+        return open(file, mode)
 
     monkeypatch.setattr(seal_module, "open", failing, raising=False)
     assert "cannot be read: Input/output error" in find_damage(tmp_path / "20")
     assert restored(tmp_path)[0] == 10
 
 
-def test_another_shape_or_type_is_refused(tmp_path):
+@pytest.mark.parametrize(("shape", "dtype"), [((8, 9), jnp.float32), ((8, 8), jnp.bfloat16)])
+def test_another_shape_or_type_is_refused(tmp_path, shape, dtype):
     fill(tmp_path, [1.0])
-    for leaf, got in (
-        (jax.ShapeDtypeStruct((8, 9), jnp.float32), r"float32\[8, 9\]"),
-        (jax.ShapeDtypeStruct((8, 8), jnp.bfloat16), r"bfloat16\[8, 8\]"),
-    ):
-        with pytest.raises(UserError, match=rf"\['params'\]\['w'\] is float32\[8, 8\] there, {got} here"):
-            value_of(tmp_path, leaf=leaf)
+    words = f"['params']['w'] is float32[8, 8] there, {dtype.__name__}{list(shape)} here"
+    with pytest.raises(UserError, match=re.escape(words)):
+        value_of(tmp_path, leaf=jax.ShapeDtypeStruct(shape, dtype))
 
 
-@pytest.mark.parametrize(
-    ("version", "words"),
-    [
-        (None, "got 1; use the older moe_jax that wrote it"),
-        (1, "got 1; use the older moe_jax that wrote it"),
-        (3, "got 3; install the newer moe_jax that wrote it"),
-    ],
-)
+@pytest.mark.parametrize(("version", "words"), [
+    (None, "got 1; use the older moe_jax that wrote it"),
+    (1, "got 1; use the older moe_jax that wrote it"),
+    (3, "got 3; install the newer moe_jax that wrote it"),
+])  # fmt: skip
 def test_another_format_is_refused(tmp_path, version, words):
     fill(tmp_path, [1.0])
-    folder, file = tmp_path / "10" / "record", tmp_path / "10" / "record" / "metadata"
+    record = tmp_path / "10" / "record"
+    assert json.loads((record / "metadata").read_text())["format_version"] == 2
     if version is None:  # the first format had no record
-        folder.rename(tmp_path / "10" / "progress")
+        record.rename(tmp_path / "10" / "progress")
     else:
-        assert json.loads(file.read_text())["format_version"] == 2
-        file.write_text(json.dumps({"format_version": version, "what_is_new": 0}))
+        (record / "metadata").write_text(json.dumps({"format_version": version, "what_is_new": 0}))
     seal(tmp_path / "10")
     for read in (newest_sound, value_of):
         with pytest.raises(UserError, match=rf"must have checkpoint format 2, {words}"):
             read(tmp_path)
-
-
-def no_space(folder):
-    raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
 
 def test_a_save_that_fails_harms_nothing_is_logged_and_tried_again(tmp_path, monkeypatch, caplog):
@@ -225,7 +211,7 @@ def test_a_save_that_fails_harms_nothing_is_logged_and_tried_again(tmp_path, mon
     monkeypatch.setattr(checkpoint, "_RETRY_SECONDS", 0.0)
     with go_on(tmp_path) as checkpoints:
         with monkeypatch.context() as full:
-            full.setattr(checkpoint, "seal", no_space)
+            full.setattr(checkpoint, "seal", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
             checkpoints.save(Record(step=20), trees(2))
             assert not checkpoints.wait()
             assert checkpoints.is_retry_due()
@@ -292,7 +278,4 @@ def test_half_a_checkpoint_and_other_folders_are_none(tmp_path):
 def test_nothing_to_restore(tmp_path):
     with go_on(tmp_path / "new"):
         assert newest_sound(tmp_path / "new") is None
-    for name in ("new", "none"):
-        assert newest_sound(tmp_path / name) is None
-        with pytest.raises(UserError, match="there is no checkpoint in"):
-            find_checkpoint(tmp_path / name, "best")
+    assert newest_sound(tmp_path / "none") is None

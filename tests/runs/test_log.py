@@ -16,9 +16,7 @@ def test_messages_go_to_the_console_and_with_their_time_to_the_file(tmp_path, ca
     assert capsys.readouterr().out == "first start\nsecond start\n"
     lines = (tmp_path / "train.log").read_text().splitlines()
     assert [re.sub(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", "", line) for line in lines] == [
-        "first start",
-        "only in the file",
-        "second start",
-        "only in the file",
+        *("first start", "only in the file"),
+        *("second start", "only in the file"),
     ]
     assert log.handlers == []

@@ -17,32 +17,24 @@ class Terminal(io.StringIO):
 
 
 LINES = [
-    # Two steps in 8 seconds; 87 are left.
-    "step 13, 100 tokens/s, 5:48 left",
-    # Three steps in 10 seconds.
-    "step 15, 120 tokens/s, 4:43 left",
-    # Five steps in 21 seconds.
-    "step 17, 95 tokens/s, 5:48 left",
+    "step 13, 100 tokens/s, 5:48 left",  # two steps in 8 seconds; 87 are left
+    "step 15, 120 tokens/s, 4:43 left",  # three in 10
+    "step 17, 95 tokens/s, 5:48 left",  # five in 21
 ]
 
 
 @pytest.mark.parametrize(("screen", "level"), [(io.StringIO(), logging.INFO), (Terminal(), logging.DEBUG)])
 def test_a_line_is_logged_at_times_and_the_bar_shows_the_same(monkeypatch, caplog, screen, level):
-    def at(seconds):
-        # Its name for the module, and not the clock itself: event loops of other threads wait by that.
-        monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: seconds))
-
+    clock = types.SimpleNamespace(seconds=0.0, monotonic=lambda: clock.seconds)
+    # The module's name for it, and not the clock itself: event loops of other threads wait by that.
+    monkeypatch.setattr(progress, "time", clock)
     caplog.set_level(logging.DEBUG)
-    at(0.0)
     with Progress(Console(file=screen, width=100), logging.getLogger("moe_jax")) as shown:
         shown.start("training", 100, 10)
         shown.describe("compiling")
-        for done, seconds in ((11, 5.0), (12, 9.0), (13, 13.0), (14, 15.0)):
-            at(seconds)
-            shown.update(done, f"step {done}", 400)
-        shown.describe("evaluating")  # its 985 seconds count in no speed
-        for done, seconds in ((15, 1000.0), (16, 1002.0), (17, 1011.0)):
-            at(seconds)
+        for done, clock.seconds in zip(range(11, 18), (5.0, 9.0, 13.0, 15.0, 1000.0, 1002.0, 1011.0), strict=True):
+            if done == 15:
+                shown.describe("evaluating")  # its 985 seconds count in no speed
             shown.update(done, f"step {done}", 400)
         shown.describe("drawing")
     assert caplog.record_tuples == [("moe_jax", level, line) for line in LINES]
