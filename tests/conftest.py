@@ -39,7 +39,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def rotary():
-    """(engine, its variables, the decoder that takes them) of an untrained model with a context of 16."""
+    """An untrained model, ready to sample from, with a context of 16."""
     from tests.sampling.tiny import CONFIG, make
 
     return make(CONFIG)
