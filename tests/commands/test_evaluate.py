@@ -1,13 +1,8 @@
 """What moe_jax.evaluate prints of a run: the loss of its own log, that of other texts, and what it refuses."""
 
-import dataclasses
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,9 +17,8 @@ from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.metrics_file import read_metrics
 from moe_jax.runs.opened import open_run
+from tests import tiny as runs
 from tests.oracles.texts import VERSE
-
-ROOT = Path(__file__).parents[2]
 
 
 def scores_of(run, path, split, which):
@@ -48,9 +42,7 @@ def test_it_finds_the_loss_that_the_run_logged(finished):
 def test_a_run_of_another_machine_is_scored_here(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "copy")
     run = RunDirectory(tmp_path / "copy")
-    config = run.load_config()
-    moe = dataclasses.replace(config.model.moe, dispatch="tokamax")
-    run.save_config(dataclasses.replace(config, model=dataclasses.replace(config.model, moe=moe)))
+    run.save_config(runs.change(run.load_config(), moe={"dispatch": "tokamax"}))
     here = scores_of(run, None, "val", "newest")
     assert here["loss"] == pytest.approx(last_evaluation(run)["val/loss"], rel=1e-6)
 
@@ -73,7 +65,7 @@ def test_another_text_is_tokenized_as_the_runs_was(finished, tmp_path):
     assert raw["tokens"] < scores_of(finished, made.out, "train", "best")["tokens"]
 
 
-def test_a_text_is_delimited_and_split_as_the_runs_was(change, tmp_path):
+def test_a_text_is_delimited_and_split_as_the_runs_was(small, tmp_path):
     text = tmp_path / "verse.txt"
     text.write_text(VERSE * 60)
     prepare_folder(
@@ -81,9 +73,8 @@ def test_a_text_is_delimited_and_split_as_the_runs_was(change, tmp_path):
             input=(str(text),), tokenizer="char", delimiters="chat", val_fraction=0.3, out=str(tmp_path / "made")
         )
     )
-    config = change(
+    config = small(
         data={"path": str(tmp_path / "made"), "tokenizer": None, "val_fraction": 0.3},
-        optimizer={"warmup_steps": 0},
         train={"num_steps": 1},
     )
     train(config, tmp_path / "run")
@@ -98,38 +89,21 @@ def test_a_text_is_delimited_and_split_as_the_runs_was(change, tmp_path):
     assert every["bits_per_byte"] == pytest.approx(every["loss"] * every["tokens"] / (60 * len(VERSE) * math.log(2)))
 
 
-def test_a_text_that_has_changed_since_is_refused(change, tmp_path):
-    text = tmp_path / "verse.txt"
-    text.write_text(VERSE * 20)
-    config = change(data={"path": str(text)}, optimizer={"warmup_steps": 0}, train={"num_steps": 1})
-    train(config, tmp_path / "run")
-    text.write_text(VERSE[::-1] * 20)
+def test_a_text_that_has_changed_since_is_refused(finished, change, tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(finished.path, run.path)
+    (tmp_path / "verse.txt").write_text(VERSE[::-1] * 100)
+    run.save_config(change(data={"path": str(tmp_path / "verse.txt")}))
     with pytest.raises(UserError, match="is not the one this run was trained on"):
-        scores_of(RunDirectory(tmp_path / "run"), None, "val", "newest")
+        scores_of(run, None, "val", "newest")
 
 
-def test_a_text_that_is_not_there_is_told_by_the_flag_of_this_command(finished):
-    with pytest.raises(UserError, match=r"^--data nowhere.txt: "):
-        scores_of(finished, "nowhere.txt", "val", "best")
-
-
-def test_tokens_of_another_tokenizer_are_refused(finished, tmp_path):
-    (tmp_path / "verse.txt").write_text(VERSE * 20)
-    made = PrepareConfig(input=(str(tmp_path / "verse.txt"),), tokenizer="byte", out=str(tmp_path / "made"))
-    prepare_folder(made)
-    words = rf"another tokenizer \(byte\) than .*; prepare it with --tokenizer {finished.path}"
-    with pytest.raises(UserError, match=words):
-        scores_of(finished, made.out, "val", "best")
-
-
-def test_rows_of_documents_are_scored_without_their_padding_and_with_it(change, tmp_path):
+def test_rows_of_documents_are_scored_without_their_padding_and_with_it(small, tmp_path):
     folder = tmp_path / "stories"
     folder.mkdir()
     for index in range(40):
         (folder / f"{index}.txt").write_text(VERSE[: 5 + index])
-    config = change(
-        data={"path": str(folder), "mode": "padded"}, optimizer={"warmup_steps": 0}, train={"num_steps": 2}
-    )
+    config = small(data={"path": str(folder), "mode": "padded"}, train={"num_steps": 2})
     train(config, tmp_path / "run")
     run = RunDirectory(tmp_path / "run")
     interval = read_metrics(run.metrics_file)[0]
@@ -147,23 +121,7 @@ def test_rows_of_documents_are_scored_without_their_padding_and_with_it(change, 
 def test_the_command_prints_one_json_object(finished, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "mine").symlink_to(finished.path)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-
-    def evaluate(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "moe_jax.evaluate", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-
-    done = evaluate("--split", "train")
+    done = runs.command(tmp_path, "-m", "moe_jax.evaluate", "--split", "train")
     assert (done.returncode, done.stderr) == (0, "note: scoring runs/mine, the run that changed last\n")
     scores = json.loads(done.stdout)
     assert (done.stdout.count("\n"), scores["tokens"]) == (1, 4050)
-    refused = evaluate("--workdir", "runs/other")
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("error: runs/other is not a run directory")
-    assert refused.stderr.count("\n") == 1

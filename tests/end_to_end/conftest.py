@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.end_to_end.tiny import make_home, train
+from tests.tiny import make_home, train
 
 
 @pytest.fixture(scope="session")

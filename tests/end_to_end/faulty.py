@@ -4,6 +4,7 @@ FAULTS is JSON, ``{"file_size_limit": {"bytes": 100000}}``: names of ``FAULTS`` 
 is ``train.py`` or ``-m MODULE``.
 """
 
+import contextlib
 import ctypes
 import datetime
 import itertools
@@ -14,14 +15,25 @@ import runpy
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
 
+@contextlib.contextmanager
+def no_file_over(size: int) -> Iterator[None]:
+    """Within it no file of this process may grow past ``size`` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def file_size_limit(bytes: int, until: str | None = None) -> None:
-    """No file may grow past ``bytes``, as on a full disk, until the file ``until`` exists."""
+    """The same for the whole process, or until the file ``until`` exists."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes, hard))
 
@@ -36,7 +48,7 @@ def file_size_limit(bytes: int, until: str | None = None) -> None:
 
 
 def no_privileges() -> None:
-    """Takes root's right to read and write what the permissions forbid; does nothing to other users."""
+    """Takes root's right to read and write what the permissions forbid; a no-op for other users."""
     version, this_process = 0x20080522, 0  # _LINUX_CAPABILITY_VERSION_3
     header = (ctypes.c_uint32 * 2)(version, this_process)
     none = (ctypes.c_uint32 * 6)()  # two times the effective, permitted and inheritable ones

@@ -1,6 +1,7 @@
 """Sends a signal to this process at a chosen moment of a training run. Used by faulty.py, in a process of its own."""
 
 import functools
+import importlib
 import os
 import signal
 import threading
@@ -37,42 +38,23 @@ def hang_at(moment: str, number: int, seconds: float, least_seconds: float = 60.
     MOMENTS[moment](number, hang)
 
 
-def _before_call(owner: Any, name: str, number: int, send: Callable[[], None]) -> None:
-    """Calls ``send`` before the call of ``owner.name`` with this number, from 1."""
-    original, calls = getattr(owner, name), []
+def _at_call(module: str, name: str, number: int, send: Callable[[], None], is_after: bool = False) -> None:
+    """Calls ``send`` before, or after, the call of the function with this number, from 1."""
+    *path, last = name.split(".")
+    owner: Any = functools.reduce(getattr, path, importlib.import_module(module))
+    original, calls = getattr(owner, last), []
 
     @functools.wraps(original)
     def counted(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
-        if len(calls) == number:
+        if len(calls) == number and not is_after:
             send()
-        return original(*arguments, **named)
+        result = original(*arguments, **named)
+        if len(calls) == number and is_after:
+            send()
+        return result
 
-    setattr(owner, name, counted)
-
-
-def _preparation(number: int, send: Callable[[], None]) -> None:
-    from moe_jax.prepare import cache
-
-    _before_call(cache, "prepare_folder", number, send)
-
-
-def _compilation(number: int, send: Callable[[], None]) -> None:
-    from moe_jax.trackers import watchdog
-
-    _before_call(watchdog.Watchdog, "step_begins", number, send)
-
-
-def _step(number: int, send: Callable[[], None]) -> None:
-    from moe_jax.training import loop
-
-    _before_call(loop.Loop, "_read", number, send)
-
-
-def _evaluation(number: int, send: Callable[[], None]) -> None:
-    from moe_jax.training import evaluate as evaluation
-
-    _before_call(evaluation, "put_batch", number, send)
+    setattr(owner, last, counted)
 
 
 def _save(number: int, send: Callable[[], None]) -> None:
@@ -82,11 +64,11 @@ def _save(number: int, send: Callable[[], None]) -> None:
     saves: list[int] = []
     original = checkpoint.Checkpoints.save
 
-    def watched(self: Any, *arguments: Any) -> None:
-        saves.append(1)
+    def watched(self: Any, step: int, *arguments: Any, **named: Any) -> None:
+        saves.append(step)
         if len(saves) == 2:  # the first one is whole, so that there is something to fall back to
             threading.Thread(target=watch, args=(self._unfinished,), daemon=True).start()
-        original(self, *arguments)
+        original(self, step, *arguments, **named)
 
     def watch(folder: Path) -> None:
         latest = time.monotonic() + 10
@@ -110,27 +92,6 @@ def _save(number: int, send: Callable[[], None]) -> None:
     checkpoint.seal = held_back
 
 
-def _sealing(number: int, send: Callable[[], None]) -> None:
-    from moe_jax.runs.checkpoint import save as checkpoint
-
-    _before_call(checkpoint, "seal", number, send)
-
-
-def _naming(number: int, send: Callable[[], None]) -> None:
-    """When everything is written, and only the name is to be given."""
-    from moe_jax.runs.checkpoint import save as checkpoint
-
-    original, calls = checkpoint.seal, []
-
-    def then_send(folder: Path) -> None:
-        original(folder)
-        calls.append(1)
-        if len(calls) == number:
-            send()
-
-    checkpoint.seal = then_send
-
-
 def _removal(number: int, send: Callable[[], None]) -> None:
     """When an old checkpoint is about to be removed and has lost its name."""
     from moe_jax.runs.checkpoint import save as checkpoint
@@ -148,18 +109,18 @@ def _removal(number: int, send: Callable[[], None]) -> None:
 
 
 MOMENTS: dict[str, Callable[[int, Callable[[], None]], None]] = {
-    "preparation": _preparation,
-    "compilation": _compilation,
-    "step": _step,
-    "evaluation": _evaluation,
+    "preparation": functools.partial(_at_call, "moe_jax.prepare.cache", "prepare_folder"),
+    "compilation": functools.partial(_at_call, "moe_jax.trackers.watchdog", "Watchdog.step_begins"),
+    "step": functools.partial(_at_call, "moe_jax.training.loop", "Loop._read"),
+    "evaluation": functools.partial(_at_call, "moe_jax.training.evaluate", "put_batch"),
     "save": _save,
-    "sealing": _sealing,
-    "naming": _naming,
+    "sealing": functools.partial(_at_call, "moe_jax.runs.checkpoint.save", "seal"),
+    "naming": functools.partial(_at_call, "moe_jax.runs.checkpoint.save", "seal", is_after=True),
     "removal": _removal,
 }
 """preparation: before that of the text; compilation: before the first step; step: when its output is read;
-evaluation: before that batch of all; save: in the second save, once that many files are there; sealing, naming: of
-that save; removal: of that old checkpoint."""
+evaluation: before that batch of all; save: in the second save, once that many files are there; sealing: before that of
+that save; naming: after it, when everything is written; removal: of that old checkpoint."""
 
 
 def not_a_number(first: int, last: int) -> None:
@@ -185,18 +146,12 @@ def not_a_number(first: int, last: int) -> None:
 
 def space_after_failures(number: int, file: str) -> None:
     """Makes ``file`` once this many saves have failed: what a file_size_limit waits for."""
-    from moe_jax.runs.checkpoint.save import Checkpoints
 
-    fail, calls = Checkpoints._fail, []
+    def make() -> None:
+        Path(file).touch()
+        time.sleep(0.2)
 
-    def counted(self: Any, step: int, why: str) -> None:
-        fail(self, step, why)
-        calls.append(1)
-        if len(calls) == number:
-            Path(file).touch()
-            time.sleep(0.2)
-
-    Checkpoints._fail = counted  # type: ignore[method-assign]
+    _at_call("moe_jax.runs.checkpoint.save", "Checkpoints._fail", number, make, is_after=True)
 
 
 FAULTS_OF_A_RUN: dict[str, Callable[..., None]] = {

@@ -7,85 +7,36 @@ import re
 import select
 import signal
 import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 
 from tests.compiling import quick_environment
-from tests.oracles.texts import VERSE
+from tests.tiny import CONFIG, ROOT, change, command, make_home, start, steps_of, train
 
-ROOT = Path(__file__).parents[2]
-RECIPE = """
-from moe_jax.config import *
-
-def get_config():
-    return Config(
-        model=ModelConfig(context_length=16, num_layers=1, embed_dim=16, num_heads=2,
-                          moe=MoEConfig(num_experts=4, expert_dim=16)),
-        data=DataConfig(path={text!r}, tokenizer="char", batch_size=4),
-        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
-        train=TrainConfig(num_steps=100000, eval_every=100000, checkpoint_every=100000, log_every=5),
-        sample=SampleConfig(max_new_tokens=20),
-    )
-"""
+ENDLESS = {"num_steps": 100000, "eval_every": 100000, "checkpoint_every": 100000}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with a text, a recipe and an empty cache; where the commands are run."""
-    folder = tmp_path_factory.mktemp("home")
-    (folder / "verse.txt").write_text(VERSE * 50)
-    (folder / "tiny.py").write_text(RECIPE.format(text=str(folder / "verse.txt")))
-    return folder
-
-
-def command(home, *arguments, stdin=""):
-    script, *rest = arguments
-    return subprocess.run(
-        [sys.executable, ROOT / script, *map(str, rest)],
-        cwd=home,
-        env=quick_environment(home / "cache"),
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-
-
-def train(home, *arguments):
-    return command(home, "train.py", "--config", home / "tiny.py", *arguments)
-
-
-def interrupt_after_the_first_step(home, workdir):
-    """Starts a run as a shell does, presses Ctrl-C once it steps, and returns (exit code, output)."""
-    with subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "--config", home / "tiny.py", "--workdir", workdir],
-        cwd=home,
-        env=quick_environment(home / "cache"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        output = []
-        for line in process.stdout:
-            output.append(line)
-            if line.startswith("first step"):
-                process.send_signal(signal.SIGINT)
-        return process.wait(), "".join(output)
+    return make_home(tmp_path_factory.mktemp("home"), change(CONFIG, train=ENDLESS))
 
 
 @pytest.fixture(scope="module")
 def run(home):
-    """A run directory that was interrupted by Ctrl-C and then went on to its end: (folder, the two outputs)."""
-    workdir = home / "runs" / "tiny"
-    code, first = interrupt_after_the_first_step(home, workdir)
-    assert code == 130, first
-    saved = int(re.findall(r"interrupted: the checkpoint of step (\d+) is on disk", first)[0])
-    second = train(home, "--workdir", workdir, "--train.num-steps", saved + 20)
-    assert second.returncode == 0, second.stderr
+    """A run that Ctrl-C interrupted as it began to step, and that then went on to its end: (folder, both outputs)."""
+    workdir, first = home / "runs" / "tiny", ""
+    arguments = ("train.py", "--config", home / "tiny.py", "--workdir", workdir)
+    with start(home, *arguments, stderr=subprocess.STDOUT) as process:
+        for line in process.stdout:
+            first += line
+            if line.startswith("first step"):
+                process.send_signal(signal.SIGINT)
+        assert process.wait() == 130, first
+    (saved,) = re.findall(r"interrupted: the checkpoint of step (\d+) is on disk", first)
+    second = train(home, workdir, "--train.num-steps", int(saved) + 20)
+    assert (second.returncode, second.stderr) == (0, "")
     return workdir, first, second.stdout
 
 
@@ -97,14 +48,7 @@ def test_an_interrupted_run_goes_on_with_the_same_command(run):
     assert f"going on from step {saved}\n" in second
     assert f"step {saved + 20}: train" in second
     assert f"sample from it: python sample.py --workdir {workdir}" in second
-    assert json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])["step"] == saved + 20
-
-
-def test_a_finished_run_says_so(home, run):
-    steps = json.loads((run[0] / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    again = train(home, "--workdir", run[0], "--train.num-steps", steps)
-    assert (again.returncode, again.stderr) == (0, "")
-    assert f"is finished: {steps} steps are done" in again.stdout
+    assert steps_of(workdir)[-1] == saved + 20
 
 
 PAST_CONTEXT = "note: past the context of 16 tokens the oldest tokens left the cache one by one (rotary positions)\n"
@@ -133,13 +77,7 @@ def test_from_python_and_in_a_conversation_the_text_is_that_of_the_command(home,
     (snippet,) = re.findall(
         r"```python\n(from moe_jax import load\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
     )
-    python = subprocess.run(
-        [sys.executable, "-c", snippet.replace("runs/moe", str(run[0]))],
-        env={**quick_environment(home / "cache"), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    python = command(home, "-c", snippet.replace("runs/moe", str(run[0])))
     assert (python.stdout, python.stderr) == (printed, "")
     conversation = command(home, "sample.py", *flags, "--interactive", stdin="The quick brown fox\nROMEO:\nexit\nno\n")
     assert "ROMEO:" + conversation.stdout == printed
@@ -197,15 +135,9 @@ def has_ended(process, seconds):
 
 def test_a_conversation_on_a_terminal(home, run):
     ours, theirs = pty.openpty()
-    arguments = ("--workdir", run[0], "--interactive", "--temperature", "0", "--max-new-tokens", "9")
-    with subprocess.Popen(
-        [sys.executable, ROOT / "sample.py", *arguments],
-        cwd=home,
-        env=quick_environment(home / "cache") | {"TERM": "dumb"},
-        stdin=theirs,
-        stdout=theirs,
-        stderr=subprocess.PIPE,
-    ) as process:
+    flags = ("--workdir", run[0], "--interactive", "--temperature", "0", "--max-new-tokens", "9")
+    terminal = {"stdin": theirs, "stdout": theirs, "env": quick_environment(home / "cache") | {"TERM": "dumb"}}
+    with start(home, "sample.py", *flags, **terminal) as process:
         os.close(theirs)
         end = threading.Timer(60, process.kill)  # whatever goes wrong, this test ends
         end.start()
@@ -227,17 +159,10 @@ def test_a_conversation_on_a_terminal(home, run):
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away_does_not_end_the_training(home, run):
-    workdir = home / "piped"
-    flags = ("--workdir", workdir, "--train.num-steps", "30", "--train.log-every", "1")
-    with subprocess.Popen(
-        [sys.executable, ROOT / "train.py", "--config", home / "tiny.py", *flags],
-        cwd=home,
-        env=quick_environment(home / "cache"),
-        stdout=subprocess.PIPE,
-    ) as process:
-        assert process.stdout is not None
+def test_a_reader_that_goes_away_does_not_end_the_training(home):
+    flags = ("--workdir", home / "piped", "--train.num-steps", 30, "--train.log-every", 1)
+    with start(home, "train.py", "--config", "tiny.py", *flags, stderr=None) as process:
         process.stdout.readline()
         process.stdout.close()
         assert process.wait() == 0
-    assert "step 30: train" in (workdir / "train.log").read_text()
+    assert "step 30: train" in (home / "piped" / "train.log").read_text()

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import os
 import re
-import resource
 import subprocess
 import sys
 import textwrap
@@ -16,8 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moe_jax.trackers.trackers import TensorBoard
-from moe_jax.trackers.writer import MetricsWriter
 
 from moe_jax.files import GrowingFile, atomic_write_text, locked_folder
 from moe_jax.prepare.encode import Encoded
@@ -25,25 +22,9 @@ from moe_jax.prepare.shards import SplitCounts, SplitWriter
 from moe_jax.report.pictures import plot_loss_curve
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.log import log, start_log
-from tests.end_to_end.faulty import ROOT
-from tests.end_to_end.tiny import steps_of
-from tests.oracles.events import events
-
-
-@contextlib.contextmanager
-def no_file_over(size):
-    """Within it no file of this process may grow past ``size`` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def warnings_of(caplog):
-    return [record.getMessage() for record in caplog.records]
-
+from moe_jax.runs.metrics_file import MetricsFile
+from tests.end_to_end.faulty import no_file_over
+from tests.tiny import ROOT, steps_of
 
 # A file that grows
 
@@ -111,7 +92,7 @@ def test_a_file_that_somebody_cut_gets_no_hole(tmp_path):
 
 def encoded(length):
     ids = np.zeros(length, np.uint16)
-    return Encoded("train", ids, np.array([length, 0]), length, 0)
+    return Encoded("train", 0, ids, np.array([length]), np.array([True]), length, length, 0)
 
 
 @pytest.mark.parametrize("length", [100, 100_000])
@@ -136,61 +117,49 @@ def test_an_error_names_the_file_that_is_full(tmp_path, length):
         assert re.fullmatch(name, Path(caught.value.filename).name)
 
 
-# Metrics and TensorBoard
+# Metrics (TensorBoard's events are in tests/trackers) and pictures
 
 
-def test_metrics_and_events_are_whole_once_there_is_space(tmp_path, caplog):
+def test_metrics_are_whole_once_there_is_space(tmp_path, caplog):
     run = RunDirectory(tmp_path)
-    with MetricsWriter(run, None, lambda: [TensorBoard(run, None)]) as writer:
-        writer.write(1, {"train/loss": 1.0})
+    with MetricsFile(run, None) as metrics:
+        metrics.write(1, {"train/loss": 1.0})
         with no_file_over(300):
-            for step in range(2, 30):  # more than any queue holds
-                writer.write(step, {"train/loss": 1.0 * step})
-                writer.write_text(step, "sample", "To be")
-            assert 1 < len(steps_of(run)) < 20
+            for step in range(2, 30):
+                metrics.write(step, {"train/loss": 1.0 * step})
+            assert 1 < len(steps_of(tmp_path)) < 20
             assert run.metrics_file.read_bytes().endswith(b"}\n")
-            assert 1 < len(events(run)[0]) < 20
-        writer.write(30, {"train/loss": 30.0})
-        assert steps_of(run) == list(range(1, 31)), "at once, not only at the end"
-    assert steps_of(run) == list(range(1, 31))
-    assert events(run)[0] == [(step, "train/loss", 1.0 * step) for step in range(1, 31)]
-    said = warnings_of(caplog)
-    assert len(said) == 4, said
-    for name in ("metrics.jsonl", "tensorboard"):
-        first, second = [line for line in said if name in line]
-        assert re.match(r"warning: .* cannot be written \(File too large\); the run goes on", first)
-        assert second.endswith("can be written again, and nothing of it is lost")
+        metrics.write(30, {"train/loss": 30.0})
+        assert steps_of(tmp_path) == list(range(1, 31)), "at once, not only at the end"
+    first, second = caplog.messages
+    assert re.match(r"warning: .*metrics.jsonl cannot be written \(File too large\); the run goes on", first)
+    assert second.endswith("metrics.jsonl can be written again, and nothing of it is lost")
 
 
-def test_what_is_lost_at_the_end_is_told(tmp_path, caplog):
+def test_what_metrics_lack_at_the_end_is_reported(tmp_path, caplog):
     run = RunDirectory(tmp_path)
-    with no_file_over(100), MetricsWriter(run, None, lambda: [TensorBoard(run, None)]) as writer:
+    with no_file_over(100), MetricsFile(run, None) as metrics:
         for step in range(5, 55, 5):
-            writer.write(step, {"train/loss": 1.0})
-        writer.finish([], "finished")
-    assert steps_of(run) == [5, 10, 15]
-    said = warnings_of(caplog)
-    assert len(said) == 4, said
-    assert (
+            metrics.write(step, {"train/loss": 1.0})
+    assert steps_of(tmp_path) == [5, 10, 15]
+    assert caplog.messages[1:] == [
         f"warning: {run.metrics_file} lacks its last 7 lines, from step 20 on, which could not be written to the end"
-        in said
-    )
-    assert "warning: TensorBoard lacks the last 10 values, which could not be written" in said
+    ]
     # The next start of the run finds a whole file.
-    with MetricsWriter(run, 15) as writer:
-        writer.write(20, {"train/loss": 1.0})
-    assert steps_of(run) == [5, 10, 15, 20]
+    with MetricsFile(run, 15) as metrics:
+        metrics.write(20, {"train/loss": 1.0})
+    assert steps_of(tmp_path) == [5, 10, 15, 20]
 
 
 def test_a_picture_that_cannot_be_written_ends_no_run(tmp_path, caplog):
     run = RunDirectory(tmp_path)
-    with MetricsWriter(run, None) as writer:
-        writer.write(1, {"train/loss": 1.0})
+    with MetricsFile(run, None) as metrics:
+        metrics.write(1, {"train/loss": 1.0})
     plot_loss_curve(run)
     before = run.loss_curve.read_bytes()
     with no_file_over(1000):
         assert plot_loss_curve(run) is None
-    assert warnings_of(caplog) == [
+    assert caplog.messages == [
         f"warning: {run.loss_curve} cannot be written (File too large); the run is complete without it"
     ]
     assert run.loss_curve.read_bytes() == before

@@ -9,9 +9,8 @@ import sys
 import pytest
 
 from moe_jax.runs.layout import RunDirectory
-from tests.end_to_end.faulty import ROOT
-from tests.end_to_end.tiny import faulty, steps_of
 from tests.oracles.events import events
+from tests.tiny import ROOT, command, steps_of, train
 
 LIMIT = 60_000  # more than any file of a checkpoint, less than metrics and events of 180 steps
 RUN = (
@@ -25,7 +24,7 @@ def start_on_a_full_disk(home, workdir, **limit):
     workdir.mkdir(parents=True)
     (workdir / "train.log").write_text("x" * (LIMIT - 11) + "\n")
     fault = {"file_size_limit": {"bytes": LIMIT, **limit}}
-    return faulty(home, fault, "train.py", "--config", "tiny.py", "--workdir", workdir, *RUN)
+    return train(home, workdir, *RUN, faults=fault)
 
 
 @pytest.mark.slow
@@ -40,7 +39,7 @@ def test_a_training_goes_on_while_the_disk_is_full_and_loses_nothing(home):
         assert "can be written again, and nothing of it is lost" in said[1]
     run = RunDirectory(workdir)
     evaluated = [180, 200]
-    assert steps_of(run) == sorted([*range(1, 201), *evaluated])
+    assert steps_of(run.path) == sorted([*range(1, 201), *evaluated])
     assert [step for step, name, _ in events(run)[0] if name == "train/loss"] == list(range(1, 201))
     logged = run.log_file.read_text().splitlines()[1:]
     for message in ("parameters: ", "first step", "step 180: train", "step 200: train", "sample from it"):
@@ -65,12 +64,12 @@ def test_a_training_ends_well_on_a_disk_that_stays_full(home):
         assert len(re.findall(words, done.stdout)) == 1, (words, done.stdout)
     run = RunDirectory(workdir)
     (lost, first) = re.findall(r"last (\d+) lines, from step (\d+) on", done.stdout)[0]
-    assert steps_of(run) == list(range(1, int(first)))
+    assert steps_of(run.path) == list(range(1, int(first)))
     assert int(lost) == 202 - (int(first) - 1)
     assert (run.checkpoints / "200").is_dir()
-    more = faulty(home, {}, "train.py", "--config", "tiny.py", "--workdir", workdir, *RUN, "--train.num-steps", 210)
+    more = train(home, workdir, *RUN, "--train.num-steps", 210)
     assert (more.returncode, more.stderr) == (0, "")
-    assert steps_of(run) == [*range(1, int(first)), *range(201, 211), 210]
+    assert steps_of(run.path) == [*range(1, int(first)), *range(201, 211), 210]
 
 
 def prepared(folder):
@@ -80,7 +79,7 @@ def prepared(folder):
 
 def prepare(home, out, faults, tokenizer="byte", processes=1):
     flags = ("--input", "lines.jsonl", "--out", out, "--tokenizer", tokenizer, "--processes", processes)
-    return faulty(home, faults, "-m", "moe_jax.prepare", *flags)
+    return command(home, "-m", "moe_jax.prepare", *flags, faults=faults)
 
 
 @pytest.mark.slow
@@ -107,8 +106,8 @@ def test_a_preparation_on_a_full_disk_ends_in_one_line_and_goes_on_later(home, t
 
 def test_the_data_of_a_training_on_a_full_disk_ends_in_one_line(home, tmp_path):
     (home / "long.txt").write_text("the quick brown fox " * 1000)
-    flags = ("--config", "tiny.py", "--data.path", "long.txt", "--workdir", tmp_path / "run")
-    done = faulty(home, {"file_size_limit": {"bytes": 5_000}}, "train.py", *flags, cache=tmp_path / "cache")
+    faults = {"file_size_limit": {"bytes": 5_000}}
+    done = train(home, tmp_path / "run", "--data.path", "long.txt", faults=faults, cache=tmp_path / "cache")
     assert done.returncode == 1
     place = re.escape(str(tmp_path / "cache"))
     assert re.fullmatch(rf"error: File too large: {place}/\S+/text/train-00000.bin; allow [^\n]+\n", done.stderr)
@@ -117,17 +116,18 @@ def test_the_data_of_a_training_on_a_full_disk_ends_in_one_line(home, tmp_path):
 
 
 IN_A_SMALL_DISK = """
-import json, logging, os, sys
+import sys
 from pathlib import Path
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.log import log, start_log
-from moe_jax.trackers.writer import MetricsWriter
-from moe_jax.trackers.trackers import TensorBoard
+from moe_jax.runs.metrics_file import MetricsFile
+from moe_jax.trackers.tensorboard import TensorBoard
 
 disk = Path(sys.argv[1])
 run = RunDirectory(disk / "run")
 run.path.mkdir()
-with start_log(run.log_file), MetricsWriter(run, None, lambda: [TensorBoard(run, None)]) as writer:
+with start_log(run.log_file), MetricsFile(run, None) as metrics:
+    tensorboard = TensorBoard(run, None)
     for step in range(1, 100):
         if step == 30:
             with open(disk / "other", "wb", buffering=0) as other:
@@ -139,9 +139,11 @@ with start_log(run.log_file), MetricsWriter(run, None, lambda: [TensorBoard(run,
         if step == 70:
             assert run.metrics_file.read_bytes().endswith(b"}\\n")
             (disk / "other").unlink()
-        writer.write(step, {"train/loss": 1.0 * step, "moe/load": [[0.125] * 100]})
+        metrics.write(step, {"train/loss": 1.0 * step, "moe/load": [[0.125] * 100]})
+        tensorboard.line(step, {"train/loss": 1.0 * step})
         log.debug(f"step {step} " + "." * 500)
-        writer.write_text(step, "sample", "." * 500)
+        tensorboard.text(step, "sample", "." * 500)
+    tensorboard.close("finished", ())
 """
 
 
@@ -166,7 +168,7 @@ def test_a_disk_that_is_really_full(tmp_path):
     assert sum("cannot be written (No space left on device)" in line for line in done.stdout.splitlines()) == 3
     assert sum("can be written again" in line for line in done.stdout.splitlines()) == 3
     run = RunDirectory(tmp_path / "run")
-    assert steps_of(run) == list(range(1, 100))
+    assert steps_of(run.path) == list(range(1, 100))
     assert [step for step, _, _ in events(run)[0]] == list(range(1, 100))
     found = re.findall(r" step (\d+) \.{500}\n", run.log_file.read_text())
     assert found == [str(step) for step in range(1, 100)]

@@ -1,46 +1,31 @@
 """Real runs that are killed, and terminated, at moments of every kind; the same command then goes on, bit for bit."""
 
-import json
 import random
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from moe_jax.runs.checkpoint.record import read_record
-from moe_jax.runs.layout import RunDirectory, saved_steps
-from tests.end_to_end.tiny import start, train
+from moe_jax.runs.layout import saved_steps
+from tests.tiny import assert_same_arrays, logged, start, train
 
 
-def contents(workdir):
-    """Every array of the newest checkpoint, and what the run remembers beside its clock."""
-    folder = RunDirectory(workdir).checkpoints
-    step = folder / str(saved_steps(folder)[-1])
-    with ocp.StandardCheckpointer() as checkpointer:
-        arrays = {item: checkpointer.restore(step / item) for item in ("params", "optimizer_state")}
-    record = read_record(step)
+def remembered(workdir):
+    """What the newest checkpoint holds beside its arrays, but for a clock."""
+    checkpoints = workdir / "checkpoints"
+    record = read_record(checkpoints / str(saved_steps(checkpoints)[-1]))
     assert record is not None
     del record.progress["train_seconds"]
-    return jax.tree_util.tree_leaves_with_path(arrays), record
+    return record
 
 
-def losses(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if "per_second" not in name} for line in lines]
-
-
-def check_same_run(workdir, straight):
+def assert_same_run(workdir, straight):
     """All parameters, moments and counters are those of ``straight``, and all lines of metrics, of the same bits."""
-    (arrays, record), (expected, expected_record) = contents(workdir), contents(straight)
-    assert record == expected_record
-    assert len(arrays) == len(expected)
-    for (path, got), (_, want) in zip(arrays, expected, strict=True):
-        np.testing.assert_array_equal(got, want, err_msg=str(path))
-    assert losses(workdir) == losses(straight)
+    assert remembered(workdir) == remembered(straight)
+    assert_same_arrays(workdir, straight)
+    assert logged(workdir) == logged(straight)
     assert saved_steps(workdir / "checkpoints") == saved_steps(straight / "checkpoints")
     assert not (workdir / "checkpoints" / ".unfinished").exists()
 
@@ -48,7 +33,7 @@ def check_same_run(workdir, straight):
 def kill_and_go_on(home, straight, name, **moment):
     """SIGKILL at the moment; the same command then ends where ``straight`` did."""
     workdir = home / name
-    killed = train(home, workdir, {"signal_at": moment})
+    killed = train(home, workdir, faults={"signal_at": moment})
     assert killed.returncode == -9, (moment, killed.returncode, killed.stdout[-500:], killed.stderr[-2000:])
     before = saved_steps(workdir / "checkpoints")
     left = [file for file in (workdir / "checkpoints").rglob("*") if file.is_file() and ".unfinished" in str(file)]
@@ -57,7 +42,7 @@ def kill_and_go_on(home, straight, name, **moment):
     assert "damaged" not in result.stdout + result.stderr, moment
     if before:
         assert f"going on from step {before[-1]}\n" in result.stdout, moment
-    check_same_run(workdir, straight)
+    assert_same_run(workdir, straight)
     return before, left
 
 
@@ -108,21 +93,20 @@ def test_twenty_kills_at_moments_of_every_kind(home, straight):
 @pytest.mark.parametrize(("signal_name", "exit_code"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_in_each_phase_saves_and_leaves(home, straight, moment, signal_name, exit_code):
     workdir = home / f"{signal_name}_{moment['moment']}"
-    ended = train(home, workdir, {"signal_at": {**moment, "signal_name": signal_name}})
+    ended = train(home, workdir, faults={"signal_at": {**moment, "signal_name": signal_name}})
     assert ended.returncode == exit_code, ended.stderr
     assert "Traceback" not in ended.stderr
     newest = saved_steps(workdir / "checkpoints")[-1]
     assert f"interrupted: the checkpoint of step {newest} is on disk" in ended.stdout
     assert train(home, workdir).returncode == 0
     # The checkpoint of the interruption is one more; all lines of metrics and the end are the same.
-    assert losses(workdir) == losses(straight)
-    for (path, got), (_, want) in zip(contents(workdir)[0], contents(straight)[0], strict=True):
-        np.testing.assert_array_equal(got, want, err_msg=str(path))
+    assert logged(workdir) == logged(straight)
+    assert_same_arrays(workdir, straight)
 
 
 def test_sigterm_while_the_text_is_prepared_leaves_nothing(home):
     faults = {"signal_at": {"moment": "preparation", "signal_name": "SIGTERM"}}
-    ended = train(home, home / "unprepared", faults, cache=home / "empty")
+    ended = train(home, home / "unprepared", faults=faults, cache=home / "empty")
     assert (ended.returncode, ended.stdout) == (143, "")
     assert ended.stderr == "error: terminated before there was anything to save\n"
     assert not (home / "unprepared").exists()
@@ -132,7 +116,7 @@ def test_sigterm_while_the_text_is_prepared_leaves_nothing(home):
 def test_a_second_signal_leaves_at_once_and_leaves_no_lock(home, straight):
     workdir = home / "twice"
     hang = {"hang_at": {"moment": "evaluation", "number": 7, "seconds": 60}}  # in the second one, of step 20
-    with start(home, hang, "train.py", "--config", "tiny.py", "--workdir", workdir) as process:
+    with start(home, "train.py", "--config", "tiny.py", "--workdir", workdir, faults=hang) as process:
         assert process.stdout is not None
         assert any("step 10: train" in line for line in process.stdout)
         other = train(home, workdir)
@@ -144,4 +128,4 @@ def test_a_second_signal_leaves_at_once_and_leaves_no_lock(home, straight):
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == -signal.SIGTERM
     assert train(home, workdir).returncode == 0
-    check_same_run(workdir, straight)
+    assert_same_run(workdir, straight)

@@ -34,6 +34,7 @@ from moe_jax.runs.metrics_file import read_metrics
 from moe_jax.runs.opened import open_run
 from moe_jax.sampling.api import load_engine
 from moe_jax.training.flops import count_params
+from tests.oracles.moe import on_cpu
 from tests.oracles.texts import VERSE
 
 ROOT = Path(__file__).parents[2]
@@ -67,7 +68,7 @@ def test_a_recipe_reaches_its_loss_and_speaks(tmp_path, recipe, bits_per_byte):
 def prepare_commands(recipe):
     """The arguments of each prepare command in a recipe's docstring."""
     text = (ROOT / "configs" / f"{recipe}.py").read_text()
-    commands = re.findall(r"python -m moe_jax\.data\.prepare ((?:.*\\\n)*.*)", text)
+    commands = re.findall(r"python -m moe_jax\.prepare ((?:.*\\\n)*.*)", text)
     return [shlex.split(command.replace("\\\n", " ")) for command in commands]
 
 
@@ -170,7 +171,7 @@ VOCABULARY = {
 def test_the_docstring_of_a_recipe_counts_its_parameters(recipe):
     file = ROOT / "configs" / f"{recipe}.py"
     config = check(load_recipe(file))
-    decoder = Decoder(config.model, VOCABULARY[config.data.path or config.data.tokenizer])
+    decoder = Decoder(on_cpu(config.model), VOCABULARY[config.data.path or config.data.tokenizer])
     params = jax.eval_shape(
         lambda: nn.unbox(decoder.init(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"])
     )

@@ -1,10 +1,15 @@
+"""The two pictures of a run, and the command that draws them again."""
+
 import json
+import sys
 
 import matplotlib.axes
 import matplotlib.image
 import numpy as np
 import pytest
 
+from moe_jax.commands.report import main
+from moe_jax.config import Config
 from moe_jax.errors import UserError
 from moe_jax.report.pictures import _shares, plot_expert_load, plot_loss_curve
 from moe_jax.runs.layout import RunDirectory
@@ -119,6 +124,22 @@ def test_nothing_to_show_makes_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == [run.metrics_file]
 
 
-def test_a_folder_without_metrics_is_told(tmp_path):
+def test_a_folder_without_metrics_is_reported(tmp_path):
     with pytest.raises(UserError, match="no metrics at"):
         plot_loss_curve(RunDirectory(tmp_path))
+
+
+def test_the_command_draws_the_run_again_that_it_is_given_or_that_changed_last(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mine/checkpoints/10").mkdir(parents=True)
+    run = make_run(tmp_path / "runs/mine", evaluations(2, 4))
+    run.save_config(Config())
+    run.loss_curve.write_text("an old one")
+    for flags, shown in ((["--workdir", str(run.path)], run.path), ([], "runs/mine")):
+        monkeypatch.setattr(sys, "argv", ["report", *flags])
+        main()
+        assert capsys.readouterr().out == f"{shown}/loss_curve.png\n{shown}/expert_load.png\n"
+    assert matplotlib.image.imread(run.loss_curve).shape[2] == 4
+    run.metrics_file.write_text("")
+    with pytest.raises(UserError, match="runs/mine has no metrics to draw yet; train it for a while first"):
+        main()

@@ -1,9 +1,12 @@
 """Warnings of loss spikes and collapsed routers: given where there is one, and not where there is none."""
 
+import types
+
 import numpy as np
 import pytest
 
-from moe_jax.trackers.alarms import CollapseWatch, SpikeWatch
+from moe_jax.config import MoEConfig
+from moe_jax.trackers.alarms import Alarms, CollapseWatch, SpikeWatch
 
 
 def told(losses):
@@ -75,3 +78,15 @@ def test_routing_of_every_size_collapses_onto_top_k_and_not_onto_half(num_expert
 
 def test_where_every_token_goes_to_every_expert_there_is_no_collapse():
     assert warnings([[[5, 5]]] * 5, num_experts=2, top_k=2) == []
+
+
+def test_the_observer_logs_what_both_find_and_compares_no_loss_that_is_not_finite(caplog):
+    alarms = Alarms(MoEConfig())
+    for step, loss in enumerate([2.0] * 50 + [float("nan"), 6.0], start=1):
+        alarms.step_read(step, types.SimpleNamespace(loss=loss, is_finite=loss == loss))
+    for step in (10, 20, 30):
+        alarms.line(step, {"train/loss": 2.0}, np.array([ONE_PAIR]))
+        alarms.line(step, {"val/loss": 2.0, "moe/load": [[0.5, 0.5]]})
+    spike, collapse = caplog.messages
+    assert spike.startswith("warning: the loss of step 52 jumped to 6.0000")
+    assert collapse.startswith("warning: the router of MoE layer 0 has collapsed by step 30")

@@ -1,11 +1,9 @@
-"""MLflow, the real library on a real SQLite file. (TensorBoard's events are read in test_metrics.py.)"""
+"""MLflow, the real library on a real SQLite file."""
 
 import contextlib
-import dataclasses
 import json
 import math
 import re
-import resource
 import shutil
 
 import pytest
@@ -18,6 +16,8 @@ from moe_jax.errors import UserError
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.trackers import mlflow
 from moe_jax.trackers.mlflow import MLflow, check_mlflow
+from tests.end_to_end.faulty import no_file_over
+from tests.tiny import change
 
 CONFIG = Config(train=TrainConfig(trackers=("mlflow",), mlflow_experiment="tests"))
 
@@ -49,13 +49,9 @@ def id_of(run):
 
 @contextlib.contextmanager
 def tracked(config, run, restored_step, ending="finished", files=()):
-    """The tracker of one start of ``run``, closed as the commands close it."""
+    """The tracker of one start of ``run``, which is closed at the end."""
     tracker = MLflow(config, run, restored_step)
-    try:
-        yield tracker
-    except BaseException:
-        tracker.close("failed", ())
-        raise
+    yield tracker
     tracker.close(ending, files)
 
 
@@ -80,8 +76,7 @@ def test_settings_metrics_texts_and_pictures_arrive_and_a_resumed_run_goes_on_in
     assert math.isnan(points(folder, run, "val/loss/a: b_")[0][1])
     assert {item.path for item in client(folder).list_artifacts(first_id)} == {"loss_curve.png", "sample"}
     # From the checkpoint of step 5: step 10 comes again, and is the same.
-    longer = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, num_steps=2000))
-    with tracked(longer, run, 5) as tracker:
+    with tracked(change(CONFIG, train={"num_steps": 2000}), run, 5) as tracker:
         assert client(folder).get_run(first_id).info.status == "RUNNING"
         tracker.line(10, {"train/loss": 1.5})
         tracker.line(15, {"train/loss": 1.0})
@@ -92,8 +87,8 @@ def test_settings_metrics_texts_and_pictures_arrive_and_a_resumed_run_goes_on_in
 
 def test_a_run_that_ends_in_an_error_has_failed(folder):
     run = run_in(folder, "failed")
-    with pytest.raises(ZeroDivisionError), tracked(CONFIG, run, None):
-        raise ZeroDivisionError
+    with tracked(CONFIG, run, None, "failed"):
+        pass
     assert client(folder).get_run(id_of(run)).info.status == "FAILED"
 
 
@@ -116,19 +111,12 @@ def test_a_server_that_is_away_for_a_while_gets_everything_later(folder, monkeyp
     assert points(folder, run, "train/loss") == [(5, 2.5), (10, 1.5), (15, 1.0)]
 
 
-@pytest.mark.parametrize(
-    "uri",
-    [
-        "http://127.0.0.1:9",
-        "nonsense://x",
-        "sqlite:////dev/null/mlflow.db",
-        "postgresql://127.0.0.1/none",
-        "http://[::1",
-        "postgresql+x://y/z",
-    ],
-)
+URIS = ["http://127.0.0.1:9", "nonsense://x", "sqlite:////dev/null/mlflow.db", "postgresql://127.0.0.1/none"]
+
+
+@pytest.mark.parametrize("uri", [*URIS, "http://[::1", "postgresql+x://y/z"])
 def test_a_server_that_cannot_be_used_is_told_at_the_start(tmp_path, uri):
-    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, mlflow_uri=uri))
+    config = change(CONFIG, train={"mlflow_uri": uri})
     with pytest.raises(UserError, match=r"MLflow at .* cannot be used .*; correct train.mlflow_uri") as error:
         check_mlflow(config.train, RunDirectory(tmp_path))
     assert "\n" not in str(error.value)
@@ -137,17 +125,13 @@ def test_a_server_that_cannot_be_used_is_told_at_the_start(tmp_path, uri):
 def test_a_full_disk_is_told_once_and_ends_no_run(folder, caplog, capfd):
     run = run_in(folder, "full")
     caplog.set_level("WARNING", logger="moe_jax")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with tracked(CONFIG, run, None) as tracker:
         tracker.line(5, {"train/loss": 2.5})
         capfd.readouterr()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-        try:
+        with no_file_over(2000):
             for step in (10, 15):
                 tracker.line(step, {"train/loss": 1.5})
                 tracker.text(step, "sample", "To be " * 1000)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     (said,) = [record.message for record in caplog.records]
     assert re.match(r"warning: MLflow does not take what is logged \(.*disk.*; the run goes on$", said), said
     assert capfd.readouterr().err == "", "no traceback beside it"
@@ -180,10 +164,9 @@ def test_a_file_that_is_no_database_is_told_at_the_start(tmp_path):
 
 def test_an_experiment_that_was_deleted_is_told_at_the_start(folder):
     run = run_in(folder, "orphan")
-    gone = dataclasses.replace(CONFIG.train, mlflow_experiment="gone")
     client(folder).delete_experiment(client(folder).create_experiment("gone"))
     with pytest.raises(UserError, match=r"train.mlflow_experiment gone has been deleted in MLflow; restore it"):
-        check_mlflow(gone, run)
+        check_mlflow(change(CONFIG, train={"mlflow_experiment": "gone"}).train, run)
 
 
 def test_a_run_begun_on_one_server_begins_anew_on_another(folder, monkeypatch):
@@ -228,12 +211,12 @@ def test_a_password_is_not_kept_nor_shown(folder, monkeypatch, caplog):
     address = "postgresql://me:pa:ss@host/db"
     assert mlflow.without_password(address) == "postgresql://me:***@host/db"
     assert mlflow.without_password("sqlite:////home/me/mlflow.db") == "sqlite:////home/me/mlflow.db"
+    secret = change(CONFIG, train={"mlflow_uri": address})
     with pytest.raises(UserError) as error:
-        check_mlflow(dataclasses.replace(CONFIG.train, mlflow_uri=address), run)
+        check_mlflow(secret.train, run)
     assert "pa:ss" not in str(error.value)
     here = client(folder)
     monkeypatch.setattr(mlflow._Store, "client", lambda self: here)  # no such database can be had
-    secret = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, mlflow_uri=address))
     MLflow(secret, run, None).close("finished", ())
     kept = json.dumps(client(folder).get_run(id_of(run)).data.params) + run.mlflow_file.read_text() + caplog.text
     assert "me:***@host" in kept
@@ -244,4 +227,3 @@ def test_a_missing_library_is_told_before_any_work(monkeypatch, tmp_path):
     monkeypatch.setattr(mlflow.importlib.util, "find_spec", lambda name: None if name == "alembic" else name)
     with pytest.raises(UserError, match="mlflow needs alembic installed; pip install"):
         check_mlflow(CONFIG.train, RunDirectory(tmp_path))
-    check_mlflow(TrainConfig(), RunDirectory(tmp_path))

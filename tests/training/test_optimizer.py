@@ -1,7 +1,5 @@
 """Schedules by hand, the decay mask, clipping, and Muon against a loop over single matrices."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,27 +14,24 @@ from tests.oracles.moe import on_cpu
 VOCAB = 23
 
 
+def params_of(**model):
+    """The shapes of a model's parameters."""
+    config = ModelConfig(embed_dim=16, num_heads=2, num_layers=2, qk_norm=True, **model)
+    decoder = Decoder(on_cpu(config), VOCAB)
+    return jax.eval_shape(lambda: decoder.init(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"])
+
+
+def by_name(tree):
+    """(parameter, leaf), whatever layer it is in."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return [(jax.tree_util.keystr(path).split("'")[-2], leaf) for path, leaf in leaves]
+
+
 def test_decay_is_for_matrices_only():
-    config = ModelConfig(
-        embed_dim=16,
-        num_heads=2,
-        num_layers=2,
-        moe=MoEConfig(router="noisy_top_k"),
-        use_bias=True,
-        positions="learned",
-        tie_embeddings=False,
-        qk_norm=True,
-    )
-    config = dataclasses.replace(config, norm="layernorm")
-    params = jax.eval_shape(
-        lambda: Decoder(on_cpu(config), VOCAB).init(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
-    )
-    decayed = {
-        jax.tree_util.keystr(path).split("'")[-2]
-        for path, flag in jax.tree_util.tree_leaves_with_path(decay_mask(params))
-        if flag
-    }
-    every = {jax.tree_util.keystr(path).split("'")[-2] for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    moe = MoEConfig(router="noisy_top_k")
+    params = params_of(moe=moe, use_bias=True, positions="learned", tie_embeddings=False, norm="layernorm")
+    decayed = {name for name, is_decayed in by_name(decay_mask(params)) if is_decayed}
+    every = {name for name, _ in by_name(params)}
     assert decayed == {
         *("query", "key", "value", "out", "router", "router_noise", "w_up", "w_gate", "w_down", "output")
     }
@@ -128,15 +123,9 @@ def test_muon_is_that_of_each_layers_and_experts_matrix_alone(shape):
 
 
 def test_muon_trains_hidden_matrices_and_adamw_the_rest():
-    config = ModelConfig(
-        embed_dim=16, num_heads=2, num_layers=2, moe=MoEConfig(router="noisy_top_k", num_shared_experts=1)
-    )
-    config = dataclasses.replace(config, use_bias=True, tie_embeddings=False, qk_norm=True)
-    params = jax.eval_shape(
-        lambda: Decoder(on_cpu(config), VOCAB).init(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
-    )
-    labels = jax.tree_util.tree_leaves_with_path(muon_labels(params))
-    by_muon = {jax.tree_util.keystr(path).split("'")[-2] for path, label in labels if label == "muon"}
+    moe = MoEConfig(router="noisy_top_k", num_shared_experts=1)
+    labels = by_name(muon_labels(params_of(moe=moe, use_bias=True, tie_embeddings=False)))
+    by_muon = {name for name, label in labels if label == "muon"}
     assert by_muon == {"query", "key", "value", "out", "w_up", "w_gate", "w_down"}
     assert {"adamw"} == {label for _, label in labels} - {"muon"}
 

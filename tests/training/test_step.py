@@ -1,6 +1,5 @@
 """The optimizer step: accumulation, devices and the meaning of its losses."""
 
-import dataclasses
 import functools
 
 import jax
@@ -17,6 +16,7 @@ from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import init_state
 from moe_jax.training.step import eval_step, train_step
 from tests.oracles.moe import on_cpu
+from tests.tiny import change
 
 VOCAB, L, BATCH = 23, 12, 16
 CONFIG = Config(
@@ -66,10 +66,6 @@ def reference():
     return two_steps(CONFIG)
 
 
-def change(**optimizer):
-    return dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, **optimizer))
-
-
 def assert_same_training(actual, expected):
     for got, want in zip(jax.tree.leaves(actual[1]), jax.tree.leaves(expected[1]), strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6)
@@ -81,7 +77,7 @@ def assert_same_training(actual, expected):
 @pytest.mark.parametrize("accumulation", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing_though_there_is_dropout_noise_and_dropping(reference, accumulation):
     assert float(reference[1][0].routing.dropped_N.sum()) > 0
-    assert_same_training(two_steps(change(accumulation_steps=accumulation)), reference)
+    assert_same_training(two_steps(change(CONFIG, optimizer={"accumulation_steps": accumulation})), reference)
 
 
 @pytest.mark.slow  # test_eight_devices_with_accumulation_equal_one is its like
@@ -90,20 +86,17 @@ def test_eight_devices_equal_one(reference):
 
 
 def test_eight_devices_with_accumulation_equal_one(reference):
-    assert_same_training(two_steps(change(accumulation_steps=2), devices=8), reference)
+    assert_same_training(two_steps(change(CONFIG, optimizer={"accumulation_steps": 2}), devices=8), reference)
 
 
 def test_einsum_trains_as_gather_does(reference):
-    moe = dataclasses.replace(CONFIG.model.moe, dispatch="einsum")
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe))
-    assert_same_training(two_steps(config), reference)
+    assert_same_training(two_steps(change(CONFIG, moe={"dispatch": "einsum"})), reference)
 
 
 @pytest.fixture(scope="module")
 def one_step():
     """A new state, the function of a state that makes one step, and the one that looks for what is not finite."""
-    moe = dataclasses.replace(CONFIG.model.moe, router="sigmoid_bias", router_z_weight=0.0)
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, moe=moe))
+    config = change(CONFIG, moe={"router": "sigmoid_bias", "router_z_weight": 0.0})
     decoder = Decoder(on_cpu(config.model, train=True), VOCAB)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
     step = jax.jit(functools.partial(train_step, config, decoder, optimizer))
@@ -184,11 +177,9 @@ VARIANTS = {
 )
 def test_devices_accumulation_and_remat_change_no_router(router):
     moe, devices, accumulation = VARIANTS[router]
-    model = dataclasses.replace(CONFIG.model, moe=MoEConfig(num_experts=4, expert_dim=12, **LOSSES | moe))
-    config = dataclasses.replace(CONFIG, model=model)
-    optimizer = dataclasses.replace(config.optimizer, accumulation_steps=accumulation)
-    remat = dataclasses.replace(model, remat="full")
-    divided = two_steps(dataclasses.replace(config, model=remat, optimizer=optimizer), devices)
+    config = change(CONFIG, model={"moe": MoEConfig(num_experts=4, expert_dim=12, **LOSSES | moe)})
+    divided = change(config, model={"remat": "full"}, optimizer={"accumulation_steps": accumulation})
+    divided = two_steps(divided, devices)
     expected = two_steps(config)
     assert_same_training(divided, expected)
     variables, (first, second) = expected
@@ -203,9 +194,8 @@ def test_devices_accumulation_and_remat_change_no_router(router):
 
 
 def test_the_reported_loss_is_the_language_model_loss_alone():
-    plain = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, dropout_rate=0.0))
-    moe = dataclasses.replace(plain.model.moe, router="top_k", load_balancing_weight=50.0, capacity_factor=None)
-    config = dataclasses.replace(plain, model=dataclasses.replace(plain.model, moe=moe))
+    moe = {"router": "top_k", "load_balancing_weight": 50.0, "capacity_factor": None}
+    config = change(CONFIG, model={"dropout_rate": 0.0}, moe=moe)
     _, (first, _) = two_steps(config)
     decoder = Decoder(on_cpu(config.model, train=True), VOCAB)
     mesh = make_mesh(MeshConfig(data=1), BATCH)
@@ -256,7 +246,8 @@ def packed_batch(garbage=0):
 
 def test_rows_of_documents_train_the_same_under_accumulation_and_devices_whatever_padding_holds():
     expected = two_steps(CONFIG, made=packed_batch())
-    assert_same_training(two_steps(change(accumulation_steps=2), devices=8, made=packed_batch(garbage=5)), expected)
+    accumulated = change(CONFIG, optimizer={"accumulation_steps": 2})
+    assert_same_training(two_steps(accumulated, devices=8, made=packed_batch(garbage=5)), expected)
     first, _ = expected[1]
     assert int(first.num_targets) == packed_batch()["mask"].sum() < BATCH * L
     assert int(first.routing.num_tokens) == int(first.num_targets)
