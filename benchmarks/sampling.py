@@ -9,7 +9,7 @@ decode, at temperature 0.8 and top-p 0.95. All parts take turns in one process a
 choose where all are equally likely, and the cache have to be read once. So many bytes are streamed in the same turns
 (a sum over them), and the share is the streaming's seconds over the decode step's. One token's experts are mostly not
 the last one's, so the bytes are each time other ones out of as many as the model has; *share of the same* is against
-the same bytes again and again, which lie nearer to the processor.
+the same bytes again and again, which lie in its caches.
 
 *PyTorch*: where torch is installed, the same parameters in the loop that comes to mind first: for each token a full
 forward pass of the last ones, temperature alone (``torch_decoder.py``). Its logits are compared with ours before.

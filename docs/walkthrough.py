@@ -27,7 +27,7 @@ import os
 import sys
 from pathlib import Path
 
-# The repository's root, so that the package need not be installed; and a processor, the quickest for small arrays.
+# The repository's root, so that the package need not be installed; and a CPU, the quickest for small arrays.
 sys.path[:0] = [str(folder) for folder in (Path.cwd(), *Path.cwd().parents) if (folder / "moe_jax").is_dir()]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 

@@ -9,7 +9,7 @@ XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false" if importlib.metadata.version(
 
 
 def quick_environment(cache: Path) -> dict[str, str]:
-    """Of a command that a test starts: on the processor, compiled quickly, with its caches in the folder ``cache``."""
+    """Of a command that a test starts: on the CPU, compiled quickly, with its caches in the folder ``cache``."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",

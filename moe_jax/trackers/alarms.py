@@ -52,7 +52,7 @@ class SpikeWatch:
         self._num_high = 0
 
     def warning(self, step: int, loss: float) -> str | None:
-        """What to say after ``step``, whose ``loss`` is finite; each spike is told once."""
+        """What to say after ``step``, whose ``loss`` is finite; each spike is reported once."""
         if len(self._losses) < _FEWEST_PEERS:
             self._losses.append(loss)
             return None
@@ -86,7 +86,7 @@ class CollapseWatch:
         self._lasted: collections.Counter[int] = collections.Counter()
 
     def warnings(self, step: int, load_NE: np.ndarray) -> Iterator[str]:
-        """What to say of the rows [MoE layers, E] of the steps up to ``step``; each collapse is told once."""
+        """What to say of the rows [MoE layers, E] of the steps up to ``step``; each collapse is reported once."""
         if self._top_k >= self._num_experts:
             return
         share_NE = load_NE / np.maximum(load_NE.sum(axis=1, keepdims=True), 1)
