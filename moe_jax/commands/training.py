@@ -1,10 +1,9 @@
 """What train.py does: open or prepare the data, make the observers, call the three acts of a run."""
 
-import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import jax
 from clu import parameter_overview
@@ -51,11 +50,10 @@ def train(config: Config, workdir: Path) -> None:
     run.check_unlocked()
     if config.train.compile_cache:
         enable_compile_cache()
-    dataset = find_or_prepare(config.data, cache_folder("data"))
-    setup = resolve(config, dataset, workdir)
-    config = setup.config
     if "mlflow" in config.train.trackers:
         check_mlflow(config.train, run)
+    setup = resolve(config, lambda: find_or_prepare(config.data, cache_folder("data")), workdir)
+    config, dataset = setup.config, setup.dataset
     engine = None
     if is_causal(config.model.moe):  # no text can be sampled from experts that choose among later tokens too
         engine = Engine(config, dataset.tokenizer, setup.machine)
@@ -71,55 +69,60 @@ def train(config: Config, workdir: Path) -> None:
             if is_first_process():
                 for file in (run.metrics_file, run.config_file, run.mlflow_file, run.loss_curve, run.expert_load):
                     remove_leftovers(file)
-                save_tokenizer(dataset.tokenizer, run.tokenizer)
             # Metrics first: where something is wrong with them, no tracker is left with a run that never began.
-            with MetricsFile(run, start.restored_step) as metrics:
-                observers = _observers(setup, start, engine)
-                with _closing(observers) as outcome:
-                    run.save_config(config)
-                    _describe(setup, start.state)
-                    state = fit(setup, start, checkpoints, metrics, observers, request)
-                    outcome.files = _draw(run)
-                    outcome.ending = "finished" if request.exit_code is None else "interrupted"
+            with MetricsFile(run, start.restored_step) as metrics, _Watch() as watch:
+                for observer in _observers(setup, start, engine):
+                    watch.observers.append(observer)
+                run.save_config(config)
+                if is_first_process():
+                    save_tokenizer(dataset.tokenizer, run.tokenizer)
+                _describe(setup, start.state)
+                state = fit(setup, start, checkpoints, metrics, watch.observers, request)
+                watch.files = _draw(run)
+                watch.ending = "finished" if request.exit_code is None else "interrupted"
         _conclude(setup, int(state.step), start.progress, request.exit_code)
     if request.exit_code is not None:
         raise Interrupted(request.exit_code)
 
 
-def _observers(setup: Setup, start: Start, engine: Engine | None) -> list[Observer]:
-    """Those that the settings ask for. Raises UserError where a tracker cannot begin."""
+def _observers(setup: Setup, start: Start, engine: Engine | None) -> Iterator[Observer]:
+    """Those that the settings ask for, each begun when it is due. UserError where a tracker cannot begin."""
     config, run = setup.config, setup.run
+    yield Alarms(config.model.moe)
     trackers: list[Tracker] = []
-    names = config.train.trackers if is_first_process() else ()
-    if "mlflow" in names:
-        trackers.append(MLflow(config, run, start.restored_step))
-    if "tensorboard" in names:
-        trackers.append(TensorBoard(run, start.restored_step))
-    observers: list[Observer] = [Alarms(config.model.moe), *trackers]
-    if config.train.profile is not None:
-        observers.append(Profile(config.train.profile, run.profile))
-    if config.train.watchdog is not None:
-        observers.append(Watchdog(config.train.watchdog, run.stacks))
+    if is_first_process():
+        if "mlflow" in config.train.trackers:
+            trackers.append(MLflow(config, run, start.restored_step))
+            yield trackers[-1]
+        if "tensorboard" in config.train.trackers:
+            trackers.append(TensorBoard(run, start.restored_step))
+            yield trackers[-1]
+        if config.train.profile is not None:
+            yield Profile(config.train.profile, run.profile)
+        if config.train.watchdog is not None:
+            yield Watchdog(config.train.watchdog, run.stacks)
     if engine is not None:
-        observers.append(Samples(engine, config.sample, trackers))
-    return [*observers, Console(config.train.num_steps, int(start.state.step))]
+        yield Samples(engine, config.sample, trackers)
+    yield Console(config.train.num_steps, int(start.state.step))
 
 
-@dataclass
-class _Outcome:
-    ending: Ending = "failed"
-    files: Sequence[Path] = ()
+class _Watch:
+    """The observers of a start. At the end of a ``with`` block all are closed: as failed, unless it said otherwise."""
 
+    def __init__(self) -> None:
+        self.observers: list[Observer] = []
+        self.ending: Ending = "failed"
+        self.files: Sequence[Path] = ()
 
-@contextlib.contextmanager
-def _closing(observers: Sequence[Observer]) -> Iterator[_Outcome]:
-    """Closes ``observers`` at the end: as failed, unless the block says otherwise."""
-    outcome = _Outcome()
-    try:
-        yield outcome
-    finally:
-        for observer in reversed(observers):
-            observer.close(outcome.ending, outcome.files)
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for observer in reversed(self.observers):
+            try:
+                observer.close(self.ending, self.files)
+            except Exception as error:  # noqa: BLE001 - the others are to be closed, and the run's own end counts
+                log.warning(f"warning: {type(observer).__name__} could not be closed ({error})")
 
 
 def _is_finished(setup: Setup, start: Start) -> bool:

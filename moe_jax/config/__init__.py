@@ -29,7 +29,7 @@ from moe_jax.config.fields import OldSettings, section_from_dict
 class MoEConfig:
     num_experts: Annotated[int, Range(0, 2**16)] = 8
     """Experts of each MoE layer (E); 0 makes every layer dense."""
-    top_k: Count = 2
+    top_k: Annotated[int, Range(0, MANY)] = 2
     """Experts that each token is sent to (K)."""
     expert_dim: Count = 256
     """Hidden width of one expert (F)."""

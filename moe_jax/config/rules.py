@@ -58,6 +58,11 @@ def _check_divides(name: str, value: int, of: str, whole: int) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
+    if not model.moe.num_experts and model.mlp_dim is None and model.moe.top_k < 1:
+        raise UserError(
+            f"model.moe.top_k must be at least 1, got {model.moe.top_k}: (top_k + num_shared_experts) * expert_dim is "
+            "the width of a dense MLP; raise it, or set model.mlp_dim"
+        )
     _check_divides("model.num_heads", model.num_heads, "model.embed_dim", model.embed_dim)
     _check_divides("model.num_kv_heads", model.num_kv_heads or 1, "model.num_heads", model.num_heads)
     head_dim = model.embed_dim // model.num_heads
@@ -70,7 +75,7 @@ def _check_model(model: ModelConfig) -> None:
 
 def _check_moe(model: ModelConfig) -> None:
     moe = model.moe
-    if moe.top_k > moe.num_experts:
+    if not 1 <= moe.top_k <= moe.num_experts:
         raise UserError(
             f"model.moe.top_k must be in [1, num_experts={moe.num_experts}], got {moe.top_k}; "
             "lower top_k or raise num_experts"

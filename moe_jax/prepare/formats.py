@@ -183,9 +183,10 @@ def _zstd_chunks(file: Path) -> Iterator[bytes]:
             while data:
                 frame = frame or frames.decompressobj()
                 try:
-                    yield frame.decompress(data)
+                    content = frame.decompress(data)
                 except zstandard.ZstdError as error:
                     raise zlib.error(str(error)) from None
+                yield from (content[start : start + _CHUNK] for start in range(0, len(content), _CHUNK))
                 data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
     if frame is not None:
         raise EOFError("the last frame has no end")
@@ -194,7 +195,7 @@ def _zstd_chunks(file: Path) -> Iterator[bytes]:
 def _texts(file: Path, options: ReadOptions) -> Iterator[str]:
     """The text of ``file`` in chunks, without a byte order mark."""
     decoder = codecs.getincrementaldecoder("utf-8")(options.errors)
-    place = 0
+    place, is_first = 0, True
     for chunk in itertools.chain(filter(None, _chunks(file)), [b""]):
         pending = len(decoder.getstate()[0])
         try:
@@ -209,8 +210,8 @@ def _texts(file: Path, options: ReadOptions) -> Iterator[str]:
                 f"{file} is not text (a NUL byte at {place + chunk.index(0)}); name a text file, or prepare "
                 "it with --errors replace"
             )
-        yield text if place else text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}")
-        place += len(chunk)
+        yield text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}") if is_first else text
+        place, is_first = place + len(chunk), is_first and not text
 
 
 def _lines(chunks: Iterator[Any], end: Any) -> Iterator[Any]:

@@ -101,11 +101,11 @@ def _read_tokenizer(file: Path, delimiters: Delimiters) -> Tokenizer:
     """The tokenizer in a ``tokenizer.json`` of ours or of Hugging Face's library."""
     content = _content(file)
     try:
-        kinds = msgspec.json.decode(content, type=_Kinds)
+        text, kinds = content.decode(), msgspec.json.decode(content, type=_Kinds)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{file} is not a tokenizer.json ({error}); name one") from None
     if kinds.model is not None and kinds.kind is None:
-        return HuggingFaceTokenizer(content.decode(), delimiters, str(file))
+        return HuggingFaceTokenizer(text, delimiters, str(file))
     return read_tokenizer(file, delimiters)
 
 

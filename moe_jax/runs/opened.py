@@ -28,8 +28,11 @@ class OpenedRun:
         """
         from moe_jax.runs.checkpoint.restore import restore_items
 
-        self.checkpoint.check(items)
-        return restore_items(self.checkpoint.folder, self.checkpoint.record, items)
+        found = self.checkpoint
+        if not found.folder.exists():  # a training that goes on has saved a newer one, or a better one, meanwhile
+            found = find_checkpoint(self.directory.checkpoints, found.which)
+        found.check(items)
+        return restore_items(found.folder, found.record, items)
 
 
 def open_run(workdir: Path | None, which: Which) -> OpenedRun:

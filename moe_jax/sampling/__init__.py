@@ -1,1 +1,1 @@
-"""From trained parameters to text: logits processors, the jitted decode loop and the front end."""
+"""From trained parameters to text: logits processors, the jitted decode loop, the engine and ``load``."""

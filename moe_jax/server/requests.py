@@ -143,7 +143,7 @@ def _fields(values: dict[str, Any], limits: Limits) -> _Body:
     try:
         return msgspec.convert(values, _Body)
     except msgspec.ValidationError as error:
-        (name,) = re.findall(r" at `\$\.(\w+)", str(error))
+        name = re.findall(r" at `\$\.(\w+)[^`]*`\Z", str(error))[0]  # at its end: what comes before may quote a client
         raise _mistake(name, _rule(name), values[name]) from None
 
 

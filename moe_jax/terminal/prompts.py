@@ -1,5 +1,6 @@
 """Where prompts come from: the command line, standard input, a text file, or a file of JSON lines. Imports no jax."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -33,8 +34,9 @@ def _from_file(file: Path) -> list[str]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                prompts.append(msgspec.json.decode(line, type=_Line).prompt)
-            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+                # By json: sample.py --jsonl, too, writes log-probabilities that are not finite, which msgspec refuses.
+                prompts.append(msgspec.convert(json.loads(line), _Line).prompt)
+            except (ValueError, RecursionError) as error:
                 raise UserError(
                     f'{file}:{number} must be a JSON object with a text as "prompt" ({error}); correct the line'
                 ) from None

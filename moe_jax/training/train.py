@@ -5,6 +5,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,12 @@ class Setup:
         return self.config.data.batch_size // self.config.optimizer.accumulation_steps
 
 
-def resolve(config: Config, dataset: Dataset, workdir: Path) -> Setup:
-    """Act one: all that a start depends on. Raises every UserError that can be known before it, and writes nothing."""
+def resolve(config: Config, open_dataset: Callable[[], Dataset], workdir: Path) -> Setup:
+    """Act one: all that a start depends on. Raises every UserError that can be known before it.
+
+    ``open_dataset`` may prepare a large text, so it is called once all that needs no text has been checked. Nothing
+    else is written.
+    """
     run = RunDirectory(workdir)
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"--workdir must be a folder, but {run.path} is a file; choose another")
@@ -97,31 +102,33 @@ def resolve(config: Config, dataset: Dataset, workdir: Path) -> Setup:
     begun = _begun(run, saved)
     if begun is not None and saved is not None:
         check_same_run(begun, config)
-        check_same_text(saved.record, config.data, dataset)
         check_random(saved.record.random, config.train.seed)
+    microbatch_size = config.data.batch_size // config.optimizer.accumulation_steps
+    mesh = make_mesh(config.mesh, microbatch_size)
+    machine, num_tokens = this_machine(), microbatch_size * config.model.context_length
+    models, backends = {}, {}
+    for phase, train in (("training", True), ("evaluation", False)):
+        models[phase] = with_dispatch(config.model, num_tokens, train=train, machine=machine)
+        if config.model.moe.num_experts:
+            backends[phase] = choose(config.model.moe, num_tokens, train=train, machine=machine)
+
+    dataset = open_dataset()
+    if saved is not None:
+        check_same_text(saved.record, config.data, dataset)
     check_data(dataset, config.data, config.model.context_length)
     steps_per_epoch = batches_per_epoch(dataset, config.data, config.model.context_length)
     config = _settle(config, begun, steps_per_epoch)
     source = None
     if config.train.init_from is not None and saved is None:
         source = open_source(config, dataset.tokenizer, run)
-    microbatch_size = config.data.batch_size // config.optimizer.accumulation_steps
-    mesh = make_mesh(config.mesh, microbatch_size)
-    machine = this_machine()
-    num_tokens = microbatch_size * config.model.context_length
-    decoders, backends = {}, {}
-    for phase, train in (("training", True), ("evaluation", False)):
-        model = with_dispatch(config.model, num_tokens, train=train, machine=machine)
-        decoders[phase] = Decoder(model, dataset.tokenizer.vocab_size)
-        if config.model.moe.num_experts:
-            backends[phase] = choose(config.model.moe, num_tokens, train=train, machine=machine)
+    vocab_size = dataset.tokenizer.vocab_size
     return Setup(
         config=config,
         run=run,
         dataset=dataset,
         mesh=mesh,
-        decoder=decoders["training"],
-        eval_decoder=decoders["evaluation"],
+        decoder=Decoder(models["training"], vocab_size),
+        eval_decoder=Decoder(models["evaluation"], vocab_size),
         machine=machine,
         backends=backends,
         steps_per_epoch=steps_per_epoch,

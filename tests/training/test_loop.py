@@ -55,7 +55,7 @@ def setup(tmp_path_factory):
     config = change(
         CONFIG, data={"path": str(folder / "verse.txt")}, optimizer={"warmup_steps": 1}, train=steps, mesh={"data": 1}
     )
-    return resolve(config, find_or_prepare(config.data, folder / "cache"), folder / "run")
+    return resolve(config, lambda: find_or_prepare(config.data, folder / "cache"), folder / "run")
 
 
 def fit_here(setup, folder, observers, request, calls):

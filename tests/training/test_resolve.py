@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 def resolve_here(monkeypatch, folder, workdir, sections):
     monkeypatch.chdir(folder)
     config = change(HERE, **sections)
-    return resolve(config, find_or_prepare(config.data, folder / "cache"), folder / workdir)
+    return resolve(config, lambda: find_or_prepare(config.data, folder / "cache"), folder / workdir)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def resolve_here(monkeypatch, folder, workdir, sections):
         ("new", {"data": {"path": "short.txt"}}, "must have at least model.context_length . 1 = 17 tokens, got"),
         ("new", {"mesh": {"data": 9}}, "mesh.data must be at most the 8 devices here, got 9"),
         ("new", {"data": {"batch_size": 4}}, "must be a multiple of the 8 devices of the mesh, got 4"),
-        ("new", {"moe": {"dispatch": "tokamax"}}, "tokamax needs an NVIDIA GPU, got a cpu"),
+        ("new", {"moe": {"dispatch": "tokamax"}}, "tokamax needs an NVIDIA GPU, which this cpu is not"),
         # The run that another begins with.
         ("new", {"train": {"init_from": "nowhere"}}, "train.init_from nowhere: nowhere is not a run directory"),
         ("new", {"train": {"init_from": "damaged"}}, "train.init_from damaged: .* is damaged"),

@@ -104,7 +104,9 @@ def choose(moe: MoEConfig, num_tokens: int, *, train: bool, machine: Machine) ->
 
 def _why_as_set(name: str, is_limited: bool, machine: Machine) -> str:
     if name == "tokamax" and not machine.is_nvidia:
-        raise UserError(f"model.moe.dispatch=tokamax needs an NVIDIA GPU, got a {machine.platform}; set it to auto")
+        raise UserError(
+            f"model.moe.dispatch=tokamax needs an NVIDIA GPU, which this {machine.platform} is not; set it to auto"
+        )
     if name == "tokamax" and not machine.has_tokamax:
         raise UserError(
             "model.moe.dispatch=tokamax needs the package tokamax, which is not installed; "

@@ -62,9 +62,14 @@ class Checkpoints:
         self._newest = None if saved is None else saved.record.step
         self._is_first, self._is_alone = is_first_process(), jax.process_count() == 1
         all_well(True)  # no process still looks at what is moved now
+        fault: Exception | None = None
         if self._is_first:
-            self._clean()
-        all_well(True)
+            try:
+                self._clean()
+            except (UserError, OSError) as error:
+                fault = error
+        if not all_well(fault is None):
+            raise fault or EnvironmentFault("the first process cannot save; its own error says why")
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None

@@ -55,8 +55,8 @@ def test_a_handful_of_rows_is_not_sorted(top_k, num_tokens, name):
 @pytest.mark.parametrize(
     ("machine", "words"),
     [
-        (CPU, "dispatch=tokamax needs an NVIDIA GPU, got a cpu; set it to auto"),
-        (AMD, "dispatch=tokamax needs an NVIDIA GPU, got a gpu; set it to auto"),
+        (CPU, "dispatch=tokamax needs an NVIDIA GPU, which this cpu is not; set it to auto"),
+        (AMD, "dispatch=tokamax needs an NVIDIA GPU, which this gpu is not; set it to auto"),
         (BARE_NVIDIA, "needs the package tokamax, which is not installed; pip install tokamax"),
     ],
 )
