@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,11 +43,8 @@ PATHS = {
 def model(request):
     """(function of variables and tokens to logits, variables, the same compiled for them, tolerance)."""
     config = on_cpu(dataclasses.replace(CONFIG, **PATHS[request.param]))
-    variables = Variables(
-        jax.jit(Decoder(config, VOCAB).init)(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
-    )
-    variables = jax.tree.map(lambda leaf: leaf.value if hasattr(leaf, "value") else leaf, variables, is_leaf=is_boxed)
-    decoder = Decoder(config, VOCAB)
+    decoder, first = Decoder(config, VOCAB), Tokens(jnp.zeros((1, 2), jnp.int32))
+    variables = Variables(nn.unbox(jax.jit(decoder.init)(jax.random.key(0), first))["params"])
     if request.param == "walk":
         decoder, variables = Decoder(config, VOCAB, unstacked=True), unstack(variables, config)
 
@@ -56,10 +54,6 @@ def model(request):
     # Rows of other lengths are rounded at other places: to 2^-8 of a number in bfloat16.
     run = jax.jit(lambda tokens: logits(variables, tokens))
     return logits, variables, run, 2**-6 if request.param == "bfloat16" else 2e-5
-
-
-def is_boxed(leaf):
-    return hasattr(leaf, "value") and hasattr(leaf, "names")
 
 
 def row(tokens_L):

@@ -93,13 +93,10 @@ def experts_of(size_E, num_slots: int) -> np.ndarray:
     return np.append(np.repeat(np.arange(E), size_E), np.full(num_slots - sum(size_E), E))
 
 
-@functools.partial(jax.jit, static_argnames="activation")
 def one_by_one(weights: ExpertWeights, x_SD: jax.Array, expert_S: jax.Array, activation: str) -> jax.Array:
-    """Every expert on all rows, of which it is asked for its own; zeros for rows of none."""
-    return sum(
-        jnp.where((expert_S == expert)[:, None], one_expert(weights, expert, x_SD, activation), 0)
-        for expert in range(weights.w_up_EDF.shape[0])
-    )
+    """Each row through its own expert; zeros for rows of none."""
+    one_S1 = jnp.ones((x_SD.shape[0], 1), x_SD.dtype)
+    return moe_loop(x_SD, one_S1, weights, expert_S[:, None], one_S1 > 0, activation)
 
 
 @functools.partial(jax.jit, static_argnames=("mlp", "activation"))

@@ -19,13 +19,12 @@ def model(rotary):
 
 
 def test_each_prompts_samples_come_in_order_and_as_if_it_were_alone(model, rotary):
-    engine, variables, _ = rotary
     settings = dataclasses.replace(DEFAULTS, num_samples=2)
     samples = model.generate(["ab", "", "hgf"], num_samples=2)
     assert [sample.prompt for sample in samples] == ["ab", "ab", "", "", "hgf", "hgf"]
     for together, alone in (
-        (samples[2:4], engine.generate(variables, "", settings)),
-        (samples[4:], engine.generate(variables, "hgf", settings)),
+        (samples[2:4], rotary.generate("", settings)),
+        (samples[4:], rotary.generate("hgf", settings)),
     ):
         assert [(each.text, each.finish_reason) for each in together] == [
             (each.text, each.finish_reason) for each in alone
@@ -34,14 +33,13 @@ def test_each_prompts_samples_come_in_order_and_as_if_it_were_alone(model, rotar
 
 
 def test_what_is_left_out_is_as_the_run_samples(model, rotary):
-    engine, variables, _ = rotary
-    assert model.generate(["ab"]) == engine.generate(variables, "ab", DEFAULTS)
+    assert model.generate(["ab"]) == rotary.generate("ab", DEFAULTS)
     every = {"num_samples": 2, "max_new_tokens": 12, "temperature": 0.5, "top_k": 2, "top_p": 0.5, "seed": 0}
     every |= {"min_p": 0.3, "repetition_penalty": 1.5, "stop": ("b",), "stop_tokens": (2,)}
     assert set(every) == set(Settings.__annotations__) == {each.name for each in dataclasses.fields(SampleConfig)}
     for name, value in every.items():
         changed = dataclasses.replace(DEFAULTS, **{name: value})
-        assert model.generate(["ab"], **{name: value}) == engine.generate(variables, "ab", changed), name
+        assert model.generate(["ab"], **{name: value}) == rotary.generate("ab", changed), name
 
 
 @pytest.mark.parametrize(

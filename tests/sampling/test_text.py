@@ -31,14 +31,15 @@ def test_pieces_are_whole_characters_and_the_text(spec, size):
     assert REPLACEMENT not in "".join(given)
 
 
-def test_a_character_is_given_as_soon_as_it_is_whole():
-    ids = BYTES.encode("a🙂b").tolist()
-    assert pieces(BYTES, [[index] for index in ids]) == ["a", "", "", "", "🙂", "b", ""]
-
-
-def test_half_a_character_is_given_at_the_end_only():
-    ids = BYTES.encode("a🙂").tolist()[:-1]
-    assert pieces(BYTES, [ids, []]) == ["a", "", REPLACEMENT]
+@pytest.mark.parametrize(
+    ("chunks", "expected"),
+    [
+        ([[index] for index in BYTES.encode("a🙂b").tolist()], ["a", "", "", "", "🙂", "b", ""]),
+        ([BYTES.encode("a🙂").tolist()[:-1], []], ["a", "", REPLACEMENT]),
+    ],
+)
+def test_a_character_is_given_as_soon_as_it_is_whole_and_half_a_one_at_the_end(chunks, expected):
+    assert pieces(BYTES, chunks) == expected
 
 
 def test_bytes_that_are_no_text_are_given_as_the_whole_list_decodes():

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import http.client
 import json
 import socket
@@ -9,24 +10,16 @@ import threading
 import time
 from unittest import mock
 
-from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.data.tokenizer import ByteTokenizer
 from moe_jax.sampling.batch import Batch
 from moe_jax.server.app import Service
 from moe_jax.server.requests import Limits
 from moe_jax.server.serve import LOOPBACK, Server, listen
 from moe_jax.server.worker import Worker
-from tests.sampling.tiny import make
+from tests.sampling.tiny import CONFIG, make
 
 BYTES = ByteTokenizer("endoftext")
-MODEL = ModelConfig(
-    context_length=64,
-    num_layers=1,
-    embed_dim=16,
-    num_heads=2,
-    init_std=0.4,
-    moe=MoEConfig(num_experts=4, expert_dim=8),
-)
+MODEL = dataclasses.replace(CONFIG, context_length=64, num_layers=1)
 SIZES = (1, 4)
 
 
@@ -49,43 +42,47 @@ class PacedBatch(Batch):
         super().advance(steps)
 
 
-class Running:
-    """A server that answers on ``port``."""
+def message(content, **headers):
+    """The bytes of a request for a completion."""
+    body = json.dumps({"model": "tiny"} | content).encode()
+    headers = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": len(body)} | headers
+    lines = ["POST /v1/completions HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
-    def __init__(self, service, port, server):
-        self.service, self.port, self.server = service, port, server
-        self.url = f"http://127.0.0.1:{port}"
+
+class Client:
+    """Speaks to the server on ``port`` of this machine."""
+
+    def __init__(self, port):
+        self.port, self.url = port, f"http://127.0.0.1:{port}"
 
     def request(self, method, path, content=None, headers=None):
         """(status, headers, body) of one request on a connection of its own; ``content`` is sent as JSON."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         body = content if isinstance(content, bytes | None) else json.dumps(content).encode()
-        try:
+        with contextlib.closing(connection):
             connection.request(method, path, body, {"Content-Type": "application/json"} | (headers or {}))
             response = connection.getresponse()
             return response.status, response.headers, response.read()
-        finally:
-            connection.close()
+
+    def refusal(self, *request, **options):
+        """(status, error object) of a request."""
+        status, _, body = self.request(*request, **options)
+        return status, json.loads(body)["error"]
 
     def complete(self, **fields):
         """(status, object) of a completion."""
         status, _, body = self.request("POST", "/v1/completions", {"model": "tiny", **fields})
         return status, json.loads(body)
 
-    def open(self, content):
-        """A socket on which a completion has been asked for."""
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=30)
-        self.send(connection, content)
-        return connection
+    def connect(self):
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
-    def send(self, connection, content):
-        """Asks for a completion on ``connection``."""
-        body = json.dumps({"model": "tiny"} | content).encode()
-        head = (
-            "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        connection.sendall(head.encode() + body)
+    def open(self, content, **headers):
+        """A socket on which a completion has been asked for."""
+        connection = self.connect()
+        connection.sendall(message(content, **headers))
+        return connection
 
     def metric(self, name):
         """The value of the line ``name`` of /metrics; 0 where there is none yet."""
@@ -95,6 +92,14 @@ class Running:
     def count(self, endpoint, status):
         """Requests of ``endpoint`` that were answered with ``status``."""
         return self.metric(f'moe_jax_requests_total{{endpoint="{endpoint}",status="{status}"}}')
+
+
+class Running(Client):
+    """A server in this process."""
+
+    def __init__(self, service, port, server):
+        super().__init__(port)
+        self.service, self.server = service, server
 
     @property
     def num_generated(self):
@@ -160,9 +165,5 @@ def serving(made, *, sizes=SIZES, max_queue=32, api_key=None, send_buffer=None):
     finally:
         server.should_exit = True
         thread.join(30)
-        left = [
-            (each.conn.states, each.cycle is not None, each.transport.is_closing(), each.client)
-            for each in server.server_state.connections
-        ]
         worker.stop()
-        assert not thread.is_alive(), (left, server.server_state.tasks)
+        assert not thread.is_alive(), vars(server.server_state)

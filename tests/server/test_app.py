@@ -2,11 +2,11 @@
 
 import http.client
 import json
-import socket
 import threading
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
@@ -29,33 +29,24 @@ def stream(server, **fields):
     return chunks
 
 
-def test_a_completion_is_what_the_generator_makes(server, made):
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [("ab", ["ab"]), ([97, 98], ["ab"]), (["ab", "c"], ["ab", "c"]), ([[97, 98], [99]], ["ab", "c"])],
+)
+def test_a_completion_is_what_the_generator_makes_of_a_prompt_in_every_form(server, made, prompt, texts):
     engine, variables = made
-    status, answer = server.complete(prompt="ab", max_tokens=12, seed=5, n=2)
-    assert status == 200
-    assert (answer["object"], answer["model"]) == ("text_completion", "tiny")
-    expected = engine.generate(
-        variables, "ab", SampleConfig(max_new_tokens=12, temperature=1.0, top_p=1.0, seed=5, num_samples=2)
-    )
-    assert [choice["text"] for choice in answer["choices"]] == [sample.text for sample in expected]
-    assert [choice["index"] for choice in answer["choices"]] == [0, 1]
-    assert [choice["finish_reason"] for choice in answer["choices"]] == [each.finish_reason for each in expected]
-    made_tokens = sum(len(sample.tokens) for sample in expected)
+    status, answer = server.complete(prompt=prompt, max_tokens=12, seed=5, n=2)
+    sample = SampleConfig(max_new_tokens=12, temperature=1.0, top_p=1.0, seed=5, num_samples=2)
+    expected = [each for text in texts for each in engine.generate(variables, text, sample)]
+    assert (status, answer["object"], answer["model"]) == (200, "text_completion", "tiny")
+    found = [(choice["index"], choice["text"], choice["finish_reason"]) for choice in answer["choices"]]
+    assert found == [(index, each.text, each.finish_reason) for index, each in enumerate(expected)]
+    given, drawn = sum(map(len, texts)), sum(len(each.tokens) for each in expected)
     assert answer["usage"] == {
-        "prompt_tokens": 2,
-        "completion_tokens": made_tokens,
-        "total_tokens": 2 + made_tokens,
+        "prompt_tokens": given,
+        "completion_tokens": drawn,
+        "total_tokens": given + drawn,
     }
-
-
-def test_a_batch_of_prompts_in_every_form(server):
-    fields = {"max_tokens": 6, "seed": 1}
-    texts = [server.complete(prompt=prompt, **fields)[1]["choices"][0]["text"] for prompt in ("ab", "c")]
-    for prompts in (["ab", "c"], [[97, 98], [99]]):
-        _, answer = server.complete(prompt=prompts, **fields)
-        assert [choice["text"] for choice in answer["choices"]] == texts
-        assert answer["usage"]["prompt_tokens"] == 3
-    assert server.complete(prompt=[97, 98], **fields)[1]["choices"][0]["text"] == texts[0]
 
 
 def test_echo_shows_the_prompt_first(server):
@@ -156,25 +147,16 @@ def test_a_stop_ends_a_text_before_it(server):
 
 
 @pytest.mark.parametrize(
-    ("fields", "param", "code", "message"),
+    ("prompt", "code", "message"),
     [
-        (
-            {"prompt": "a" * 65},
-            "prompt",
-            "context_length_exceeded",
-            "the prompt may have 64 tokens, got 65; shorten it",
-        ),
-        ({"max_tokens": 2001}, "max_tokens", None, "max_tokens must be in [1, 2000], got 2001; change it"),
-        *(
-            ({"prompt": [token]}, "prompt", None, f"each token of the prompt must be in [0, 260], got {token}")
-            for token in (261, -1, 2**70)
-        ),
+        ("a" * 65, "context_length_exceeded", "the prompt may have 64 tokens, got 65; shorten it"),
+        *(([token], None, f"each token of the prompt must be in [0, 260], got {token}") for token in (261, -1, 2**70)),
     ],
 )
-def test_limits_on_tokens(server, fields, param, code, message):
-    status, answer = server.complete(**fields)
-    assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, param, code)
-    assert answer["error"]["message"].startswith(message)
+def test_limits_on_tokens(server, prompt, code, message):
+    status, error = server.refusal("POST", "/v1/completions", {"model": "tiny", "prompt": prompt})
+    assert (status, error["param"], error["code"]) == (400, "prompt", code)
+    assert error["message"].startswith(message)
 
 
 def test_the_start_of_a_document_counts_as_a_token_of_the_prompt():
@@ -190,11 +172,8 @@ def test_the_start_of_a_document_counts_as_a_token_of_the_prompt():
 
 
 def test_a_body_that_is_too_large(server):
-    status, _, body = server.request("POST", "/v1/completions", b"x" * 1_000_000)
-    assert (status, json.loads(body)["error"]["message"]) == (
-        413,
-        "the body may have 4096 bytes, got 1000000; shorten it",
-    )
+    status, error = server.refusal("POST", "/v1/completions", b"x" * 1_000_000)
+    assert (status, error["message"]) == (413, "the body may have 4096 bytes, got 1000000; shorten it")
     # Without a length said beforehand.
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     headers = {"Content-Type": "application/json"}
@@ -204,9 +183,9 @@ def test_a_body_that_is_too_large(server):
 
 
 def test_only_json_is_read(server):
-    status, _, body = server.request("POST", "/v1/completions", b"{}", {"Content-Type": "text/plain"})
-    told = "the Content-Type must be application/json, got 'text/plain'; set it"
-    assert (status, json.loads(body)["error"]["message"]) == (415, told)
+    status, error = server.refusal("POST", "/v1/completions", b"{}", {"Content-Type": "text/plain"})
+    words = "the Content-Type must be application/json, got 'text/plain'; set it"
+    assert (status, error["message"]) == (415, words)
     status, _, _ = server.request("POST", "/v1/completions", b"{", {"Content-Type": "Application/JSON; charset=utf-8"})
     assert status == 400
 
@@ -217,23 +196,17 @@ def test_models(server):
     assert (status, model["id"], model["object"], model["max_model_len"]) == (200, "tiny", "model", 64)
     assert json.loads(server.request("GET", "/v1/models/tiny")[2]) == model
     for name in ("other", "a/b", "%ff", "%00", "x" * 5000):
-        status, _, body = server.request("GET", "/v1/models/" + name)
-        assert (status, json.loads(body)["error"]["code"]) == (404, "model_not_found")
+        status, error = server.refusal("GET", "/v1/models/" + name)
+        assert (status, error["code"]) == (404, "model_not_found")
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
-        ("GET", "/v1/chat/completions", 404),
-        ("GET", "/v1/completions", 405),
-        ("POST", "/healthz", 405),
-        ("PUT", "/", 405),
-    ],
+    ("request_line", "status"),
+    [("GET /v1/chat/completions", 404), ("GET /v1/completions", 405), ("POST /healthz", 405), ("PUT /", 405)],
 )
-def test_what_is_not_there_is_an_error_object(server, method, path, status):
-    answered, _, body = server.request(method, path)
-    assert answered == status
-    assert json.loads(body)["error"]["type"] == "invalid_request_error"
+def test_what_is_not_there_is_an_error_object(server, request_line, status):
+    answered, error = server.refusal(*request_line.split())
+    assert (answered, error["type"]) == (status, "invalid_request_error")
 
 
 def test_another_name_of_the_host_is_refused(server):
@@ -247,52 +220,47 @@ def test_another_name_of_the_host_is_refused(server):
 
 
 def test_requests_are_counted_by_a_few_names(server):
-    before = {name: server.metric(f"moe_jax_{name}_total") for name in ("prompt_tokens", "generated_tokens")}
-    histograms = [f"moe_jax_{name}_seconds_count" for name in ("request_duration", "time_to_first_token")]
-    observed = [server.metric(name) for name in histograms]
-    count = server.count
-    others, refused = count("other", 404), count("/v1/completions", 400)
+    def counted():
+        sizes = [server.metric(f"moe_jax_{name}_tokens_total") for name in ("prompt", "generated")]
+        times = [
+            server.metric(f"moe_jax_{name}_seconds_count") for name in ("request_duration", "time_to_first_token")
+        ]
+        return np.array([server.count("other", 404), server.count("/v1/completions", 400), *sizes, *times])
+
+    before = counted()
     for path in ("/a", "/b", "/v1/completions/x"):
         server.request("GET", path)
     server.complete(n=0)
     _, answer = server.complete(prompt="abc", max_tokens=5, n=2)
-    assert count("other", 404) == others + 3
-    assert count("/v1/completions", 400) == refused + 1
-    assert server.metric("moe_jax_prompt_tokens_total") == before["prompt_tokens"] + 3
-    made_tokens = answer["usage"]["completion_tokens"]
-    assert server.metric("moe_jax_generated_tokens_total") == before["generated_tokens"] + made_tokens
-    assert [server.metric(name) for name in histograms] == [number + 1 for number in observed]
+    assert (counted() - before).tolist() == [3, 1, 3, answer["usage"]["completion_tokens"], 1, 1]
     assert server.request("GET", "/metrics")[1]["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
 
 
 def test_the_key(made):
+    wrong = (
+        b"secret",
+        b"Basic secret",
+        *(b"Bearer " + key for key in (b"", b"secre", b"secrets", b"\xff\xfe", b"Secret")),
+    )
     with serving(made, sizes=(1,), api_key=b"secret") as server:
-        for given in (
-            {},
-            {"Authorization": "secret"},
-            {"Authorization": "Basic secret"},
-            {"Authorization": "Bearer "},
-        ):
+        for given in ({}, *({"Authorization": each} for each in wrong)):
             for path in ("/v1/models", "/metrics", "/nothing"):
                 status, headers, body = server.request("GET", path, headers=given)
                 assert (status, headers["www-authenticate"]) == (401, "Bearer")
                 assert json.loads(body)["error"]["code"] == "invalid_api_key"
-        for wrong in (b"secre", b"secrets", b"\xff\xfe", b"Secret"):
-            status, _, _ = server.request("GET", "/v1/models", headers={"Authorization": b"Bearer " + wrong})
-            assert status == 401
-        status, _, body = server.request("POST", "/v1/completions", b"x" * 10_000)
-        assert status == 401  # whatever the body is
+        assert server.request("POST", "/v1/completions", b"x" * 10_000)[0] == 401  # whatever the body is
         for scheme in ("Bearer", "bearer"):
             assert server.request("GET", "/v1/models", headers={"Authorization": f"{scheme} secret"})[0] == 200
         assert server.request("GET", "/healthz")[0] == server.request("GET", "/")[0] == 200
 
 
 def test_a_method_and_a_path_that_are_no_http(server):
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        connection.sendall(b"\x16\x03\x01\x02\x00\x01\x00 tls hello\r\n\r\n")
-        assert connection.recv(1000).startswith(b"HTTP/1.1 400")
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 200_000)
-        assert connection.recv(1000).startswith(b"HTTP/1.1 400")
+    for sent in (
+        b"\x16\x03\x01\x02\x00\x01\x00 tls hello\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 200_000,
+    ):
+        with server.connect() as connection:
+            connection.sendall(sent)
+            assert connection.recv(1000).startswith(b"HTTP/1.1 400")
     wait_until(lambda: not server.server.server_state.tasks)
     assert server.request("GET", "/healthz")[::2] == (200, b"ok\n")

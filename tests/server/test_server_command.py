@@ -1,7 +1,6 @@
 """The command as a user runs it: a process that is started, spoken to and ended by a signal."""
 
 import contextlib
-import http.client
 import importlib.util
 import json
 import re
@@ -9,121 +8,84 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from moe_jax.commands.server import batch_sizes, main
+from moe_jax.config import Config
 from moe_jax.errors import EnvironmentFault, UserError
 from moe_jax.server.app import Service
 from moe_jax.server.serve import LOOPBACK, Server, listen, own_names, read_key
 from tests.compiling import quick_environment
-from tests.oracles.texts import VERSE
+from tests.oracles.runs import write_run
+from tests.sampling.tiny import CONFIG
+from tests.server.harness import Client, events, read, wait_until
 
 ROOT = Path(__file__).parents[2]
-RECIPE = """
-from moe_jax.config import *
-
-def get_config():
-    return Config(
-        model=ModelConfig(context_length=16, num_layers=1, embed_dim=16, num_heads=2,
-                          moe=MoEConfig(num_experts=4, expert_dim=16)),
-        data=DataConfig(path={text!r}, tokenizer="char", batch_size=4),
-        optimizer=OptimizerConfig(warmup_steps=0),
-        train=TrainConfig(num_steps=1, log_every=1),
-        sample=SampleConfig(max_new_tokens=1),
-    )
-"""
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a run of one step in runs/tiny."""
+    """A folder with a run in runs/tiny."""
     folder = tmp_path_factory.mktemp("home")
-    (folder / "verse.txt").write_text(VERSE * 50)
-    (folder / "tiny.py").write_text(RECIPE.format(text=str(folder / "verse.txt")))
-    arguments = [sys.executable, ROOT / "train.py", "--config", "tiny.py"]
-    subprocess.run(arguments, cwd=folder, env=environment(folder), check=True, capture_output=True, timeout=240)
+    write_run(folder / "runs" / "tiny", Config(model=CONFIG))
     return folder
-
-
-def environment(home):
-    return quick_environment(home / "cache") | {"PYTHONPATH": str(ROOT)}
 
 
 def run_server(home, *flags):
     """The process of a server, not yet ready."""
     arguments = [sys.executable, "-m", "moe_jax.server", *map(str, flags)]
+    environment = quick_environment(home / "cache") | {"PYTHONPATH": str(ROOT)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(arguments, cwd=home, env=environment(home), stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(arguments, cwd=home, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 @contextlib.contextmanager
 def started(home, *flags):
-    """(process, port) of a server that is ready."""
+    """(process, client) of a server that is ready."""
     with run_server(home, *flags) as process:
         try:
             line = process.stdout.readline()
             found = re.fullmatch(r"serving \S*runs/tiny as (\w+) at http://\S+:(\d+)\n", line)
             assert found, (line, process.stderr.read())
-            yield process, int(found[2])
+            yield process, Client(int(found[2]))
         finally:
             process.kill()
 
 
-def ask(port, *, host="localhost", **fields):
-    """A response whose head has come; the rest is there to be read."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    headers = {"Content-Type": "application/json", "Host": host, "Connection": "close"}
-    connection.request("POST", "/v1/completions", json.dumps({"model": "tiny", **fields}), headers)
-    return connection.getresponse()
-
-
 def test_a_signal_ends_it_once_all_is_done(home):
-    with started(home, "--workdir", "runs/tiny", "--port", 0, "--max-batch", 1) as (process, port):
+    with started(home, "--workdir", "runs/tiny", "--port", 0, "--max-batch", 1) as (process, client):
+        assert client.request("GET", "/v1/models", headers={"Host": "evil.example"})[0] == 400
         # One place, so that nearly all of them wait.
-        assert ask(port, host="evil.example").status == 400
-        stream = ask(port, prompt="the", n=60, max_tokens=200, stream=True)
-        whole = []
-        thread = threading.Thread(target=lambda: whole.append(json.load(ask(port, prompt="a", n=60, max_tokens=200))))
-        thread.start()
-        first = stream.readline()
-        assert first.startswith(b"data: {")
-        while b"moe_jax_queue_length 6" not in metrics(port):  # 60 or more
-            assert not whole
-        process.send_signal(signal.SIGTERM)
-        received = first + stream.read()
-        assert received.endswith(b"data: [DONE]\n\n")
-        assert received.count(b'"finish_reason":"') == 60
-        thread.join(60)
-        assert len(whole[0]["choices"]) == 60
+        asked = {"prompt": "the", "n": 60, "max_tokens": 200}
+        with client.open(asked | {"stream": True}) as stream, client.open(asked) as whole:
+            first = read(stream, b"data: {")
+            wait_until(lambda: client.metric("moe_jax_queue_length") >= 60)
+            process.send_signal(signal.SIGTERM)
+            chunks, is_done = events(first + read(stream))
+            assert is_done
+            whole.settimeout(120)  # of which nothing comes until its last text is done
+            assert sum(each["finish_reason"] is not None for chunk in chunks for each in chunk["choices"]) == 60
+            assert len(json.loads(read(whole).partition(b"\r\n\r\n")[2])["choices"]) == 60
         assert process.wait(30) == 0
         with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", port))
+            client.connect()
         assert process.stderr.read() == "finishing what has begun; a second signal leaves at once\n"
-
-
-def metrics(port):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    with contextlib.closing(connection):
-        connection.request("GET", "/metrics")
-        return connection.getresponse().read()
 
 
 def test_on_all_addresses_it_warns_and_a_second_signal_ends_it_at_once(home):
     flags = ("--host", "0.0.0.0", "--port", 0, "--max-batch", 1, "--name", "tiny")
-    with started(home, *flags) as (process, port):
-        stream = ask(port, host="some.name", prompt="the", n=256, max_tokens=4096, stream=True)
-        assert (stream.status, stream.readline()[:6]) == (200, b"data: ")
+    asked = {"prompt": "the", "n": 256, "max_tokens": 4096, "stream": True}
+    with started(home, *flags) as (process, client), client.open(asked, Host="some.name") as stream:
+        read(stream, b"data: {")
         process.send_signal(signal.SIGINT)
         assert process.stderr.readline() == "note: serving runs/tiny, the run that changed last\n"
         assert process.stderr.readline().startswith("warning: anyone who reaches 0.0.0.0 may use this server; give")
         assert process.stderr.readline().startswith("finishing what has begun")
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == -signal.SIGTERM
-        stream.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

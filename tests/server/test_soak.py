@@ -1,9 +1,9 @@
 """Many requests from clients that come and go: none is lost, nothing is left behind."""
 
 import asyncio
+import collections
 import ctypes
 import gc
-import json
 import multiprocessing
 import os
 import random
@@ -13,7 +13,7 @@ import pytest
 
 from moe_jax.sampling.text import Text
 from moe_jax.server.worker import Call, Ticket
-from tests.server.harness import make_endless, serving, wait_until
+from tests.server.harness import make_endless, message, serving, wait_until
 
 CLIENTS = 44
 
@@ -33,56 +33,44 @@ def left_over():
     return [each for each in gc.get_objects() if type(each) in (Call, Ticket, Text)]
 
 
-class Tally:
-    def __init__(self):
-        self.answered = self.left = self.refused = 0
-
-
 async def ask(port, chance, tally):
     """One request on a connection of its own, read to the end, or left early in one of several ways."""
     size, stream = chance.randrange(1, 240), chance.random() < 0.7
-    body = json.dumps(
-        {
-            "model": "tiny",
-            "prompt": "x" * chance.randrange(0, 60),
-            "max_tokens": size,
-            "temperature": chance.choice([0, 1]),
-            "stream": stream,
-            "n": chance.choice([1, 1, 2]),
-            "logprobs": chance.choice([None, None, 5]),
-            "stop": chance.choice([None, ["ab", "é"]]),
-        }
-    ).encode()
-    head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
-    )
-    head += f"Content-Length: {len(body)}\r\n\r\n"
+    content = {
+        "prompt": "x" * chance.randrange(0, 60),
+        "max_tokens": size,
+        "temperature": chance.choice([0, 1]),
+        "stream": stream,
+        "n": chance.choice([1, 1, 2]),
+        "logprobs": chance.choice([None, None, 5]),
+        "stop": chance.choice([None, ["ab", "é"]]),
+    }
+    sent = message(content, Connection="close")
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         leaves = chance.random() < 0.2
+        if leaves:
+            tally["left"] += 1
         if leaves and chance.random() < 0.2:
-            writer.write(head.encode() + body[: chance.randrange(len(body))])
+            writer.write(sent[: chance.randrange(len(sent))])
             await writer.drain()
-            tally.left += 1
             return
-        writer.write(head.encode() + body)
+        writer.write(sent)
         await writer.drain()
         if leaves:
-            with_some = chance.random() < 0.5
-            if with_some:
+            if chance.random() < 0.5:
                 await reader.read(100)
             else:
                 await asyncio.sleep(chance.random() * 0.02)
-            tally.left += 1
             return
         answer = await reader.read()
         if answer.startswith(b"HTTP/1.1 429"):
-            tally.refused += 1
+            tally["refused"] += 1
             return
         assert answer.startswith(b"HTTP/1.1 200"), answer
         assert (b"data: [DONE]" in answer) == stream
         assert b'"finish_reason":"' in answer
-        tally.answered += 1
+        tally["answered"] += 1
     finally:
         writer.close()
         if not leaves:
@@ -91,7 +79,7 @@ async def ask(port, chance, tally):
 
 async def soak(server, num_tokens, seed):
     """Asks until ``num_tokens`` more have been generated."""
-    tally, end = Tally(), server.num_generated + num_tokens
+    tally, end = collections.Counter(), server.num_generated + num_tokens
 
     async def client(number):
         chance = random.Random(seed * 1000 + number)
@@ -127,6 +115,6 @@ def test_a_soak_loses_no_request_and_no_memory(num_tokens):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         tally, grown, generated = pool.apply(run_soak, (num_tokens,))
     assert grown < 20e6
-    assert tally.answered > 100
-    assert tally.left > 20
+    assert tally["answered"] > 100
+    assert tally["left"] > 20
     assert generated >= num_tokens

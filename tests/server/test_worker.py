@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from moe_jax.server.connection import Connection
-from tests.server.harness import PacedBatch, events, read, serving, wait_until
+from tests.server.harness import PacedBatch, events, message, read, serving, wait_until
 
 LONG = {"prompt": "ab", "max_tokens": 2000, "stream": True}
 BEGUN = b"data: "
@@ -70,7 +70,7 @@ def asked_with_small_buffers(made, **fields):
     with serving(made, send_buffer=4096) as server, socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", server.port))
-        server.send(connection, LONG | fields)
+        connection.sendall(message(LONG | fields))
         yield server, connection
 
 
@@ -122,7 +122,7 @@ def test_a_client_that_reads_slowly_gets_it_all(made):
 )
 def test_a_request_that_never_gets_whole_is_cut(server, monkeypatch, half):
     monkeypatch.setattr(Connection, "patience", 0.3)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
+    with server.connect() as connection:
         connection.sendall(half)
         with contextlib.suppress(ConnectionResetError):
             assert connection.recv(1) == b""
@@ -136,53 +136,20 @@ def test_a_whole_request_is_waited_for_longer_than_half_a_one(server, monkeypatc
         assert connection.recv(12) == b"HTTP/1.1 200"
 
 
-def test_many_connections_at_once(server):
-    def ask(index):
-        connections = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(20)]
-        status = server.complete(prompt="a", max_tokens=3, seed=index)[0]
-        for connection in connections:
-            connection.close()
-        return status
-
-    with ThreadPoolExecutor(20) as pool:
-        assert list(pool.map(ask, range(20))) == [200] * 20
-    wait_until(lambda: not server.server.server_state.connections)
-
-
-def test_a_shutdown_finishes_what_has_begun(made, pace):
-    with serving(made) as server:
-        pace.delay = 0.01
-        asked = [{"prompt": "ab", "max_tokens": 80, "seed": seed, "stream": False} for seed in range(10)]
-        connections = [server.open(fields) for fields in asked]
-        wait_until(lambda: sum(server.num_texts) == 10)
-        server.server.should_exit = True
-        for connection in connections:
-            head, _, body = read(connection).partition(b"\r\n\r\n")
-            connection.close()
-            assert head.startswith(b"HTTP/1.1 200")
-            assert json.loads(body)["choices"][0]["finish_reason"] in ("length", "stop")
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.1", server.port))
-
-
 def test_connections_that_come_while_the_server_ends_do_not_hold_it_up(made):
+    def connect(server, held):
+        with contextlib.suppress(OSError):  # when nothing listens any more
+            while True:
+                held.append(server.connect())
+
     for _ in range(5):
-        held, is_over = [], threading.Event()
-
-        def connect(held, is_over, port):
-            while not is_over.is_set():
-                try:
-                    held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
-                except OSError:
-                    return  # nothing listens any more
-
+        held = []
         with serving(made) as server:
-            clients = threading.Thread(target=connect, args=(held, is_over, server.port))
+            clients = threading.Thread(target=connect, args=(server, held))
             clients.start()
             wait_until(lambda held=held: len(held) > 20)
             begun = time.monotonic()
         assert time.monotonic() - begun < 10, "a third of the patience with a request that does not get whole"
-        is_over.set()
         clients.join()
         for connection in held:
             connection.close()
@@ -219,5 +186,5 @@ def test_when_the_worker_dies_every_request_gets_an_error(made, pace, monkeypatc
             assert b"[DONE]" not in received
             connection.close()
         assert server.request("GET", "/healthz")[::2] == (503, b"the worker has died\n")
-        status, answer = server.complete()
-        assert (status, answer["error"]["type"]) == (503, "server_error")
+        status, error = server.refusal("POST", "/v1/completions", {"model": "tiny"})
+        assert (status, error["type"]) == (503, "server_error")

@@ -19,14 +19,13 @@ def test_nothing_is_one_empty_prompt_and_a_text_is_itself():
     ("content", "prompt"),
     [("To be", "To be"), ("To be\n", "To be"), ("To be\r\n", "To be"), ("a\n\n", "a\n"), ("", "")],
 )
-def test_a_text_file_is_one_prompt_without_its_last_line_end(tmp_path, content, prompt):
+def test_a_text_file_and_standard_input_are_one_prompt_without_its_last_line_end(
+    tmp_path, monkeypatch, content, prompt
+):
     (tmp_path / "prompt.txt").write_bytes(content.encode())
     assert read_prompts(None, str(tmp_path / "prompt.txt")) == [prompt]
-
-
-def test_standard_input_is_one_prompt_without_its_last_line_end(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"To be\n\n")))
-    assert read_prompts("-", None) == ["To be\n"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    assert read_prompts("-", None) == [prompt]
 
 
 def test_json_lines_are_a_prompt_each(tmp_path):
@@ -41,7 +40,7 @@ def test_json_lines_are_a_prompt_each(tmp_path):
     [
         (
             b'{"prompt": "a"}\n{"prompt"',
-            r'prompts.jsonl:2 must be a JSON object with a text as "prompt" \(.*truncated',
+            r'jsonl:2 must be a JSON object with a text as "prompt" \(.*truncated',
         ),
         (b'{"text": "a"}', r"prompts.jsonl:1 must be a JSON .*missing required field `prompt`\); correct the line"),
         (b'{"prompt": 5}', r"must be a JSON object with a text .*Expected `str`, got `int`"),

@@ -33,8 +33,7 @@ def converse(tmp_path, monkeypatch, capsys):
 
 
 def text_of(made, prompt):
-    engine, variables, _ = made
-    return engine.generate(variables, prompt, SETTINGS)[0].text
+    return made.generate(prompt, SETTINGS)[0].text
 
 
 def test_each_line_is_continued_and_nothing_else_printed(rotary, converse):
@@ -48,11 +47,10 @@ def test_each_line_is_continued_and_nothing_else_printed(rotary, converse):
 def test_settings_are_changed_between_lines(rotary, converse):
     lines = b"/temperature 0\nab\n/top-k 3\n/seed\n/temperature 2\n//a\n"
     out, err, written = converse(rotary, lines)
-    engine, variables, _ = rotary
     greedy = dataclasses.replace(SETTINGS, temperature=0)
     hot = dataclasses.replace(SETTINGS, temperature=2, top_k=3)
-    first = engine.generate(variables, "ab", greedy)[0].text
-    assert out == first + "\n" + engine.generate(variables, "/a", hot)[0].text + "\n"
+    first = rotary.generate("ab", greedy)[0].text
+    assert out == first + "\n" + rotary.generate("/a", hot)[0].text + "\n"
     assert err == "/temperature is 0\n/top-k is 3\n/seed is 1\n/temperature is 2\n"
     assert written.startswith("/a")
 
@@ -118,15 +116,14 @@ def test_what_happens_past_the_context_is_reported_once(converse, positions, wor
 
 
 def test_experts_of_the_last_answer(rotary, converse):
-    engine, variables, decoder = rotary
     out, err, _ = converse(rotary, b"/experts\nabc\n/experts\n")
     assert err == "error: /experts shows the experts of the last answer, and there is none yet; give a prompt first\n"
-    (sample,) = engine.generate(variables, "abc", SETTINGS)
+    (sample,) = rotary.generate("abc", SETTINGS)
     text, header, *lines = out.splitlines()
     assert text == sample.text
     assert header.strip() == "experts, a column for each MoE layer"
     ids = [*TOKENIZER.encode("abc").tolist(), *sample.tokens]
-    run = jax.jit(lambda mask_BL: forward(decoder, variables, Tokens(np.array([ids]), mask_BL)))
+    run = jax.jit(lambda mask_BL: forward(rotary.decoder, rotary.variables, Tokens(np.array([ids]), mask_BL)))
 
     def load(size):
         """The oracle: rows that a full forward of so many tokens sends to each layer's experts."""

@@ -3,7 +3,6 @@
 import sys
 import types
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -90,10 +89,3 @@ def test_a_layer_of_one_token_reads_the_weights_of_its_experts_only():
     assert [equation.primitive.name for equation in reads] == ["gather"] * 3
     assert {equation.params["slice_sizes"][0] for equation in reads} == {1}
     assert {equation.outvars[0].aval.shape[0] for equation in reads} == {K}
-    # And so what the others hold does not matter.
-    load_E = layer.apply(params, x_GTD, train=False)[1].router.load_E[0]
-    others = jnp.where(load_E > 0, 0, jnp.nan)
-    poisoned = jax.tree.map(
-        lambda leaf: leaf + others[:, None, None] if leaf.shape in matrices else leaf, nn.unbox(params)
-    )
-    assert jnp.all(jnp.isfinite(layer.apply(poisoned, x_GTD, train=False)[0]))
