@@ -40,11 +40,7 @@ class Profile(Observer):
         self._is_recording = False
         try:
             jax.profiler.stop_trace()
-        except (
-            jax.errors.JaxRuntimeError,
-            RuntimeError,
-            OSError,
-        ) as error:  # a full disk; the run is worth more than its profile
+        except (RuntimeError, OSError) as error:  # a full disk; the run is worth more than its profile
             log.warning(f"warning: the profile cannot be written to {self._folder} ({error}); the run goes on")
             return
         log.info(f"wrote a profile to {self._folder}")
