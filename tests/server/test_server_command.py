@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from tests.oracles.runs import write_run
 
 from moe_jax.commands.server import batch_sizes, main
 from moe_jax.config import Config
@@ -19,7 +20,6 @@ from moe_jax.errors import EnvironmentFault, UserError
 from moe_jax.server.app import Service
 from moe_jax.server.serve import LOOPBACK, Server, listen, own_names, read_key
 from tests.compiling import quick_environment
-from tests.oracles.runs import write_run
 from tests.sampling.tiny import CONFIG
 from tests.server.harness import Client, events, read, wait_until
 
