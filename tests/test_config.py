@@ -50,7 +50,7 @@ def test_every_number_stands_with_its_range():
     ("name", "value", "words"),
     [
         ("model.moe.top_k", 99, "model.moe.top_k must be in [1, num_experts=8], got 99; lower top_k or raise"),
-        ("model.moe.top_k", 0, "model.moe.top_k must be at least 1, got 0"),
+        ("model.moe.top_k", 0, "model.moe.top_k must be in [1, num_experts=8], got 0"),
         ("model.num_heads", 3, "model.num_heads must divide model.embed_dim=128, got 3"),
         ("model.num_kv_heads", 3, "model.num_kv_heads must divide model.num_heads=4, got 3"),
         ("model.num_kv_heads", "3", "model.num_kv_heads must be of type int or None, got '3' of type str"),
@@ -139,6 +139,9 @@ def test_a_dense_model_needs_no_possible_moe_settings():
     dense = Config(model=ModelConfig(moe=MoEConfig(num_experts=0, top_k=2, every=7)))
     assert check(dense) == dense
     assert "model.moe.every must divide" in error_of(check, changed("model.moe.num_experts", 8, dense))
+    nothing = changed("model.moe.top_k", 0, dense)  # the width of a dense MLP, where that is not set
+    assert "the width of a dense MLP" in error_of(check, nothing)
+    assert check(changed("model.mlp_dim", 64, nothing))
 
 
 def test_settings_survive_json():

@@ -35,7 +35,9 @@ def _from_file(file: Path) -> list[str]:
         if line.strip():
             try:
                 # By json: sample.py --jsonl, too, writes log-probabilities that are not finite, which msgspec refuses.
-                prompts.append(msgspec.convert(json.loads(line), _Line).prompt)
+                prompt = msgspec.convert(json.loads(line), _Line).prompt
+                prompt.encode()  # \ud800 is JSON, but not text
+                prompts.append(prompt)
             except (ValueError, RecursionError) as error:
                 raise UserError(
                     f'{file}:{number} must be a JSON object with a text as "prompt" ({error}); correct the line'

@@ -1,5 +1,7 @@
 """A trained run, opened for reading."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -55,3 +57,9 @@ def test_damaged_arrays_are_found_when_they_are_asked_for(run):
     opened = open_run(run.path, "best")
     with pytest.raises(UserError, match=r"is damaged \(params/.* is missing\).*, or use --checkpoint newest"):
         opened.restore(PARAMS)
+
+
+def test_a_checkpoint_that_a_training_has_replaced_meanwhile_is_looked_for_again(run):
+    opened = open_run(run.path, "best")
+    shutil.rmtree(run.checkpoints / "1")
+    assert opened.restore(PARAMS)["params"]["w"][0] == 2

@@ -119,6 +119,7 @@ def test_every_field_arrives():
         ({"presence_penalty": 0.5}, "presence_penalty", "presence_penalty must be 0 (it is not supported), got 0.5"),
         ({"frequency_penalty": False}, "frequency_penalty", "frequency_penalty must be 0 (it is not supported)"),
         ({"logit_bias": {"1": 5}}, "logit_bias", "logit_bias must be {} (it is not supported)"),
+        ({"suffix": " at `$.prompt"}, "suffix", 'suffix must be ""'),  # a field's place, as an error names it
         ({"suffix": "x"}, "suffix", 'suffix must be "" (it is not supported), got "x"'),
         ({"user": 1}, "user", "user must be a string, got 1"),
         ({"model": None}, "model", "model is required; give 'tiny'"),

@@ -117,3 +117,12 @@ def test_random_numbers_of_another_kind_are_refused(folder, monkeypatch):
     ):
         resolve_here(monkeypatch, folder, "begun", {})
     assert "unset JAX_DEFAULT_PRNG_IMPL" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "sections", [{"train": {"seed": 5}}, {"mesh": {"data": 99}}, {"moe": {"dispatch": "tokamax"}}]
+)
+def test_what_needs_no_text_is_checked_before_one_is_prepared(monkeypatch, folder, sections):
+    monkeypatch.chdir(folder)
+    with pytest.raises(UserError):
+        resolve(change(HERE, **sections), lambda: pytest.fail("the text was prepared"), folder / "begun")
