@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from tests.oracles.runs import write_run
+from tests.tiny import write_run
 
 from moe_jax.commands.server import batch_sizes, main
 from moe_jax.config import Config
