@@ -12,7 +12,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from tests.tiny import write_run
 
 from moe_jax.commands.server import batch_sizes, main
 from moe_jax.config import Config
@@ -22,6 +21,7 @@ from moe_jax.server.serve import LOOPBACK, Server, listen, own_names, read_key
 from tests.compiling import quick_environment
 from tests.sampling.tiny import CONFIG
 from tests.server.harness import Client, events, read, wait_until
+from tests.tiny import write_run
 
 ROOT = Path(__file__).parents[2]
 
