@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "einsum, capacity 1.0": {"dispatch": "einsum", "capacity_factor": 1.0},
     "gather, capacity 1.0": {"dispatch": "gather", "capacity_factor": 1.0},
     "gather, dropless": {"dispatch": "gather"},
+    "pallas": {"dispatch": "pallas"},
     "blocked": {"dispatch": "blocked"},
     "ragged": {"dispatch": "ragged"},
     "tokamax": {"dispatch": "tokamax"},
@@ -92,6 +93,8 @@ def why_not(case: Case, name: str, budget: float) -> str | None:
 
     platform, dense = jax.default_backend(), case.operations * case.E / case.K
     C = -(-case.group * case.K // case.E)
+    if name == "pallas" and platform != "gpu":
+        return "no GPU for its kernels"
     if name == "tokamax" and (platform != "gpu" or importlib.util.find_spec("tokamax") is None):
         return "no NVIDIA GPU with tokamax"
     if name.startswith("einsum") and case.T * case.K * max(case.E, C) * 4 + case.T * case.E * C * 8 > 2**31:
