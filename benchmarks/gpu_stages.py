@@ -121,23 +121,26 @@ def stories(tiny: bool) -> Config:
     return dataclasses.replace(small, data=dataclasses.replace(small.data, batch_size=4))
 
 
-def training(session: Session, what: str, config: Config, vocab_size: int) -> Row:
-    """A step with the least recomputation, and then the largest microbatches, that fit into memory."""
+def training(session: Session, what: str, config: Config, vocab_size: int, too_large: int = 0) -> Row:
+    """A step with the least recomputation, and then the largest microbatches, that fit into memory.
+
+    ``too_large`` of the ways are known not to.
+    """
     remats = ["none", "dots", "full"]
-    tries = [(remat, 1) for remat in remats[remats.index(session.remat) :]] + [("full", 2)]
-    left_out, row = [], {}
-    for remat, factor in tries:
+    ways = [(remat, 1) for remat in remats[remats.index(session.remat) :]] + [("full", 2)]
+    out_of_memory, row = [], {}
+    for remat, factor in ways[too_large:]:
         accumulation = config.optimizer.accumulation_steps * factor
         tried = train_step.with_model(config, None, remat=remat)
         tried = dataclasses.replace(
             tried, optimizer=dataclasses.replace(tried.optimizer, accumulation_steps=accumulation)
         )
         row = guarded(what, functools.partial(_one_training, session, tried, vocab_size))
-        row |= {"remat": remat, "accumulation": accumulation, "out_of_memory": left_out}
+        row |= {"remat": remat, "accumulation": accumulation, "out_of_memory": out_of_memory}
         gc.collect()  # what the failed or finished step held
         if "RESOURCE_EXHAUSTED" not in row.get("error", "") or time.time() > session.deadline:
             break
-        left_out = [*left_out, f"{remat}/{accumulation}"]
+        out_of_memory = [*out_of_memory, f"{remat}/{accumulation}"]
     return row
 
 
@@ -172,13 +175,15 @@ def _one_training(session: Session, config: Config, vocab_size: int) -> Row:
 
 
 def train(session: Session) -> Iterator[Row]:
-    yield training(session, "14 layers, 10 heads", sparse(14, 10, tiny=session.tiny), 16384)
+    row = training(session, "14 layers, 10 heads", sparse(14, 10, tiny=session.tiny), 16384)
+    session.too_large = len(row["out_of_memory"])
+    yield row
     yield training(session, "tinystories_moe_135m", stories(session.tiny), 2048)
 
 
 def train_equal(session: Session) -> Iterator[Row]:
     config = sparse(14, 10, tiny=session.tiny, like_peer=True)
-    yield training(session, "14 layers, 10 heads, no shared expert", config, 16384)
+    yield training(session, "14 layers, 10 heads, no shared expert", config, 16384, session.too_large)
 
 
 def ladder(session: Session) -> Iterator[Row]:

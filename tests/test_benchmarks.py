@@ -1,0 +1,82 @@
+"""The command that measures a GPU, on small shapes and a CPU: speed is no matter of tests, that it runs through is."""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def measure(folder: Path, *arguments: str) -> tuple[list[dict], str]:
+    """(the rows of gpu.jsonl, what was printed)."""
+    command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--out", str(folder), *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in (folder / "gpu.jsonl").read_text().splitlines()], done.stdout
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """benchmarks/gpu.py as a module."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks/gpu.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_stages_on_small_shapes_end_in_a_file_and_a_table(tmp_path):
+    rows, printed = measure(tmp_path, "--stages", "device", "layer", "sweep")
+    assert not [row for row in rows if "error" in row]
+    assert [row["stage"] for row in rows if "seconds" in row] == ["device", "layer", "sweep"]
+    assert all(row["share"] > 0 for row in rows if row["stage"] == "layer" and "what" in row)
+    assert [json.loads(line) for line in printed.splitlines() if line.startswith("{")] == rows
+    table = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len([row for row in rows if "what" in row])
+
+
+@pytest.mark.slow
+def test_every_stage_runs_through_on_small_shapes(tmp_path):
+    rows, _ = measure(tmp_path, "--no-torch", "--seconds", "800")
+    assert not [row for row in rows if "error" in row or "skipped" in row]
+    assert [row for row in rows if row["stage"] == "parity" and not row.get("ok", True)] == []
+    assert len([row for row in rows if "seconds" in row]) == 9
+
+
+def test_a_stage_that_starts_too_late_is_left_out(tmp_path):
+    rows, _ = measure(tmp_path, "--seconds", "0.001", "--stages", "torch", "device", "sweep")
+    assert [row["stage"] for row in rows] == ["torch", "device", "sweep"]
+    assert all("skipped" in row for row in rows)
+
+
+def test_a_process_that_dies_ends_one_stage(gpu, monkeypatch):
+    started = []
+
+    def lines_of(command, _seconds):
+        started.append(command[command.index("--stages") + 1 :])
+        if len(started) == 1:
+            yield {"stage": "device", "seconds": 1.0, "product_rate": 5.0}
+            yield -9
+        else:
+            yield {"stage": "sweep", "seconds": 1.0}
+            yield 0
+
+    monkeypatch.setattr(gpu, "lines_of", lines_of)
+    report = gpu.Report(None)
+    gpu.with_jax(report, ["device", "parity", "sweep"], argparse.Namespace(remat="none", tiny=False), 0.0)
+    assert [(row["stage"], "error" in row) for row in report.rows] == [
+        ("device", False),
+        ("parity", True),
+        ("sweep", False),
+    ]
+    # The ceiling is measured once, for all that come after.
+    assert started == [["device", "parity", "sweep"], ["sweep", "--product-rate", "5.0"]]
