@@ -11,7 +11,6 @@ pass asks for beside arguments and results, over the bound's own.
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import statistics
 import sys
@@ -34,7 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gather, dropless": {"dispatch": "gather"},
     "blocked": {"dispatch": "blocked"},
     "ragged": {"dispatch": "ragged"},
-    "tokamax": {"dispatch": "tokamax"},
+    "pallas": {"dispatch": "pallas"},
     "by_row": {"dispatch": "by_row"},
 }
 # One fully dropless pair of fine-grained and of coarse experts: the same D, K·F and so the same active operations.
@@ -92,8 +91,8 @@ def why_not(case: Case, name: str, budget: float) -> str | None:
 
     platform, dense = jax.default_backend(), case.operations * case.E / case.K
     C = -(-case.group * case.K // case.E)
-    if name == "tokamax" and (platform != "gpu" or importlib.util.find_spec("tokamax") is None):
-        return "no NVIDIA GPU with tokamax"
+    if name == "pallas" and platform != "gpu":
+        return "no GPU"
     if name.startswith("einsum") and case.T * case.K * max(case.E, C) * 4 + case.T * case.E * C * 8 > 2**31:
         return "its masks take more than 2 GiB"
     if name.startswith("einsum") and case.operations + 8 * case.T * case.E * C * case.D > budget:
