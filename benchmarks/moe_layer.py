@@ -92,7 +92,7 @@ def why_not(case: Case, name: str, budget: float) -> str | None:
     platform, dense = jax.default_backend(), case.operations * case.E / case.K
     C = -(-case.group * case.K // case.E)
     if name == "pallas" and platform != "gpu":
-        return "no GPU"
+        return "no GPU for its kernels"
     if name.startswith("einsum") and case.T * case.K * max(case.E, C) * 4 + case.T * case.E * C * 8 > 2**31:
         return "its masks take more than 2 GiB"
     if name.startswith("einsum") and case.operations + 8 * case.T * case.E * C * case.D > budget:

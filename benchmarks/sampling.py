@@ -50,10 +50,14 @@ class Case:
     batch: int
     new_tokens: int
     dtype: Any
+    characters: int = 65
+    """Of the vocabulary of new parameters: those of Tiny Shakespeare."""
+    prompt: int | None = None
+    """Tokens; None: half the context."""
 
     @property
     def prompt_tokens(self) -> int:
-        return max(1, self.config.model.context_length // 2)
+        return self.prompt or max(1, self.config.model.context_length // 2)
 
 
 def cases(arguments: argparse.Namespace) -> list[Case]:
@@ -92,8 +96,7 @@ def model_of(case: Case) -> tuple[Any, Any]:
         opened = open_run(Path(case.workdir), "best")
         engine = Engine(opened.config, opened.tokenizer, this_machine(), case.dtype, end_token=-1)
         return engine, engine.prepare(load_variables(opened))
-    # 65 characters, as in Tiny Shakespeare.
-    tokenizer = build_tokenizer("char", [bytes(range(48, 113)).decode()])
+    tokenizer = build_tokenizer("char", ["".join(chr(48 + number) for number in range(case.characters))])
     engine = Engine(case.config, tokenizer, this_machine(), case.dtype, end_token=-1)
     model = for_machine(engine.config, 2, train=False, machine=this_machine(), as_set=False)
     decoder = Decoder(model, tokenizer.vocab_size)

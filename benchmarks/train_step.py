@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from moe_jax.cli import load_recipe
 from moe_jax.commands.startup import use_huge_pages
-from moe_jax.config import Config
+from moe_jax.config import Config, ModelConfig
 from moe_jax.config.rules import check
 from moe_jax.errors import UserError, run
 
@@ -56,8 +56,27 @@ def variants(config: Config) -> dict[str, Config]:
     return found
 
 
-def prepare_step(config: Config, vocab_size: int) -> tuple[Callable[[], None], float, float]:
-    """(a function that runs one step, useful floating-point operations of a step, seconds of the first step)."""
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """An optimizer step that is compiled and has run once."""
+
+    run: Callable[[], None]
+    """One more."""
+    model: ModelConfig
+    """With the backend that was chosen."""
+    operations: int
+    """Useful ones of a step: forward and backward, with all keys of each query counted, as flops_per_token says."""
+    attention: int
+    """Those of them that are products of queries, keys and values."""
+    num_params: int
+    first_seconds: float
+    """Of the compilation and the first step."""
+    program_bytes: int
+    """Memory that the compiled step asks for, its arguments included."""
+
+
+def prepare_step(config: Config, vocab_size: int) -> Step:
+    """A step of ``config`` on random tokens."""
     import jax
     import numpy as np
 
@@ -65,7 +84,7 @@ def prepare_step(config: Config, vocab_size: int) -> tuple[Callable[[], None], f
     from moe_jax.model.machine import this_machine
     from moe_jax.model.moe.backends import for_machine
     from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
-    from moe_jax.training.flops import count_params
+    from moe_jax.training.flops import count_params, flops_per_token
     from moe_jax.training.optimizer import make_optimizer, make_schedule
     from moe_jax.training.state import init_state
     from moe_jax.training.step import train_step
@@ -80,13 +99,13 @@ def prepare_step(config: Config, vocab_size: int) -> tuple[Callable[[], None], f
     with use_mesh(mesh):
         state = init_state(decoder, optimizer, mesh, 0)
         batch = put_batch({"inputs": tokens_BL[:, :-1], "targets": tokens_BL[:, 1:]}, mesh)
-        step = jax.jit(functools.partial(train_step, config, decoder, optimizer), donate_argnums=0)
-        _, active = count_params(state.params, model.moe)
-        looked_up = 0 if model.tie_embeddings else vocab_size * model.embed_dim
-        # Forward and backward: 6 operations a parameter and token, and 12 a layer, key and channel for attention.
-        useful = B * L * (6 * (active - looked_up) + 12 * model.num_layers * L * model.embed_dim)
+        operations = B * L * flops_per_token(state.params, model)
+        num_params, _ = count_params(state.params, model.moe)
+        jax.block_until_ready(state)
         start = time.perf_counter()
-        state, output = step(state, batch)
+        step = jax.jit(functools.partial(train_step, config, decoder, optimizer), donate_argnums=0)
+        compiled = step.lower(state, batch).compile()
+        state, output = compiled(state, batch)
         jax.block_until_ready(output)
         first = time.perf_counter() - start
 
@@ -94,10 +113,21 @@ def prepare_step(config: Config, vocab_size: int) -> tuple[Callable[[], None], f
 
     def one_step() -> None:
         with use_mesh(mesh):
-            held[0], output = step(held[0], batch)
+            held[0], output = compiled(held[0], batch)
             jax.block_until_ready(output)
 
-    return one_step, useful, first
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    size = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return Step(
+        run=one_step,
+        model=model,
+        operations=operations,
+        attention=B * L * 12 * model.num_layers * model.embed_dim * L,
+        num_params=num_params,
+        first_seconds=first,
+        program_bytes=size - memory.alias_size_in_bytes,
+    )
 
 
 def product_rate(size: int = 2048) -> Callable[[], float]:
@@ -134,16 +164,16 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in prepared}
     for _ in range(arguments.rounds):
         rates.append(rate())
-        for name, (one_step, _, _) in prepared.items():
+        for name, step in prepared.items():
             for _ in range(3):
                 start = time.perf_counter()
-                one_step()
+                step.run()
                 seconds[name].append(time.perf_counter() - start)
     bound = statistics.median(rates)
     baseline = statistics.median(next(iter(seconds.values())))
     tokens = config.data.batch_size * config.model.context_length
     rows = []
-    for name, (_, useful, first) in prepared.items():
+    for name, step in prepared.items():
         median = statistics.median(seconds[name])
         rows.append(
             {
@@ -151,8 +181,8 @@ def main() -> None:
                 "ms_per_step": round(1000 * median, 1),
                 "ratio": round(median / baseline, 2),
                 "tokens_per_second": round(tokens / median),
-                "of_bound": round(useful / median / bound, 3),
-                "first_step_s": round(first, 1),
+                "of_bound": round(step.operations / median / bound, 3),
+                "first_step_s": round(step.first_seconds, 1),
             }
         )
     if arguments.json:

@@ -1,9 +1,9 @@
 """``pallas``: grouped products for GPUs, as Pallas kernels that Triton compiles; nothing but jax is needed.
 
 Rows lie sorted by expert, and each expert's are rounded up to whole blocks, so that a block of rows is one expert's
-and no kernel masks rows. Four kernels make the MLP and its backward pass, all with float32 sums: ``_hidden`` (up, gate
-and activation in one), ``_product`` (down; also the gradient of the rows), ``_hidden_gradient`` (through down and the
-activation) and ``_weight_gradient``.
+and no kernel masks rows. Four kernels make the MLP and its backward pass, all with float32 sums: ``hidden`` (up, gate
+and activation in one), ``product`` (down; also the gradient of the rows), ``hidden_gradient`` (through down and the
+activation) and ``weight_gradient``.
 """
 
 import functools
@@ -103,8 +103,8 @@ def _forward(
     expert_I = _expert_of_blocks(rows, tuned.hidden.rows)
     cast = jax.tree.map(lambda leaf: leaf.astype(x_TD.dtype), weights)
     x_SD = to_slots(x_TD, rows.slot_TK, rows.row_S)
-    h_SF, kept = _hidden(expert_I, x_SD, cast, activation, tuned.hidden, keep)
-    y_SD = _product(expert_I, (h_SF,), (cast.w_down_EFD,), cast.b_down_ED, tuned.product)
+    h_SF, kept = hidden(expert_I, x_SD, cast, activation, tuned.hidden, keep)
+    y_SD = product(expert_I, (h_SF,), (cast.w_down_EFD,), cast.b_down_ED, tuned.product)
     return from_slots(y_SD, weight_TK, rows.slot_TK, rows.row_S), kept
 
 
@@ -121,14 +121,14 @@ def _vjp_backward(activation: Activation, tuned: Tuning, residuals: tuple, dy_TD
     cast = jax.tree.map(lambda leaf: leaf.astype(x_TD.dtype), weights)
     x_SD, dy_SD = (to_slots(each_TD, rows.slot_TK, rows.row_S) for each_TD in (x_TD, dy_TD))
     weight_S = take_rows(weight_TK.reshape(-1), rows.row_S)
-    weighted_h_SF, dkept, dweight_S = _hidden_gradient(
+    weighted_h_SF, dkept, dweight_S = hidden_gradient(
         expert_I, dy_SD, cast.w_down_EFD, weight_S, kept, activation, tuned.hidden_gradient
     )
     matrices = (cast.w_up_EDF,) if cast.w_gate_EDF is None else (cast.w_up_EDF, cast.w_gate_EDF)
-    dx_SD = _product(expert_I, dkept, matrices, None, tuned.product, transposed=True)
+    dx_SD = product(expert_I, dkept, matrices, None, tuned.product, transposed=True)
 
     def matrix(x_SD: Array, dy_SD: Array) -> Array:
-        return _weight_gradient(rows.size_E, x_SD, dy_SD, weights.w_up_EDF.dtype, tuned.weight_gradient)
+        return weight_gradient(rows.size_E, x_SD, dy_SD, weights.w_up_EDF.dtype, tuned.weight_gradient)
 
     def bias(dy_SD: Array, like: Array | None) -> Array | None:
         return None if like is None else _bias_gradient(expert_I, dy_SD, like)
@@ -255,7 +255,7 @@ def _store(ref: Any, value: Array, row: Array, column: Array, blocks: Blocks) ->
     plgpu.store(target, value.astype(ref.dtype), mask=mask)
 
 
-def _hidden(
+def hidden(
     expert_I: Array, x_SD: Array, weights: ExpertWeights, activation: Activation, blocks: Blocks, keep: bool
 ) -> tuple[Array, tuple[Array, ...]]:
     """The hidden layer [S, F] and, with ``keep``, its pre-activations."""
@@ -291,7 +291,7 @@ def _bias(b_ref: Any, expert: Array, column: Array, blocks: Blocks) -> Array:
     return _load(b_ref, expert, pl.ds(start, blocks.columns), masks=(mask,)).astype(jnp.float32)[None, :]
 
 
-def _product(
+def product(
     expert_I: Array,
     x: tuple[Array, ...],
     w: tuple[Array, ...],
@@ -321,7 +321,7 @@ def _product(
     return _call(kernel, blocks, expert_I.size * num_columns, out, "moe_product", expert_I, x, w, biases)
 
 
-def _hidden_gradient(
+def hidden_gradient(
     expert_I: Array,
     dy_SD: Array,
     w_down_EFD: Array,
@@ -373,7 +373,7 @@ def _hidden_gradient(
     return h_SF, dkept, jnp.sum(dweight_NS, axis=0)
 
 
-def _weight_gradient(size_E: Array, x_SD: Array, dy_SF: Array, dtype: jnp.dtype, blocks: Blocks) -> Array:
+def weight_gradient(size_E: Array, x_SD: Array, dy_SF: Array, dtype: jnp.dtype, blocks: Blocks) -> Array:
     """x^T @ dy over each expert's rows: [E, D, F], zeros for an expert without rows."""
     E, D, F = size_E.size, x_SD.shape[1], dy_SF.shape[1]
     num_rows, num_columns = pl.cdiv(D, blocks.rows), pl.cdiv(F, blocks.columns)

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.model.mlp import ExpertWeights
 from moe_jax.model.moe.dispatch import sort_rows
-from moe_jax.model.moe.kernels.pallas import Blocks, Tuning, _weight_gradient, grouped_mlp, tuning
+from moe_jax.model.moe.kernels.pallas import Blocks, Tuning, grouped_mlp, tuning, weight_gradient
 from moe_jax.model.moe.plan import RoutingPlan
 from moe_jax.model.moe.routing import top_k_plan
 from tests.oracles.moe import assert_trees_close, make_weights, moe_loop
@@ -110,7 +110,7 @@ def _distance(got, want) -> float:
 def test_blocks_past_the_last_experts_reach_nothing():
     # Slots of no expert are never written, and hold what was in memory: here NaN.
     x_SD, dy_SF = jnp.full((64, D), jnp.nan).at[:32].set(1.0), jnp.full((64, F), jnp.nan).at[:32].set(1.0)
-    dw_EDF = _weight_gradient(jnp.asarray([16, 0, 16]), x_SD, dy_SF, jnp.dtype("float32"), SMALL.weight_gradient)
+    dw_EDF = weight_gradient(jnp.asarray([16, 0, 16]), x_SD, dy_SF, jnp.dtype("float32"), SMALL.weight_gradient)
     np.testing.assert_array_equal(dw_EDF, np.broadcast_to([[[16.0]], [[0.0]], [[16.0]]], (3, D, F)))
 
 
