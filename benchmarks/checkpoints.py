@@ -31,7 +31,8 @@ def measure(config: Config, vocab_size: int, steps: int, rounds: int, folder: Pa
     import numpy as np
 
     from moe_jax.model.decoder import Decoder
-    from moe_jax.model.moe.backends import this_machine, with_dispatch
+    from moe_jax.model.machine import this_machine
+    from moe_jax.model.moe.backends import for_machine
     from moe_jax.runs.checkpoint.record import Record
     from moe_jax.runs.checkpoint.save import Checkpoints, Retention
     from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
@@ -42,7 +43,7 @@ def measure(config: Config, vocab_size: int, steps: int, rounds: int, folder: Pa
     B, L = config.data.batch_size, config.model.context_length
     mesh = make_mesh(config.mesh, B // config.optimizer.accumulation_steps)
     num_tokens = B // config.optimizer.accumulation_steps * L
-    model = with_dispatch(config.model, num_tokens, train=True, machine=this_machine())
+    model = for_machine(config.model, num_tokens, train=True, machine=this_machine())
     decoder = Decoder(model, vocab_size)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
     tokens_BL = np.random.default_rng(0).integers(0, vocab_size, (B, L + 1), dtype=np.int32)

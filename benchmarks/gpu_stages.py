@@ -70,7 +70,7 @@ def layers(session: Session, T: int, shapes: list[Shape]) -> Iterator[Row]:
         T, shapes = T // 256, [(64, 32, 8, 2)]
     for shape in shapes:
         case = moe_layer.Case(*shape, T, T, "bfloat16")
-        names = ["pallas", "tokamax", "gather, capacity 1.0", "einsum, capacity 1.0"]
+        names = ["pallas", "gather, capacity 1.0", "einsum, capacity 1.0"]
         names += ["blocked"] if shape == shapes[-1] and T <= 16384 else []
         names = [name for name in names if moe_layer.VARIANTS[name]["dispatch"] in BACKENDS]
         names = [name for name in names if not moe_layer.why_not(case, name, math.inf)]

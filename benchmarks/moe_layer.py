@@ -11,7 +11,6 @@ pass asks for beside arguments and results, over the bound's own.
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 import statistics
 import sys
@@ -32,10 +31,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "einsum, capacity 1.0": {"dispatch": "einsum", "capacity_factor": 1.0},
     "gather, capacity 1.0": {"dispatch": "gather", "capacity_factor": 1.0},
     "gather, dropless": {"dispatch": "gather"},
-    "pallas": {"dispatch": "pallas"},
     "blocked": {"dispatch": "blocked"},
     "ragged": {"dispatch": "ragged"},
-    "tokamax": {"dispatch": "tokamax"},
+    "pallas": {"dispatch": "pallas"},
     "by_row": {"dispatch": "by_row"},
 }
 # One fully dropless pair of fine-grained and of coarse experts: the same D, K·F and so the same active operations.
@@ -95,8 +93,6 @@ def why_not(case: Case, name: str, budget: float) -> str | None:
     C = -(-case.group * case.K // case.E)
     if name == "pallas" and platform != "gpu":
         return "no GPU for its kernels"
-    if name == "tokamax" and (platform != "gpu" or importlib.util.find_spec("tokamax") is None):
-        return "no NVIDIA GPU with tokamax"
     if name.startswith("einsum") and case.T * case.K * max(case.E, C) * 4 + case.T * case.E * C * 8 > 2**31:
         return "its masks take more than 2 GiB"
     if name.startswith("einsum") and case.operations + 8 * case.T * case.E * C * case.D > budget:

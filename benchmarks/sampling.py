@@ -85,7 +85,8 @@ def model_of(case: Case) -> tuple[Any, Any]:
     import jax.numpy as jnp
 
     from moe_jax.model.decoder import Decoder, Tokens, Variables, initial_expert_bias
-    from moe_jax.model.moe.backends import this_machine, with_dispatch
+    from moe_jax.model.machine import this_machine
+    from moe_jax.model.moe.backends import for_machine
     from moe_jax.prepare.tokenizer import build_tokenizer
     from moe_jax.runs.opened import open_run
     from moe_jax.sampling.api import load_variables
@@ -97,7 +98,7 @@ def model_of(case: Case) -> tuple[Any, Any]:
         return engine, engine.prepare(load_variables(opened))
     tokenizer = build_tokenizer("char", ["".join(chr(48 + number) for number in range(case.characters))])
     engine = Engine(case.config, tokenizer, this_machine(), case.dtype, end_token=-1)
-    model = with_dispatch(engine.config, 2, train=False, machine=this_machine(), as_set=False)
+    model = for_machine(engine.config, 2, train=False, machine=this_machine(), as_set=False)
     decoder = Decoder(model, tokenizer.vocab_size)
     params = jax.jit(decoder.init)(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
     return engine, engine.prepare(Variables(nn.unbox(params), initial_expert_bias(case.config.model)))

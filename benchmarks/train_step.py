@@ -81,7 +81,8 @@ def prepare_step(config: Config, vocab_size: int) -> Step:
     import numpy as np
 
     from moe_jax.model.decoder import Decoder
-    from moe_jax.model.moe.backends import this_machine, with_dispatch
+    from moe_jax.model.machine import this_machine
+    from moe_jax.model.moe.backends import for_machine
     from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
     from moe_jax.training.flops import count_params, flops_per_token
     from moe_jax.training.optimizer import make_optimizer, make_schedule
@@ -90,7 +91,7 @@ def prepare_step(config: Config, vocab_size: int) -> Step:
 
     B, L = config.data.batch_size, config.model.context_length
     num_tokens = B // config.optimizer.accumulation_steps * L
-    model = with_dispatch(config.model, num_tokens, train=True, machine=this_machine())
+    model = for_machine(config.model, num_tokens, train=True, machine=this_machine())
     mesh = make_mesh(config.mesh, B // config.optimizer.accumulation_steps)
     decoder = Decoder(model, vocab_size)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))

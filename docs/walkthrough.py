@@ -478,7 +478,8 @@ import numpy as np
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig
 from moe_jax.data.batches import train_batches
 from moe_jax.model.decoder import Decoder, Tokens
-from moe_jax.model.moe.backends import this_machine, with_dispatch
+from moe_jax.model.machine import this_machine
+from moe_jax.model.moe.backends import for_machine
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import find_plays, render_play
 from moe_jax.prepare.settings import PrepareConfig
@@ -521,7 +522,7 @@ assert unigram_entropy < math.log(V)
 # %%
 mesh = make_mesh(config.mesh, config.data.batch_size)
 num_tokens = config.data.batch_size * config.model.context_length
-decoder = Decoder(with_dispatch(config.model, num_tokens, train=True, machine=this_machine()), V)
+decoder = Decoder(for_machine(config.model, num_tokens, train=True, machine=this_machine()), V)
 optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, num_steps=100))
 state = init_state(decoder, optimizer, mesh, seed=0)
 total, active = count_params(state.params, moe)

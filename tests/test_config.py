@@ -131,7 +131,7 @@ def test_every_router_goes_with_every_dispatch_or_is_refused_with_the_reason():
                     refused.add((router, dispatch, factor))
     no_capacity = {("expert_choice", dispatch, None) for dispatch in CHOICES["dispatch"]}
     droppers = ("top_k", "noisy_top_k", "switch", "sigmoid_bias")
-    dropless = ("blocked", "ragged", "tokamax", "by_row")
+    dropless = ("blocked", "ragged", "pallas", "by_row")
     assert refused == no_capacity | {(router, dispatch, 1.0) for router in droppers for dispatch in dropless}
 
 
@@ -152,9 +152,11 @@ def test_settings_survive_json():
 @pytest.mark.parametrize(
     ("dispatch", "grouped_matmul", "today"),
     [
-        *(("sorted", name, name) for name in ("auto", "blocked", "ragged", "tokamax", "by_row")),
+        *(("sorted", name, name) for name in ("auto", "blocked", "ragged", "by_row")),
         *((name, "auto", name) for name in ("auto", "einsum", "gather")),
         ("auto", "blocked", "blocked"),
+        ("sorted", "tokamax", "pallas"),
+        ("tokamax", "auto", "pallas"),
     ],
 )
 def test_an_older_runs_settings_are_read_under_their_names_of_today(dispatch, grouped_matmul, today):

@@ -16,7 +16,8 @@ from moe_jax.data.tokenizer_file import fingerprint
 from moe_jax.errors import UserError
 from moe_jax.files import cache_folder
 from moe_jax.model.decoder import Decoder, Variables
-from moe_jax.model.moe.backends import this_machine, with_dispatch
+from moe_jax.model.machine import this_machine
+from moe_jax.model.moe.backends import for_machine
 from moe_jax.model.moe.routing import is_causal
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.runs.opened import OpenedRun
@@ -48,7 +49,7 @@ def score(opened: OpenedRun, path: str | None, split: Split) -> dict[str, Any]:
     batch_size = -(-config.data.batch_size // (config.optimizer.accumulation_steps * devices)) * devices
     mesh = make_mesh(MeshConfig(), batch_size)
     num_tokens = batch_size * config.model.context_length
-    model = with_dispatch(config.model, num_tokens, train=False, machine=this_machine(), as_set=False)
+    model = for_machine(config.model, num_tokens, train=False, machine=this_machine(), as_set=False)
     decoder = Decoder(model, tokenizer.vocab_size)
     with use_mesh(mesh):
         items = abstract_state(decoder, optax.identity(), mesh).variables.to_items()

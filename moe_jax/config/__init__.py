@@ -49,7 +49,7 @@ class MoEConfig:
     """sigmoid_bias: groups that a token may use."""
     num_shared_experts: Annotated[int, Range(0, 2**16)] = 0
     """Experts that every token passes, beside its routed ones; computed as one MLP of their joint width."""
-    dispatch: Literal["auto", "einsum", "gather", "blocked", "ragged", "tokamax", "by_row"] = "auto"
+    dispatch: Literal["auto", "einsum", "gather", "blocked", "ragged", "pallas", "by_row"] = "auto"
     """How rows reach their experts; auto: the fastest measured here (docs/dispatch.md). The last four drop nothing."""
     capacity_factor: Positive | None = None
     """Rows an expert accepts in training, as a multiple of the balanced share T*K/E; None drops nothing."""
@@ -87,6 +87,8 @@ class ModelConfig:
     """Rotated queries and keys (arXiv 2104.09864), or one learned vector a position."""
     rope_theta: Positive = 10000.0
     """Longest rotary wavelength, as a multiple of 2*pi tokens."""
+    attention: Literal["auto", "full", "cudnn"] = "auto"
+    """full: every score in memory; cudnn: NVIDIA's kernel, for whole rows in bfloat16. auto: cudnn where it can be."""
     qk_norm: bool = False
     """Normalise queries and keys by RMS, per head, before the rotation."""
     activation: Literal["swiglu", "gelu", "relu"] = "swiglu"
@@ -259,10 +261,9 @@ class Config:
 
 OLD_SETTINGS: OldSettings = {
     ("model.moe.dispatch", "sorted"): ("model.moe.dispatch", "auto"),
+    ("model.moe.dispatch", "tokamax"): ("model.moe.dispatch", "pallas"),
     ("model.moe.grouped_matmul", "auto"): None,
-    **{
-        ("model.moe.grouped_matmul", name): ("model.moe.dispatch", name)
-        for name in ("blocked", "ragged", "tokamax", "by_row")
-    },
+    ("model.moe.grouped_matmul", "tokamax"): ("model.moe.dispatch", "pallas"),
+    **{("model.moe.grouped_matmul", name): ("model.moe.dispatch", name) for name in ("blocked", "ragged", "by_row")},
 }
 """The name and value of a setting in an older run's config.json, and what it is called today; None: it is gone."""

@@ -1,5 +1,7 @@
 """Causal grouped-query attention with rotary positions, over a sequence or against a cache of keys and values."""
 
+from typing import Literal
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -8,7 +10,9 @@ from flax.linen import initializers
 
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
+from moe_jax.errors import UserError
 from moe_jax.model.layers import dropout, matrix_init, rms_normalise
+from moe_jax.model.machine import Machine
 from moe_jax.sharding.mesh import with_axes
 
 
@@ -52,14 +56,14 @@ def attend(
     query_BLHA: Array,
     key_BJMA: Array,
     value_BJMA: Array,
-    mask_BLM: Array,
+    mask_BLM: Array | None,
     dropout_rate: float = 0.0,
     dropout_keys_B: Array | None = None,
 ) -> Array:
     """Softmax attention; query head h reads key/value head h // (H/J) (grouped queries, arXiv 2305.13245).
 
     Args:
-      mask_BLM: True where query l may see key m.
+      mask_BLM: True where query l may see key m; None: keys up to the query's own place.
       dropout_rate, dropout_keys_B: dropout of the softmax's weights, with one key a sequence; None: no dropout.
 
     Returns:
@@ -72,12 +76,34 @@ def attend(
     query_BJQA = query_BLHA.reshape(B, L, J, H // J, A).transpose(0, 2, 3, 1, 4).reshape(B, J, (H // J) * L, A)
     scores_BJQM = jnp.matmul(query_BJQA, key_BJMA.transpose(0, 1, 3, 2), preferred_element_type=jnp.float32)
     scores_BJGLM = scores_BJQM.reshape(B, J, H // J, L, -1) * A**-0.5
+    if mask_BLM is None:
+        mask_BLM = causal_mask(jnp.arange(L)[None])
     scores_BJGLM = jnp.where(mask_BLM[:, None, None], scores_BJGLM, -1e30)
     weights_BJGLM = dropout(jax.nn.softmax(scores_BJGLM, axis=-1), dropout_rate, dropout_keys_B)
     weights_BJQM = weights_BJGLM.reshape(scores_BJQM.shape).astype(query_BLHA.dtype)
     out_BJQA = jnp.matmul(weights_BJQM, value_BJMA)
     # And back: [B, J, H/J · L, A] -> [B, L, J · H/J, A].
     return out_BJQA.reshape(B, J, H // J, L, A).transpose(0, 3, 1, 2, 4).reshape(B, L, H, A)
+
+
+def choose_attention(config: ModelConfig, *, train: bool, machine: Machine) -> Literal["full", "cudnn"]:
+    """The way of computing attention, as set or, for ``auto``, cuDNN's kernel where it takes the model.
+
+    Raises UserError where the setting names cuDNN and it cannot be.
+    """
+    obstacle = None
+    A = config.embed_dim // config.num_heads
+    if not machine.is_nvidia:
+        obstacle = f"needs an NVIDIA GPU, which this {machine.platform} is not"
+    elif config.dtype != "bfloat16":
+        obstacle = f"computes in bfloat16, got model.dtype={config.dtype}"
+    elif A % 8 or A > 128:
+        obstacle = f"takes heads of up to 128 channels in multiples of 8, got embed_dim / num_heads = {A}"
+    elif train and config.dropout_rate:
+        obstacle = f"has no dropout, got model.dropout_rate={config.dropout_rate}"
+    if config.attention == "cudnn" and obstacle is not None:
+        raise UserError(f"model.attention=cudnn {obstacle}; set it to auto")
+    return "full" if config.attention == "full" or obstacle is not None else "cudnn"
 
 
 def causal_mask(position_BL: Array, segment_BL: Array | None = None) -> Array:
@@ -135,7 +161,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: Array, position_BL: Array, mask_BLM: Array, cache: LayerCache | None, keys_B: Array | None
+        self, x_BLD: Array, position_BL: Array, mask_BLM: Array | None, cache: LayerCache | None, keys_B: Array | None
     ) -> tuple[Array, LayerCache | None]:
         config = self.config
         H, D = config.num_heads, config.embed_dim
@@ -151,12 +177,16 @@ class Attention(nn.Module):
         if config.positions == "rotary":
             query_BLHA = rotate(query_BLHA, position_BL, config.rope_theta)
             key_BLJA = rotate(key_BLJA, position_BL, config.rope_theta)
-        if cache is None:
-            key_BJMA, value_BJMA = _heads_first(key_BLJA), _heads_first(value_BLJA)
-        else:
+        if cache is not None:
             cache = write_cache(cache, key_BLJA, value_BLJA, position_BL)
-            key_BJMA, value_BJMA = cache.key_BJMA, cache.value_BJMA
-        out_BLHA = attend(query_BLHA, key_BJMA, value_BJMA, mask_BLM, config.dropout_rate, keys_B)
+            out_BLHA = attend(query_BLHA, cache.key_BJMA, cache.value_BJMA, mask_BLM)
+        elif config.attention == "cudnn" and mask_BLM is None:
+            out_BLHA = jax.nn.dot_product_attention(
+                query_BLHA, key_BLJA, value_BLJA, is_causal=True, implementation="cudnn"
+            )
+        else:
+            key_BJMA, value_BJMA = _heads_first(key_BLJA), _heads_first(value_BLJA)
+            out_BLHA = attend(query_BLHA, key_BJMA, value_BJMA, mask_BLM, config.dropout_rate, keys_B)
         y_BLD = self._linear("out", out_BLHA.reshape(B, L, D), D, ("heads", "embed"), is_block_output=True)
         return y_BLD, cache
 

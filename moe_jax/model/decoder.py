@@ -68,8 +68,8 @@ class Context(flax.struct.PyTreeNode):
     """What every block of one forward pass shares."""
 
     position_BL: Array
-    mask_BLM: Array
-    """True where query l may see key m."""
+    mask_BLM: Array | None
+    """True where query l may see key m; None: keys up to its own place, which kernels are told in a word."""
     token_mask_BL: Array | None
     keys_B: Array | None
     """One random key a sequence for dropout and router noise; None: no randomness."""
@@ -164,13 +164,14 @@ class Decoder(nn.Module):
           logits_at_B: the place in each row whose logits alone are computed, [B, 1, V]; None: all.
         """
         config = self.config
-        position_BL = tokens.position_BL
+        position_BL, mask_BLM = tokens.position_BL, None
+        is_plain = position_BL is None and tokens.segment_BL is None
         if position_BL is None:
             position_BL = jnp.broadcast_to(jnp.arange(tokens.id_BL.shape[1]), tokens.id_BL.shape)
-        if caches is None:
-            mask_BLM = causal_mask(position_BL, tokens.segment_BL)
-        else:
+        if caches is not None:
             mask_BLM = cache_mask(position_BL, jnp.max(position_BL, axis=1), caches[0].key_BJMA.shape[2])
+        elif not is_plain:
+            mask_BLM = causal_mask(position_BL, tokens.segment_BL)
         context = Context(position_BL, mask_BLM, tokens.mask_BL, keys_B, train)
 
         embedding_init = with_axes(initializers.normal(config.init_std), ("vocab", "embed"))

@@ -16,7 +16,8 @@ from moe_jax.config.fields import check_type, unknown_name
 from moe_jax.config.rules import check_sample
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Tokens, Variables, initial_expert_bias
-from moe_jax.model.moe.backends import this_machine, with_dispatch
+from moe_jax.model.machine import this_machine
+from moe_jax.model.moe.backends import for_machine
 from moe_jax.runs.opened import OpenedRun, open_run
 from moe_jax.sampling.engine import Dtype, Engine
 from moe_jax.sampling.text import Sample
@@ -90,7 +91,7 @@ def load_engine(opened: OpenedRun, dtype: Dtype | None = None) -> tuple[Engine, 
 
 def load_variables(opened: OpenedRun) -> Variables:
     """The opened checkpoint's variables, as the training decoder takes them, on one device. Raises UserError."""
-    model = with_dispatch(opened.config.model, 1, train=False, machine=this_machine(), as_set=False)
+    model = for_machine(opened.config.model, 1, train=False, machine=this_machine(), as_set=False)
     decoder = Decoder(model, opened.tokenizer.vocab_size)
 
     def initial() -> dict[str, Any]:

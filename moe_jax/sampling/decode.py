@@ -16,7 +16,8 @@ from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import LayerCache, init_caches
 from moe_jax.model.decoder import Decoder, Tokens, Variables, forward
-from moe_jax.model.moe.backends import Machine, with_dispatch
+from moe_jax.model.machine import Machine
+from moe_jax.model.moe.backends import for_machine
 from moe_jax.sampling.processors import (
     keep_min_p,
     keep_top_k,
@@ -264,5 +265,5 @@ class Programs:
 
     def decoder_for(self, num_tokens: int) -> Decoder:
         """The ``unstacked`` decoder for so many tokens at a time, whatever backend the run was trained with."""
-        model = with_dispatch(self.config, num_tokens, train=False, machine=self._machine, as_set=False)
+        model = for_machine(self.config, num_tokens, train=False, machine=self._machine, as_set=False)
         return Decoder(model, self.vocab_size, unstacked=True)

@@ -11,7 +11,7 @@ from moe_jax.config import Config, SampleConfig
 from moe_jax.data.tokenizer import Tokenizer, document_end, document_start
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Variables, cast_matrices, unstack
-from moe_jax.model.moe.backends import Machine
+from moe_jax.model.machine import Machine
 from moe_jax.model.moe.routing import is_causal
 from moe_jax.sampling.batch import STREAM_STEPS, Batch
 from moe_jax.sampling.decode import Programs

@@ -13,7 +13,15 @@ from moe_jax.runs.opened import OpenedRun, open_run
 
 # What neither the shapes of parameters nor the function that they stand for depend on.
 _FREE = frozenset(
-    {"model.dropout_rate", "model.embedding_dropout", "model.init", "model.init_std", "model.dtype", "model.remat"}
+    {
+        "model.dropout_rate",
+        "model.embedding_dropout",
+        "model.init",
+        "model.init_std",
+        "model.dtype",
+        "model.remat",
+        "model.attention",
+    }
     | {"model.scan_unroll", "model.moe.router_jitter", "model.moe.bias_update_rate", "model.moe.dispatch"}
     | {"model.moe.capacity_factor", "model.moe.load_balancing_weight"}
     | {"model.moe.load_balancing_scope", "model.moe.router_z_weight", "model.moe.importance_weight"}

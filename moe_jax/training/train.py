@@ -22,7 +22,8 @@ from moe_jax.data.batches import batches_per_epoch, check_data
 from moe_jax.data.dataset import Dataset
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Variables
-from moe_jax.model.moe.backends import Choice, Machine, choose, this_machine, with_dispatch
+from moe_jax.model.machine import Machine, this_machine
+from moe_jax.model.moe.backends import Choice, choose, for_machine
 from moe_jax.runs.checkpoint.record import Saved, newest_sound
 from moe_jax.runs.checkpoint.save import Checkpoints
 from moe_jax.runs.layout import RunDirectory
@@ -108,7 +109,7 @@ def resolve(config: Config, open_dataset: Callable[[], Dataset], workdir: Path) 
     machine, num_tokens = this_machine(), microbatch_size * config.model.context_length
     models, backends = {}, {}
     for phase, train in (("training", True), ("evaluation", False)):
-        models[phase] = with_dispatch(config.model, num_tokens, train=train, machine=machine)
+        models[phase] = for_machine(config.model, num_tokens, train=train, machine=machine)
         if config.model.moe.num_experts:
             backends[phase] = choose(config.model.moe, num_tokens, train=train, machine=machine)
 

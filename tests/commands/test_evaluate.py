@@ -42,7 +42,7 @@ def test_it_finds_the_loss_that_the_run_logged(finished):
 def test_a_run_of_another_machine_is_scored_here(finished, tmp_path):
     shutil.copytree(finished.path, tmp_path / "copy")
     run = RunDirectory(tmp_path / "copy")
-    run.save_config(runs.change(run.load_config(), moe={"dispatch": "tokamax"}))
+    run.save_config(runs.change(run.load_config(), moe={"dispatch": "pallas"}))
     here = scores_of(run, None, "val", "newest")
     assert here["loss"] == pytest.approx(last_evaluation(run)["val/loss"], rel=1e-6)
 

@@ -117,7 +117,7 @@ def test_a_run_trained_on_another_kind_of_device_can_be_sampled_from(finished, t
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(finished.path, run.path)
     saved = finished.load_config()
-    moe = dataclasses.replace(saved.model.moe, dispatch="tokamax", capacity_factor=None)
+    moe = dataclasses.replace(saved.model.moe, dispatch="pallas", capacity_factor=None)
     run.save_config(dataclasses.replace(saved, model=dataclasses.replace(saved.model, moe=moe)))
     generator, variables = load_engine(open_run(run.path, "best"))
     (sample,) = generator.generate(variables, "the", dataclasses.replace(saved.sample, max_new_tokens=3))

@@ -69,3 +69,32 @@ def test_norms_by_hand():
     np.testing.assert_allclose(rms_normalise(x, jnp.asarray([1.0, 2.0])), [[3 / 12.5**0.5, 8 / 12.5**0.5]], rtol=1e-5)
     y = layer_normalise(x, jnp.ones(2), jnp.asarray([0.5, 0.0]))
     np.testing.assert_allclose(y, [[-1 + 0.5, 1.0]], rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("L", "H", "J", "A"), [(256, 4, 4, 64), (1080, 4, 2, 64), (130, 2, 1, 128)])
+def test_on_a_gpu_cudnns_attention_is_ours(L, H, J, A):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = ((2, L, H, A), (2, L, J, A), (2, L, J, A), (2, L, H, A))
+    query, key, value, dout = (
+        jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(keys, shapes, strict=True)
+    )
+
+    def cudnn(query, key, value):
+        return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn")
+
+    def ours(query, key, value):
+        return attend(query, key.swapaxes(1, 2), value.swapaxes(1, 2), None)
+
+    def with_gradients(function, *arguments):
+        out, vjp = jax.vjp(function, *arguments)
+        return out, vjp(dout.astype(out.dtype))
+
+    with jax.default_matmul_precision("highest"):
+        exact = jax.jit(with_gradients, static_argnums=0)(ours, *(x.astype(jnp.float32) for x in (query, key, value)))
+    found = [jax.jit(with_gradients, static_argnums=0)(function, query, key, value) for function in (cudnn, ours)]
+    for theirs, plain, want in zip(*map(jax.tree.leaves, (*found, exact)), strict=True):
+        errors = [
+            float(jnp.linalg.norm((got - want).ravel()) / jnp.linalg.norm(want.ravel())) for got in (theirs, plain)
+        ]
+        assert errors[0] <= 2 * errors[1]

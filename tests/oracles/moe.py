@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import ModelConfig, MoEConfig
+from moe_jax.model.machine import Machine
 from moe_jax.model.mlp import ExpertWeights
-from moe_jax.model.moe.backends import Machine, with_dispatch
+from moe_jax.model.moe.backends import for_machine
 
 
 def choose(scores_TE: np.ndarray, top_k: int) -> np.ndarray:
@@ -163,4 +164,4 @@ def assert_trees_close(actual, expected, rtol: float) -> None:
 
 def on_cpu(model: ModelConfig, num_tokens: int = 4096, *, train: bool = False) -> ModelConfig:
     """``model`` as a decoder needs it: with the backend that a CPU takes for so many tokens where none is set."""
-    return with_dispatch(model, num_tokens, train=train, machine=Machine("cpu"))
+    return for_machine(model, num_tokens, train=train, machine=Machine("cpu"))

@@ -10,7 +10,7 @@ import pytest
 from moe_jax.config import Config, DataConfig, SampleConfig
 from moe_jax.data.tokenizer import document_start
 from moe_jax.errors import UserError
-from moe_jax.model.moe.backends import Machine
+from moe_jax.model.machine import Machine
 from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.sampling.decode import Programs
 from moe_jax.sampling.engine import Engine
@@ -141,6 +141,6 @@ def test_chat_delimiters_start_and_end_a_text(rotary):
 
 
 def test_each_shape_has_the_backend_of_its_number_of_tokens_whatever_the_run_was_trained_with():
-    moe = dataclasses.replace(CONFIG.moe, dispatch="tokamax")  # which this machine does not have
+    moe = dataclasses.replace(CONFIG.moe, dispatch="pallas")  # which this machine does not have
     programs = Programs(dataclasses.replace(CONFIG, moe=moe), 13, Machine("cpu"), END)
     assert [programs.decoder_for(size).config.moe.dispatch for size in (1, 4, 5)] == ["by_row", "by_row", "blocked"]

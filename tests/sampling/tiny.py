@@ -10,7 +10,7 @@ import numpy as np
 from moe_jax.config import Config, ModelConfig, MoEConfig
 from moe_jax.data.tokenizer import document_end
 from moe_jax.model.decoder import Decoder, Tokens, Variables, forward, initial_expert_bias
-from moe_jax.model.moe.backends import Machine
+from moe_jax.model.machine import Machine
 from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.sampling.engine import Engine
 from tests.oracles.moe import on_cpu

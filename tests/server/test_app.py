@@ -11,7 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from moe_jax.config import Config, DataConfig, SampleConfig
-from moe_jax.model.moe.backends import Machine
+from moe_jax.model.machine import Machine
 from moe_jax.sampling.engine import Engine
 from moe_jax.sampling.text import Text
 from moe_jax.server.app import Service, build_app

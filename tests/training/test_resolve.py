@@ -63,7 +63,7 @@ def resolve_here(monkeypatch, folder, workdir, sections):
         ("new", {"data": {"path": "short.txt"}}, "must have at least model.context_length . 1 = 17 tokens, got"),
         ("new", {"mesh": {"data": 9}}, "mesh.data must be at most the 8 devices here, got 9"),
         ("new", {"data": {"batch_size": 4}}, "must be a multiple of the 8 devices of the mesh, got 4"),
-        ("new", {"moe": {"dispatch": "tokamax"}}, "tokamax needs an NVIDIA GPU, which this cpu is not"),
+        ("new", {"moe": {"dispatch": "pallas"}}, "pallas needs a GPU, which this cpu is not"),
         # The run that another begins with.
         ("new", {"train": {"init_from": "nowhere"}}, "train.init_from nowhere: nowhere is not a run directory"),
         ("new", {"train": {"init_from": "damaged"}}, "train.init_from damaged: .* is damaged"),
@@ -119,9 +119,7 @@ def test_random_numbers_of_another_kind_are_refused(folder, monkeypatch):
     assert "unset JAX_DEFAULT_PRNG_IMPL" in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "sections", [{"train": {"seed": 5}}, {"mesh": {"data": 99}}, {"moe": {"dispatch": "tokamax"}}]
-)
+@pytest.mark.parametrize("sections", [{"train": {"seed": 5}}, {"mesh": {"data": 99}}, {"moe": {"dispatch": "pallas"}}])
 def test_what_needs_no_text_is_checked_before_one_is_prepared(monkeypatch, folder, sections):
     monkeypatch.chdir(folder)
     with pytest.raises(UserError):

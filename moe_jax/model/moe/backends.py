@@ -5,20 +5,20 @@ documents its arguments.
 """
 
 import dataclasses
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import jax
-
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
+from moe_jax.model.attention import choose_attention
+from moe_jax.model.machine import Machine
 from moe_jax.model.mlp import Activation, ExpertWeights
 from moe_jax.model.moe.dispatch import einsum, gather
 from moe_jax.model.moe.kernels.blocked import blocked
-from moe_jax.model.moe.kernels.products import by_row, ragged, tokamax
+from moe_jax.model.moe.kernels.pallas import pallas
+from moe_jax.model.moe.kernels.products import by_row, ragged
 from moe_jax.model.moe.plan import RoutingPlan
 from moe_jax.model.moe.routing import limits_capacity
 
@@ -39,31 +39,13 @@ BACKENDS = {
     "gather": Backend(gather, has_slots=True),
     "blocked": Backend(blocked),
     "ragged": Backend(ragged),
-    "tokamax": Backend(tokamax),
+    "pallas": Backend(pallas),
     "by_row": Backend(by_row),
 }
 """By the names of ``model.moe.dispatch``."""
 
 BY_ROW_ROWS = 8
 """Rows up to which gathering weights by row was faster than blocks of rows, as for the rows of a few tokens."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the choice of a backend depends on."""
-
-    platform: str
-    """cpu, gpu or tpu."""
-    is_nvidia: bool = False
-    has_tokamax: bool = False
-    """Whether the package is installed."""
-
-
-def this_machine() -> Machine:
-    """The machine that this process computes on."""
-    platform = jax.default_backend()
-    is_nvidia = platform == "gpu" and "nvidia" in jax.devices()[0].device_kind.lower()
-    return Machine(platform, is_nvidia, has_tokamax=importlib.util.find_spec("tokamax") is not None)
 
 
 @dataclass(frozen=True)
@@ -95,23 +77,14 @@ def choose(moe: MoEConfig, num_tokens: int, *, train: bool, machine: Machine) ->
         return Choice("by_row", f"{num_rows} rows: each reads its own expert's weights")
     if machine.platform == "tpu":
         return Choice("ragged", "XLA's grouped product for TPUs")
-    if machine.is_nvidia and machine.has_tokamax:
-        return Choice("tokamax", "grouped kernels for NVIDIA GPUs")
     if machine.platform == "gpu":
-        return Choice("blocked", "a loop, slow on a GPU: pip install tokamax for its kernels, or set capacity_factor")
+        return Choice("pallas", "grouped kernels for GPUs")
     return Choice("blocked", "the fastest measured on a CPU")
 
 
 def _why_as_set(name: str, is_limited: bool, machine: Machine) -> str:
-    if name == "tokamax" and not machine.is_nvidia:
-        raise UserError(
-            f"model.moe.dispatch=tokamax needs an NVIDIA GPU, which this {machine.platform} is not; set it to auto"
-        )
-    if name == "tokamax" and not machine.has_tokamax:
-        raise UserError(
-            "model.moe.dispatch=tokamax needs the package tokamax, which is not installed; "
-            "pip install tokamax, or set it to auto"
-        )
+    if name == "pallas" and machine.platform != "gpu":
+        raise UserError(f"model.moe.dispatch=pallas needs a GPU, which this {machine.platform} is not; set it to auto")
     if BACKENDS[name].has_slots and not is_limited:
         return "as set: every expert computes every token, E/K times the multiplications"
     if name == "ragged" and machine.platform != "tpu":
@@ -121,15 +94,17 @@ def _why_as_set(name: str, is_limited: bool, machine: Machine) -> str:
     return "as set"
 
 
-def with_dispatch(
+def for_machine(
     model: ModelConfig, num_tokens: int, *, train: bool, machine: Machine, as_set: bool = True
 ) -> ModelConfig:
-    """``model`` with the name of the backend for such batches in ``moe.dispatch``, as a decoder needs it.
+    """``model`` as a decoder needs it: with the backend for such batches in ``moe.dispatch`` and the way of attention.
 
     ``as_set=False`` chooses as ``auto`` does, whatever is set: for a run that may be of another kind of machine.
 
     Raises UserError as ``choose`` does.
     """
+    wanted = model if as_set else dataclasses.replace(model, attention="auto")
+    model = dataclasses.replace(model, attention=choose_attention(wanted, train=train, machine=machine))
     if not model.moe.num_experts:
         return model
     moe = model.moe if as_set else dataclasses.replace(model.moe, dispatch="auto")

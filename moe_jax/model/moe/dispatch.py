@@ -13,6 +13,7 @@ Results are summed over a token's rows in float32 and cast once.
 import functools
 from collections.abc import Callable
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -64,9 +65,9 @@ def gather(
     first_slot_GTK = (plan.expert_TK * G + jnp.arange(G)[:, None, None]) * capacity
     weight_TK, slot_TK = _merged(plan.combine_weight_TK), _merged(first_slot_GTK + placement.position_TK)
     slot_TK, row_S = _index_tables(slot_TK, _merged(placement.kept_TK), E * G * capacity)
-    x_ERD = _to_slots(x_GTD.reshape(G * T, D), slot_TK, row_S).reshape(E, G * capacity, D)
+    x_ERD = to_slots(x_GTD.reshape(G * T, D), slot_TK, row_S).reshape(E, G * capacity, D)
     y_SD = expert_mlp(weights, x_ERD, activation).reshape(-1, D)
-    y_TD = _from_slots(y_SD, weight_TK, slot_TK, row_S)
+    y_TD = from_slots(y_SD, weight_TK, slot_TK, row_S)
     return y_TD.reshape(G, T, D), placement.kept_TK
 
 
@@ -88,7 +89,29 @@ def through_sorted_rows(
       As ``einsum``; a row is kept wherever there is one.
     """
     G, T, D = x_GTD.shape
-    expert_TK, weight_TK = _merged(plan.expert_TK), _merged(plan.combine_weight_TK)
+    rows = sort_rows(plan, num_experts, multiple)
+    y_SD = experts(to_slots(x_GTD.reshape(G * T, D), rows.slot_TK, rows.row_S), rows.size_E)
+    y_TD = from_slots(y_SD, _merged(plan.combine_weight_TK), rows.slot_TK, rows.row_S)
+    return y_TD.reshape(G, T, D), rows.kept_TK.reshape(plan.expert_TK.shape)
+
+
+class SortedRows(flax.struct.PyTreeNode):
+    """Where the rows of all groups lie once they are sorted by expert, in S = ``num_slots`` slots."""
+
+    slot_TK: Array
+    """Each row's slot; S where there is no row."""
+    row_S: Array
+    """Each slot's row, token * K + choice; T*K in an empty slot."""
+    size_E: Array
+    """Slots of each expert; they follow each other from slot 0 on."""
+    kept_TK: Array
+    """Where there is a row."""
+
+
+def sort_rows(plan: RoutingPlan, num_experts: int, multiple: int) -> SortedRows:
+    """The places of the plan's rows, all groups together; arguments as in ``through_sorted_rows``."""
+    G, T, _ = plan.expert_TK.shape
+    expert_TK = _merged(plan.expert_TK)
     placement = place(expert_TK, num_experts, G * T)
     load_E = jnp.sum(chosen_experts(expert_TK, num_experts).astype(jnp.int32), axis=0)
     size_E = (load_E + multiple - 1) // multiple * multiple
@@ -96,9 +119,7 @@ def through_sorted_rows(
     slot_TK = jnp.take(first_E, expert_TK, mode="clip") + placement.position_TK
     S = num_slots(G * plan.max_rows, num_experts, multiple)
     slot_TK, row_S = _index_tables(slot_TK, placement.kept_TK, S)
-    y_SD = experts(_to_slots(x_GTD.reshape(G * T, D), slot_TK, row_S), size_E)
-    y_TD = _from_slots(y_SD, weight_TK, slot_TK, row_S)
-    return y_TD.reshape(G, T, D), placement.kept_TK.reshape(plan.expert_TK.shape)
+    return SortedRows(slot_TK, row_S, size_E, placement.kept_TK)
 
 
 def num_slots(num_rows: int, num_experts: int, multiple: int) -> int:
@@ -123,7 +144,7 @@ def _index_tables(slot_TK: Array, kept_TK: Array, num_slots: int) -> tuple[Array
     return slot_TK, row_S
 
 
-def _take(rows: Array, index: Array) -> Array:
+def take_rows(rows: Array, index: Array) -> Array:
     """rows[index], and zeros where the index is one past the end."""
     return jnp.take(rows, index, axis=0, mode="fill", fill_value=0)
 
@@ -138,45 +159,49 @@ def _merged(leaf_GTK: Array) -> Array:
 
 
 @jax.custom_vjp
-def _to_slots(x_TD: Array, slot_TK: Array, row_S: Array) -> Array:
+def to_slots(x_TD: Array, slot_TK: Array, row_S: Array) -> Array:
     """[T, D] -> [S, D]: each slot gets its row's token; an empty one zeros."""
-    return _take(x_TD, row_S // slot_TK.shape[-1])
+    return take_rows(x_TD, row_S // slot_TK.shape[-1])
 
 
 def _to_slots_forward(x_TD: Array, slot_TK: Array, row_S: Array) -> tuple[Array, Array]:
-    return _to_slots(x_TD, slot_TK, row_S), slot_TK
+    return to_slots(x_TD, slot_TK, row_S), slot_TK
 
 
 def _to_slots_backward(slot_TK: Array, dx_SD: Array) -> tuple[Array, None, None]:
-    dx_TKD = _take(dx_SD, slot_TK)
-    return jnp.sum(dx_TKD, axis=1, dtype=jnp.float32).astype(dx_SD.dtype), None, None
+    return sum_of_rows(dx_SD, slot_TK), None, None
 
 
-_to_slots.defvjp(_to_slots_forward, _to_slots_backward)
+def sum_of_rows(dx_SD: Array, slot_TK: Array) -> Array:
+    """[T, D]: the sum over each token's rows, in the type of ``dx``."""
+    return jnp.sum(take_rows(dx_SD, slot_TK), axis=1, dtype=jnp.float32).astype(dx_SD.dtype)
+
+
+to_slots.defvjp(_to_slots_forward, _to_slots_backward)
 
 
 @jax.custom_vjp
-def _from_slots(y_SD: Array, weight_TK: Array, slot_TK: Array, row_S: Array) -> Array:
+def from_slots(y_SD: Array, weight_TK: Array, slot_TK: Array, row_S: Array) -> Array:
     """y_t = Σ_k weight_tk · y[slot_tk], [T, D] in the type of ``y``."""
-    y_TKD = _take(y_SD, slot_TK).astype(jnp.float32)
+    y_TKD = take_rows(y_SD, slot_TK).astype(jnp.float32)
     return jnp.sum(y_TKD * weight_TK[..., None], axis=1).astype(y_SD.dtype)
 
 
 def _from_slots_forward(
     y_SD: Array, weight_TK: Array, slot_TK: Array, row_S: Array
 ) -> tuple[Array, tuple[Array, Array, Array, Array]]:
-    return _from_slots(y_SD, weight_TK, slot_TK, row_S), (y_SD, weight_TK, slot_TK, row_S)
+    return from_slots(y_SD, weight_TK, slot_TK, row_S), (y_SD, weight_TK, slot_TK, row_S)
 
 
 def _from_slots_backward(
     residuals: tuple[Array, Array, Array, Array], dy_TD: Array
 ) -> tuple[Array, Array, None, None]:
     y_SD, weight_TK, slot_TK, row_S = residuals
-    weight_S = _take(weight_TK.reshape(-1), row_S)
-    dy_SD = _take(dy_TD, row_S // slot_TK.shape[-1]).astype(jnp.float32) * weight_S[..., None]
-    y_TKD = _take(y_SD, slot_TK).astype(jnp.float32)
+    weight_S = take_rows(weight_TK.reshape(-1), row_S)
+    dy_SD = take_rows(dy_TD, row_S // slot_TK.shape[-1]).astype(jnp.float32) * weight_S[..., None]
+    y_TKD = take_rows(y_SD, slot_TK).astype(jnp.float32)
     dweight_TK = jnp.sum(y_TKD * dy_TD.astype(jnp.float32)[:, None, :], axis=-1)
     return dy_SD.astype(y_SD.dtype), dweight_TK, None, None
 
 
-_from_slots.defvjp(_from_slots_forward, _from_slots_backward)
+from_slots.defvjp(_from_slots_forward, _from_slots_backward)

@@ -67,7 +67,7 @@ class MoE(nn.Module):
     def _compute(self, x_GTD: Array, plan: RoutingPlan, weights: ExpertWeights, capacity: int) -> tuple[Array, Array]:
         """The rows of ``plan`` through their experts by the configured backend: outputs and kept_GTK."""
         if self.config.moe.dispatch == "auto":
-            raise ValueError("a decoder needs the name of a backend, got model.moe.dispatch=auto; see with_dispatch")
+            raise ValueError("a decoder needs the name of a backend, got model.moe.dispatch=auto; see for_machine")
         backend, activation = BACKENDS[self.config.moe.dispatch], self.config.activation
 
         def run(tokens: tuple[Array, RoutingPlan], weights: ExpertWeights) -> tuple[Array, Array]:

@@ -7,11 +7,11 @@ import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
-from moe_jax.model.moe.backends import BY_ROW_ROWS, Machine, choose, this_machine, with_dispatch
+from moe_jax.model.machine import Machine, this_machine
+from moe_jax.model.moe.backends import BY_ROW_ROWS, choose, for_machine
 
 CPU, TPU, AMD = Machine("cpu"), Machine("tpu"), Machine("gpu")
-NVIDIA = Machine("gpu", is_nvidia=True, has_tokamax=True)
-BARE_NVIDIA = Machine("gpu", is_nvidia=True)
+NVIDIA = Machine("gpu", is_nvidia=True)
 SLOTS = {"capacity_factor": 1.0}
 CHOICE = {"router": "expert_choice", "capacity_factor": 1.0}
 
@@ -21,8 +21,8 @@ CHOICE = {"router": "expert_choice", "capacity_factor": 1.0}
     [
         (CPU, {}, True, "blocked"),
         (TPU, {}, True, "ragged"),
-        (NVIDIA, {}, True, "tokamax"),
-        (AMD, {}, True, "blocked"),
+        (NVIDIA, {}, True, "pallas"),
+        (AMD, {}, True, "pallas"),
         (CPU, SLOTS, True, "gather"),
         (CPU, SLOTS, False, "blocked"),
         (CPU, CHOICE, False, "gather"),
@@ -38,12 +38,6 @@ def test_auto_picks_by_machine_and_capacity_and_never_a_dense_product(machine, m
     assert ("E/K times" in str(choice)) == is_dense, "a dense product is said"
 
 
-def test_auto_without_tokamax_says_what_a_gpu_is_missing():
-    choice = choose(MoEConfig(), 4096, train=True, machine=BARE_NVIDIA)
-    assert choice.name == "blocked"
-    assert "pip install tokamax" in choice.reason
-
-
 @pytest.mark.parametrize(
     ("top_k", "num_tokens", "name"),
     [(2, BY_ROW_ROWS // 2, "by_row"), (2, BY_ROW_ROWS, "blocked"), (16, 1, "by_row"), (16, 2, "blocked")],
@@ -52,28 +46,49 @@ def test_a_handful_of_rows_is_not_sorted(top_k, num_tokens, name):
     assert choose(MoEConfig(top_k=top_k), num_tokens, train=False, machine=CPU).name == name
 
 
+@pytest.mark.parametrize("machine", [CPU, TPU])
+def test_kernels_for_gpus_are_refused_elsewhere_with_the_remedy(machine):
+    model = ModelConfig(moe=MoEConfig(dispatch="pallas"))
+    with pytest.raises(UserError, match=f"pallas needs a GPU, which this {machine.platform} is not; set it to auto"):
+        for_machine(model, 4096, train=True, machine=machine)
+    # A run of another machine may have been trained with it.
+    assert for_machine(model, 4096, train=True, machine=machine, as_set=False).moe.dispatch != "pallas"
+
+
 @pytest.mark.parametrize(
-    ("machine", "words"),
+    ("settings", "train", "machine", "attention"),
     [
-        (CPU, "dispatch=tokamax needs an NVIDIA GPU, which this cpu is not; set it to auto"),
-        (AMD, "dispatch=tokamax needs an NVIDIA GPU, which this gpu is not; set it to auto"),
-        (BARE_NVIDIA, "needs the package tokamax, which is not installed; pip install tokamax"),
+        ({"dtype": "bfloat16"}, True, NVIDIA, "cudnn"),
+        ({"dtype": "bfloat16"}, True, AMD, "full"),
+        ({"dtype": "bfloat16", "attention": "full"}, True, NVIDIA, "full"),
+        ({"dtype": "bfloat16", "dropout_rate": 0.1}, True, NVIDIA, "full"),
+        ({"dtype": "bfloat16", "dropout_rate": 0.1}, False, NVIDIA, "cudnn"),
+        ({"dtype": "bfloat16", "embed_dim": 48}, True, NVIDIA, "full"),
+        ({}, True, NVIDIA, "full"),
     ],
 )
-def test_tokamax_where_it_cannot_run_is_refused_with_the_remedy(machine, words):
-    model = ModelConfig(moe=MoEConfig(dispatch="tokamax"))
-    with pytest.raises(UserError, match=words):
-        with_dispatch(model, 4096, train=True, machine=machine)
-    # A run of another machine may have been trained with it.
-    assert with_dispatch(model, 4096, train=True, machine=machine, as_set=False).moe.dispatch == "blocked"
+def test_attention_is_cudnns_where_it_takes_the_model(settings, train, machine, attention):
+    assert for_machine(ModelConfig(**settings), 4096, train=train, machine=machine).attention == attention
 
 
 @pytest.mark.parametrize(
-    ("device", "packages", "machine"),
-    [("cpu", (), CPU), ("tpu", (), TPU), ("NVIDIA H100", ("tokamax",), NVIDIA), ("AMD Instinct", (), AMD)],
+    ("settings", "machine", "words"),
+    [
+        ({"dtype": "bfloat16"}, CPU, "cudnn needs an NVIDIA GPU, which this cpu is not; set it to auto"),
+        ({}, NVIDIA, "cudnn computes in bfloat16, got model.dtype=float32"),
+        ({"dtype": "bfloat16", "embed_dim": 48}, NVIDIA, "multiples of 8, got embed_dim / num_heads = 12"),
+        ({"dtype": "bfloat16", "dropout_rate": 0.1}, NVIDIA, "has no dropout, got model.dropout_rate=0.1"),
+    ],
 )
-def test_the_machine_is_that_of_this_process(monkeypatch, device, packages, machine):
+def test_cudnn_where_it_cannot_be_is_refused_with_the_remedy(settings, machine, words):
+    with pytest.raises(UserError, match=words):
+        for_machine(ModelConfig(attention="cudnn", **settings), 4096, train=True, machine=machine)
+
+
+@pytest.mark.parametrize(
+    ("device", "machine"), [("cpu", CPU), ("tpu", TPU), ("NVIDIA H100", NVIDIA), ("AMD Instinct", AMD)]
+)
+def test_the_machine_is_that_of_this_process(monkeypatch, device, machine):
     monkeypatch.setattr(jax, "default_backend", lambda: device if device in ("cpu", "tpu") else "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=device)])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in packages else None)
     assert this_machine() == machine

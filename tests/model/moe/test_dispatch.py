@@ -17,7 +17,7 @@ from moe_jax.model.moe.routing import top_k_plan
 from tests.oracles.moe import assert_trees_close, keep, make_weights, moe_loop, with_gradients
 from tests.oracles.programs import equations_of
 
-NAMES = [name for name in BACKENDS if name != "tokamax"]
+NAMES = list(BACKENDS)
 SHAPES = [(1, 1, 1, 1), (1, 1, 6, 2), (2, 5, 3, 2), (1, 9, 4, 4), (3, 4, 6, 1)]
 """(G, T, E, K), few, so that few programs are compiled."""
 

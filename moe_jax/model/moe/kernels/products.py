@@ -1,11 +1,10 @@
-"""``ragged`` and ``tokamax``: one grouped product of each matrix. ``by_row``: each row brings its expert's weights.
+"""``ragged``: one grouped product of each matrix. ``by_row``: each row brings its expert's weights.
 
-``jax.lax.ragged_dot`` is for TPUs: elsewhere XLA expands it to a masked product over all experts.
-``tokamax.ragged_dot`` has kernels for NVIDIA GPUs. Gathering weights is for a handful of rows, as in decoding.
+``jax.lax.ragged_dot`` is for TPUs: elsewhere XLA expands it to a masked product over all experts. Gathering weights is
+for a handful of rows, as in decoding.
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 
 import jax
@@ -27,21 +26,6 @@ def ragged(
     """Sorted rows, by ``jax.lax.ragged_dot``; arguments and results as in ``dispatch.einsum``."""
     experts = functools.partial(mlp_by_products, jax.lax.ragged_dot, weights, activation)
     return through_sorted_rows(x_GTD, plan, weights.w_up_EDF.shape[0], 1, experts)
-
-
-def tokamax(
-    x_GTD: Array, plan: RoutingPlan, weights: ExpertWeights, activation: Activation, capacity: int
-) -> tuple[Array, Array]:
-    """Sorted rows, by ``tokamax.ragged_dot``; arguments and results as in ``dispatch.einsum``."""
-    experts = functools.partial(mlp_by_products, tokamax_product(), weights, activation)
-    return through_sorted_rows(x_GTD, plan, weights.w_up_EDF.shape[0], 1, experts)
-
-
-def tokamax_product(implementation: str | tuple[str, ...] = ("mosaic", "triton")) -> Product:
-    """``tokamax.ragged_dot``. Without XLA among its implementations it raises rather than computing a dense product
-    where no kernel fits."""
-    package = importlib.import_module("tokamax")  # not at the top: optional, and slow to import
-    return functools.partial(package.ragged_dot, implementation=implementation)
 
 
 def mlp_by_products(

@@ -1,16 +1,13 @@
 """Grouped products against one expert after the other, what kernels leave undefined, and what ``by_row`` reads."""
 
-import sys
-import types
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from moe_jax.config import ModelConfig, MoEConfig
-from moe_jax.model.moe.kernels.products import mlp_by_products, tokamax_product
+from moe_jax.model.moe.kernels.products import mlp_by_products
 from moe_jax.model.moe.layer import MoE
-from tests.oracles.moe import assert_equals_one_by_one, assert_equals_one_by_one_on_a_gpu
+from tests.oracles.moe import assert_equals_one_by_one
 from tests.oracles.programs import calls_of, equations_of
 
 D, F, E, S = 6, 10, 5, 48
@@ -25,19 +22,6 @@ def with_product(product):
 def test_ragged_products_equal_one_expert_after_the_other(activation, bias):
     for load in LOADS:
         assert_equals_one_by_one(with_product(jax.lax.ragged_dot), load, activation, bias, S)
-
-
-def test_tokamax_is_called_with_kernels_only_and_computes_the_mlp(monkeypatch):
-    # Stands in for the package, which CI does not install: the call's shape and what is made of its results.
-    calls = []
-
-    def ragged_dot(lhs, rhs, group_sizes, *, implementation):
-        calls.append(implementation)
-        return jax.lax.ragged_dot(lhs, rhs, group_sizes)
-
-    monkeypatch.setitem(sys.modules, "tokamax", types.SimpleNamespace(ragged_dot=ragged_dot))
-    assert_equals_one_by_one(with_product(tokamax_product()), LOADS[0], "swiglu", True, S)
-    assert calls == [("mosaic", "triton")] * 3, "XLA's product, dense over all experts, is never among them"
 
 
 def test_what_a_kernel_leaves_undefined_reaches_nothing():
@@ -59,17 +43,6 @@ def test_what_a_kernel_leaves_undefined_reaches_nothing():
 
     product.defvjp(forward, backward)
     assert_equals_one_by_one(with_product(product), (0, 16, 8, 0, 4), "swiglu", True, S)
-
-
-def test_the_real_tokamax_equals_one_expert_after_the_other():
-    pytest.importorskip("tokamax")
-    assert_equals_one_by_one(with_product(tokamax_product("xla")), LOADS[0], "swiglu", False, S)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_on_a_gpu_tokamax_products_equal_one_expert_after_the_other(dtype):
-    assert_equals_one_by_one_on_a_gpu(with_product(tokamax_product()), dtype)
 
 
 def test_a_layer_of_one_token_reads_the_weights_of_its_experts_only():
