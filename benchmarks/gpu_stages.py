@@ -27,7 +27,6 @@ from gpu_session import Row, Session, Shape, guarded, seconds_of, text_of
 from moe_jax.cli import load_recipe
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig
 from moe_jax.config.rules import check
-from moe_jax.model.moe.backends import BACKENDS
 from moe_jax.training.flops import PEAK_FLOPS
 
 SHAPES: list[Shape] = [(1024, 4096, 8, 2), (2048, 768, 128, 8), (512, 512, 64, 8)]
@@ -72,7 +71,6 @@ def layers(session: Session, T: int, shapes: list[Shape]) -> Iterator[Row]:
         case = moe_layer.Case(*shape, T, T, "bfloat16")
         names = ["pallas", "gather, capacity 1.0", "einsum, capacity 1.0"]
         names += ["blocked"] if shape == shapes[-1] and T <= 16384 else []
-        names = [name for name in names if moe_layer.VARIANTS[name]["dispatch"] in BACKENDS]
         names = [name for name in names if not moe_layer.why_not(case, name, math.inf)]
         for name in [*names, "bound"]:
             for index, which in enumerate(("forward", "both")):
