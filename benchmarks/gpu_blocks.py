@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,86 +19,120 @@ BEST = 3
 """Candidates of each kind and shape that are reported."""
 
 
-CANDIDATES = [
-    Blocks(128, 128, 64, 8, 3),
-    Blocks(128, 128, 64, 4, 3),
-    Blocks(128, 256, 64, 8, 3),
-    Blocks(128, 128, 32, 8, 4),
-    Blocks(128, 128, 32, 4, 4),
-    Blocks(128, 128, 64, 8, 4),
-    Blocks(128, 256, 32, 8, 4),
-    Blocks(128, 64, 64, 4, 4),
-    Blocks(256, 128, 64, 8, 3),
-    Blocks(64, 128, 64, 4, 4),
-]
+CANDIDATES: dict[Kind, list[Blocks]] = {
+    "hidden": [
+        Blocks(128, 128, 64, 8, 3),
+        Blocks(128, 128, 64, 8, 4),
+        Blocks(128, 64, 64, 4, 4),
+        Blocks(128, 64, 64, 8, 4),
+        Blocks(128, 128, 32, 8, 4),
+        Blocks(64, 128, 64, 4, 4),
+    ],
+    "down": [
+        Blocks(128, 256, 64, 8, 3),
+        Blocks(128, 128, 64, 8, 3),
+        Blocks(128, 128, 64, 8, 4),
+        Blocks(128, 128, 64, 4, 3),
+    ],
+    "hidden_gradient": [
+        Blocks(128, 64, 64, 8, 3),
+        Blocks(128, 64, 64, 8, 4),
+        Blocks(128, 32, 64, 4, 4),
+        Blocks(128, 128, 64, 8, 3),
+    ],
+    "rows_gradient": [
+        Blocks(128, 256, 64, 8, 3),
+        Blocks(128, 128, 64, 8, 3),
+        Blocks(128, 128, 64, 8, 4),
+        Blocks(128, 128, 64, 4, 3),
+    ],
+    "weight_gradient": [
+        Blocks(128, 256, 64, 8, 3),
+        Blocks(128, 128, 64, 8, 3),
+        Blocks(256, 128, 64, 8, 3),
+        Blocks(128, 128, 64, 8, 4),
+    ],
+}
 """The likeliest first, for a sweep that is cut."""
 
 
-def grouped(kind: Kind, shape: Shape, num_tokens: int, blocks: Blocks) -> tuple[Callable, tuple, int]:
-    """(a compiled kernel, its arguments, its floating-point operations), on bfloat16 rows in equal shares."""
-    D, F, E, K = shape
-    R = num_tokens * K // E
-    keys = iter(jax.random.split(jax.random.key(0), 8))
+class Operands(NamedTuple):
+    """What the kernels of one layer read: rows that lie sorted by expert, as many for each."""
 
-    def normal(*sizes: int) -> Any:
-        return jax.random.normal(next(keys), sizes, jnp.bfloat16) / sizes[-1] ** 0.5
+    size_E: jax.Array
+    x_SD: jax.Array
+    up_SF: jax.Array
+    gate_SF: jax.Array
+    weight_S: jax.Array
+    weights: ExpertWeights
 
-    expert_I = jnp.repeat(jnp.arange(E), R // blocks.rows)
-    up, gate, down = normal(E, D, F), normal(E, D, F), normal(E, F, D)
-    x, dup, dgate = normal(E * R, D), normal(E * R, F), normal(E * R, F)
-    weight_S = jnp.ones(E * R)
-    weights = ExpertWeights(up, down, gate)
-    one = 2 * E * R * D * F
-    found: dict[Kind, tuple[Callable, tuple, int]] = {
-        "hidden": (lambda w, x: pallas.hidden(expert_I, x, w, "swiglu", blocks, keep=True), (weights, x), 2 * one),
-        "down": (lambda h, w: pallas.product(expert_I, (h,), (w,), None, blocks), (dup, down), one),
-        "rows_gradient": (
-            lambda du, dg, u, g: pallas.product(expert_I, (du, dg), (u, g), None, blocks, transposed=True),
-            (dup, dgate, up, gate),
-            2 * one,
-        ),
-        "hidden_gradient": (
-            lambda dy, w, u, g: pallas.hidden_gradient(expert_I, dy, w, weight_S, (u, g), "swiglu", blocks),
-            (x, down, dup, dgate),
-            one,
-        ),
-        "weight_gradient": (
-            lambda x, du: pallas.weight_gradient(jnp.full(E, R), x, du, jnp.dtype("float32"), blocks),
-            (x, dup),
-            one,
-        ),
-    }
-    function, arguments, operations = found[kind]
-    return jax.jit(function), arguments, operations
+
+def operands(shape: Shape, rows: int, dtype: str = "bfloat16") -> Operands:
+    """Random ones, of ``rows`` an expert."""
+    D, F, E, _ = shape
+    keys = iter(jax.random.split(jax.random.key(0), 6))
+
+    def normal(*sizes: int) -> jax.Array:
+        return jax.random.normal(next(keys), sizes, dtype) / sizes[-1] ** 0.5
+
+    weights = ExpertWeights(normal(E, D, F), normal(E, F, D), normal(E, D, F))
+    S = E * rows
+    return Operands(jnp.full(E, rows), normal(S, D), normal(S, F), normal(S, F), jnp.ones(S), weights)
+
+
+def kernel(kind: Kind, blocks: Blocks) -> Callable[[Operands], Any]:
+    """One kernel as a function of what there is to read."""
+
+    def call(of: Operands) -> Any:
+        E, S, weights = of.size_E.size, of.weight_S.size, of.weights
+        expert_I = jnp.repeat(jnp.arange(E), S // E // blocks.rows)
+        kept, gate_EDF = (of.up_SF, of.gate_SF), weights.w_gate_EDF
+        assert gate_EDF is not None
+        if kind == "hidden":
+            return pallas.hidden(expert_I, of.x_SD, weights, "swiglu", blocks, keep=True)
+        if kind == "down":
+            return pallas.product(expert_I, (of.up_SF,), (weights.w_down_EFD,), None, blocks)
+        if kind == "rows_gradient":
+            matrices = (weights.w_up_EDF, gate_EDF)
+            return pallas.product(expert_I, kept, matrices, None, blocks, transposed=True)
+        if kind == "hidden_gradient":
+            down = weights.w_down_EFD
+            return pallas.hidden_gradient(expert_I, of.x_SD, down, of.weight_S, kept, "swiglu", blocks)
+        return pallas.weight_gradient(of.size_E, of.x_SD, of.up_SF, jnp.dtype("float32"), blocks)
+
+    return call
 
 
 def sweep(session: Session, shapes: list[Shape]) -> Iterator[Row]:
     """The best block sizes of each kind, of those that there was time for."""
     num_tokens, candidates = 16384, CANDIDATES
     if session.tiny:
-        num_tokens, shapes, candidates = 64, [(64, 32, 8, 2)], [Blocks(16, 16, 16, 4, 2)]
-    cases = [(shape, kind) for shape in shapes for kind in get_args(Kind)]
+        num_tokens, shapes = 64, [(64, 32, 8, 2)]
+        candidates = {kind: [Blocks(16, 16, 16, 4, 2)] for kind in CANDIDATES}
+    cases = [(shape, kind) for shape in shapes for kind in candidates]
     end = min(time.time() + SECONDS, session.deadline)
     for number, (shape, kind) in enumerate(cases):
         until = time.time() + (end - time.time()) / (len(cases) - number)
         what = f"{kind}, D={shape[0]} F={shape[1]} E={shape[2]} K={shape[3]} T={num_tokens}"
-        yield from _case(session, what, kind, shape, num_tokens, candidates, until)
+        yield from _case(session, what, kind, shape, num_tokens, candidates[kind], until)
 
 
 def _case(
     session: Session, what: str, kind: Kind, shape: Shape, num_tokens: int, candidates: list[Blocks], until: float
 ) -> Iterator[Row]:
-    found: list[tuple[float, int, Blocks]] = []
+    D, F, E, K = shape
+    of = operands(shape, num_tokens * K // E)
+    operations = 2 * num_tokens * K * D * F * (2 if kind in ("hidden", "rows_gradient") else 1)
+    found: list[tuple[float, Blocks]] = []
     failed: dict[str, str] = {}
     for blocks in candidates:
         if time.time() > until and found:
             break
         try:
-            function, arguments, operations = grouped(kind, shape, num_tokens, blocks)
-            found.append((seconds_of(function, arguments, turns=3), operations, blocks))
+            found.append((seconds_of(jax.jit(kernel(kind, blocks)), (of,), turns=3), blocks))
         except Exception as error:  # noqa: BLE001 - what no kernel can be compiled for is part of the answer
             failed[_name(blocks)] = text_of(error)[:100]
-    for seconds, operations, blocks in sorted(found, key=lambda each: each[0])[:BEST]:
+    for seconds, blocks in sorted(found, key=lambda each: each[0])[:BEST]:
         yield {"what": f"{what}, {_name(blocks)}"} | session.speed(seconds, operations)
     tried = len(found) + len(failed)
     yield {"what": f"{what}, tried", "tried": tried, "of": len(candidates), "failed": len(failed), "why": failed}

@@ -16,7 +16,7 @@ from flax.linen import initializers
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import Attention, LayerCache, cache_mask, causal_mask
-from moe_jax.model.layers import Norm, dropout, fold_in, matrix_init
+from moe_jax.model.layers import Norm, dropout, float32_product, fold_in, matrix_init
 from moe_jax.model.mlp import DenseMLP, dense_width
 from moe_jax.model.moe.dispatch import PRODUCTS
 from moe_jax.model.moe.layer import MoE
@@ -209,7 +209,7 @@ class Decoder(nn.Module):
         else:
             init = with_axes(matrix_init(config), ("embed", "vocab"))
             output_DV = self.param("output", init, (config.embed_dim, self.vocab_size))
-        return jnp.matmul(x_BLD, output_DV.astype(x_BLD.dtype), preferred_element_type=jnp.float32)
+        return float32_product(x_BLD, output_DV.astype(x_BLD.dtype))
 
     def _scan(
         self, x_BLD: Array, context: Context, expert_bias_NE: Array | None

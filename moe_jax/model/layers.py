@@ -36,6 +36,29 @@ def _match(vector_D: Array, x: Array) -> Array:
     return vector_D.reshape((1,) * (x.ndim - 1) + vector_D.shape)
 
 
+@jax.custom_vjp
+def float32_product(x: Array, kernel: Array) -> Array:
+    """x @ kernel with a float32 result: logits, of factors in the type of ``x``.
+
+    The gradient comes back in float32 and is rounded to the type of ``x`` before it is multiplied on, as every other
+    gradient is: accelerators multiply float32 at an eighth of the speed.
+    """
+    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _float32_product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return float32_product(x, kernel), (x, kernel)
+
+
+def _float32_product_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = residuals
+    _, vjp = jax.vjp(lambda x, kernel: jnp.matmul(x, kernel), x, kernel)
+    return vjp(dy.astype(x.dtype))
+
+
+float32_product.defvjp(_float32_product_forward, _float32_product_backward)
+
+
 def dropout(x: Array, rate: float, sequence_keys_B: Array | None) -> Array:
     """Zeroes elements with probability ``rate`` and scales the rest by 1/(1 - rate); one random key a sequence, or
     None for no dropout."""

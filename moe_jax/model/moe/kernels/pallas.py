@@ -37,31 +37,54 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The blocks of each kernel. ``rows`` of the first three are what each expert's rows are rounded up to."""
+    """The blocks of each kernel. All but the last two are of as many rows as each expert's are rounded up to."""
 
     hidden: Blocks
-    product: Blocks
+    down: Blocks
     hidden_gradient: Blocks
-    weight_gradient: Blocks
+    rows_gradient: Blocks
+    up_gradient: Blocks
+    down_gradient: Blocks
+
+    @property
+    def rows(self) -> int:
+        return self.hidden.rows
 
 
-def tuning(num_rows: int, num_experts: int, dtype: jnp.dtype) -> Tuning:
-    """The fastest measured, within the 99 KiB of shared memory that every GPU since Ampere gives a block.
+def tuning(num_rows: int, num_experts: int, D: int, F: int, dtype: jnp.dtype, shared_memory: int) -> Tuning:
+    """The fastest blocks measured (docs/performance.md) for a GPU with so many bytes of shared memory a block.
 
     Each expert's rows are rounded up to whole blocks, half a block on average: where experts have few, it is small.
     """
     share = max(1, num_rows // num_experts)
     rows = min(128, max(16, 1 << (share.bit_length() - 1)))
-    depth = 64 * 2 // max(2, dtype.itemsize)
-    few = Blocks(rows, 64, depth, 4, 3)
+    depth = 128 // dtype.itemsize
     if rows < 128:
-        return Tuning(few, few, few, Blocks(64, 64, min(rows, depth), 4, 3))
-    return Tuning(
-        hidden=Blocks(128, 128, depth // 2, 8, 4),
-        product=Blocks(128, 128, depth, 8, 3),
-        hidden_gradient=Blocks(128, 128, depth, 8, 3),
-        weight_gradient=Blocks(128, 128, depth, 8, 3),
-    )
+        few = Blocks(rows, 64, depth, 4, 3)
+        gradient = Blocks(64, 64, min(rows, depth), 4, 3)
+        return Tuning(few, few, few, few, gradient, gradient)
+
+    def blocks(columns: int, width: int = 0) -> Blocks:
+        """128 rows by ``columns``, or by 256 where these divide the ``width`` and fit into shared memory."""
+        wide = Blocks(128, 256, depth, 8, 3)
+        fits = wide.stages * wide.depth * (wide.rows + wide.columns) * dtype.itemsize <= shared_memory
+        return wide if fits and width and width % 256 == 0 else Blocks(128, columns, depth, 8, 3)
+
+    # Two sums and an activation's derivative must stay in registers: wider blocks of these two spill them.
+    hidden = blocks(128) if shared_memory >= AMPERE else Blocks(128, 128, depth // 2, 8, 4)
+    return Tuning(hidden, blocks(128, D), blocks(64), blocks(128, D), blocks(128, F), blocks(128, D))
+
+
+AMPERE, HOPPER, OTHERS = 163 * 1024, 227 * 1024, 99 * 1024
+"""Shared memory that one program may have, in bytes, by GPU."""
+
+
+def _shared_memory() -> int:
+    """That of this process's GPU; without one, as where a program is only compiled for another, that of Hopper."""
+    if jax.default_backend() != "gpu":
+        return HOPPER
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    return {"8.0": AMPERE, "9.0": HOPPER, "10.0": HOPPER, "10.3": HOPPER}.get(capability, OTHERS)
 
 
 def pallas(
@@ -70,8 +93,9 @@ def pallas(
     """Sorted rows, by the kernels of this file; arguments and results as in ``dispatch.einsum``."""
     G, T, D = x_GTD.shape
     E = weights.w_up_EDF.shape[0]
-    tuned = tuning(G * plan.max_rows, E, x_GTD.dtype)
-    rows = sort_rows(plan, E, tuned.hidden.rows)
+    F = weights.w_up_EDF.shape[2]
+    tuned = tuning(G * plan.max_rows, E, D, F, x_GTD.dtype, _shared_memory())
+    rows = sort_rows(plan, E, tuned.rows)
     weight_TK = plan.combine_weight_TK.reshape(rows.slot_TK.shape)
     y_TD = grouped_mlp(weights, x_GTD.reshape(G * T, D), weight_TK, rows, activation, tuned)
     return y_TD.reshape(G, T, D), rows.kept_TK.reshape(plan.expert_TK.shape)
@@ -100,11 +124,11 @@ def _forward(
     keep: bool,
 ) -> tuple[Array, tuple[Array, ...]]:
     """The output and, with ``keep``, the pre-activations [S, F] (up, and gate where there is one)."""
-    expert_I = _expert_of_blocks(rows, tuned.hidden.rows)
+    expert_I = _expert_of_blocks(rows, tuned.rows)
     cast = jax.tree.map(lambda leaf: leaf.astype(x_TD.dtype), weights)
     x_SD = to_slots(x_TD, rows.slot_TK, rows.row_S)
     h_SF, kept = hidden(expert_I, x_SD, cast, activation, tuned.hidden, keep)
-    y_SD = product(expert_I, (h_SF,), (cast.w_down_EFD,), cast.b_down_ED, tuned.product)
+    y_SD = product(expert_I, (h_SF,), (cast.w_down_EFD,), cast.b_down_ED, tuned.down)
     return from_slots(y_SD, weight_TK, rows.slot_TK, rows.row_S), kept
 
 
@@ -117,7 +141,7 @@ def _vjp_forward(
 
 def _vjp_backward(activation: Activation, tuned: Tuning, residuals: tuple, dy_TD: Array) -> tuple:
     weights, x_TD, weight_TK, rows, kept = residuals
-    expert_I = _expert_of_blocks(rows, tuned.hidden.rows)
+    expert_I = _expert_of_blocks(rows, tuned.rows)
     cast = jax.tree.map(lambda leaf: leaf.astype(x_TD.dtype), weights)
     x_SD, dy_SD = (to_slots(each_TD, rows.slot_TK, rows.row_S) for each_TD in (x_TD, dy_TD))
     weight_S = take_rows(weight_TK.reshape(-1), rows.row_S)
@@ -125,19 +149,19 @@ def _vjp_backward(activation: Activation, tuned: Tuning, residuals: tuple, dy_TD
         expert_I, dy_SD, cast.w_down_EFD, weight_S, kept, activation, tuned.hidden_gradient
     )
     matrices = (cast.w_up_EDF,) if cast.w_gate_EDF is None else (cast.w_up_EDF, cast.w_gate_EDF)
-    dx_SD = product(expert_I, dkept, matrices, None, tuned.product, transposed=True)
+    dx_SD = product(expert_I, dkept, matrices, None, tuned.rows_gradient, transposed=True)
 
-    def matrix(x_SD: Array, dy_SD: Array) -> Array:
-        return weight_gradient(rows.size_E, x_SD, dy_SD, weights.w_up_EDF.dtype, tuned.weight_gradient)
+    def matrix(x_SD: Array, dy_SD: Array, blocks: Blocks) -> Array:
+        return weight_gradient(rows.size_E, x_SD, dy_SD, weights.w_up_EDF.dtype, blocks)
 
     def bias(dy_SD: Array, like: Array | None) -> Array | None:
         return None if like is None else _bias_gradient(expert_I, dy_SD, like)
 
     dgate_SF = dkept[-1]  # of up where there is no gate, and then not used
     dweights = ExpertWeights(
-        w_up_EDF=matrix(x_SD, dkept[0]),
-        w_down_EFD=matrix(weighted_h_SF, dy_SD),
-        w_gate_EDF=None if weights.w_gate_EDF is None else matrix(x_SD, dgate_SF),
+        w_up_EDF=matrix(x_SD, dkept[0], tuned.up_gradient),
+        w_down_EFD=matrix(weighted_h_SF, dy_SD, tuned.down_gradient),
+        w_gate_EDF=None if weights.w_gate_EDF is None else matrix(x_SD, dgate_SF, tuned.up_gradient),
         b_up_EF=bias(dkept[0], weights.b_up_EF),
         b_gate_EF=bias(dgate_SF, weights.b_gate_EF),
         b_down_ED=bias(dy_SD * weight_S[:, None], weights.b_down_ED),
@@ -145,7 +169,7 @@ def _vjp_backward(activation: Activation, tuned: Tuning, residuals: tuple, dy_TD
     dx_TD = sum_of_rows(dx_SD, rows.slot_TK)
     dweight_TK = take_rows(dweight_S, rows.slot_TK)
     if weights.b_down_ED is not None:  # of an expert's output, h is all but the bias
-        bias_SD = jnp.repeat(take_rows(cast.b_down_ED, expert_I), tuned.hidden.rows, axis=0)
+        bias_SD = jnp.repeat(take_rows(cast.b_down_ED, expert_I), tuned.rows, axis=0)
         dweight_S = jnp.sum((bias_SD * dy_SD).astype(jnp.float32), axis=1)
         dweight_TK += take_rows(dweight_S, rows.slot_TK)
     return dweights, dx_TD, dweight_TK, None

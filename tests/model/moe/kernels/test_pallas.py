@@ -10,14 +10,14 @@ import pytest
 
 from moe_jax.model.mlp import ExpertWeights
 from moe_jax.model.moe.dispatch import sort_rows
-from moe_jax.model.moe.kernels.pallas import Blocks, Tuning, grouped_mlp, tuning, weight_gradient
+from moe_jax.model.moe.kernels.pallas import Blocks, Tuning, _shared_memory, grouped_mlp, tuning, weight_gradient
 from moe_jax.model.moe.plan import RoutingPlan
 from moe_jax.model.moe.routing import top_k_plan
 from tests.oracles.moe import assert_trees_close, make_weights, moe_loop
 
 # Several blocks of rows an expert, of columns and of depth; no width is a multiple of its block.
 D, F, E, K, T = 24, 40, 5, 2, 90
-SMALL = Tuning(*(Blocks(16, 16, 16, warps=4, stages=2),) * 4)
+SMALL = Tuning(*(Blocks(16, 16, 16, warps=4, stages=2),) * 6)
 LOADS = {"even": 0.0, "skewed": 3.0, "one takes all": 50.0}
 
 
@@ -40,7 +40,7 @@ def make_plan(
 @functools.partial(jax.jit, static_argnames=("activation", "tuned"))
 def by_kernels(weights: ExpertWeights, x_TD, plan: RoutingPlan, dy_TD, activation: str, tuned: Tuning):
     """(y, gradients of weights, tokens and combine weights)."""
-    rows = sort_rows(plan, weights.w_up_EDF.shape[0], tuned.hidden.rows)
+    rows = sort_rows(plan, weights.w_up_EDF.shape[0], tuned.rows)
     mlp = functools.partial(_positional, rows=rows, activation=activation, tuned=tuned)
     y_TD, vjp = jax.vjp(mlp, weights, x_TD, plan.combine_weight_TK[0])
     return y_TD, vjp(dy_TD)
@@ -84,7 +84,7 @@ def test_no_rows_at_all_give_zeros():
 def test_one_token_and_the_blocks_chosen_for_it():
     weights, plan = make_weights(E, D, F), make_plan(0.0, num_tokens=1)
     x_TD, dy_TD = np.random.default_rng(1).standard_normal((2, 1, D)).astype(np.float32)
-    got = by_kernels(weights, x_TD, plan, dy_TD, "swiglu", tuning(K, E, jnp.dtype("float32")))
+    got = by_kernels(weights, x_TD, plan, dy_TD, "swiglu", tuning(K, E, D, F, jnp.dtype("float32"), 99 * 1024))
     assert_trees_close(got, by_loop(weights, x_TD, plan, dy_TD, "swiglu"), 3e-6)
 
 
@@ -110,21 +110,23 @@ def _distance(got, want) -> float:
 def test_blocks_past_the_last_experts_reach_nothing():
     # Slots of no expert are never written, and hold what was in memory: here NaN.
     x_SD, dy_SF = jnp.full((64, D), jnp.nan).at[:32].set(1.0), jnp.full((64, F), jnp.nan).at[:32].set(1.0)
-    dw_EDF = weight_gradient(jnp.asarray([16, 0, 16]), x_SD, dy_SF, jnp.dtype("float32"), SMALL.weight_gradient)
+    dw_EDF = weight_gradient(jnp.asarray([16, 0, 16]), x_SD, dy_SF, jnp.dtype("float32"), SMALL.up_gradient)
     np.testing.assert_array_equal(dw_EDF, np.broadcast_to([[[16.0]], [[0.0]], [[16.0]]], (3, D, F)))
 
 
+@pytest.mark.parametrize("shared_memory", [99 * 1024, 163 * 1024, 227 * 1024])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("num_rows", [1, 100, 5_000, 1_000_000])
-def test_blocks_fit_every_gpu_since_ampere_and_each_other(dtype, num_rows):
-    tuned = tuning(num_rows, 8, jnp.dtype(dtype))
-    rows = tuned.hidden.rows
-    assert tuned.product.rows == tuned.hidden_gradient.rows == rows, "experts' rows are rounded up once"
-    assert rows % tuned.weight_gradient.depth == 0, "a block of the weights' gradient is one expert's"
+def test_blocks_fit_the_shared_memory_and_each_other(num_rows, dtype, shared_memory):
+    tuned = tuning(num_rows, 8, 1024, 1280, jnp.dtype(dtype), shared_memory)
     for name, blocks in dataclasses.asdict(tuned).items():
+        if name in ("up_gradient", "down_gradient"):
+            assert tuned.rows % blocks["depth"] == 0, "a block of the weights' gradient is of one expert"
+        else:
+            assert blocks["rows"] == tuned.rows, "experts' rows are rounded up once"
         matrices = 2 if name == "hidden" else 1
         elements = blocks["depth"] * (blocks["rows"] + matrices * blocks["columns"])
-        assert blocks["stages"] * elements * jnp.dtype(dtype).itemsize <= 99 * 1024
+        assert blocks["stages"] * elements * jnp.dtype(dtype).itemsize <= shared_memory
 
 
 @pytest.mark.gpu
@@ -136,6 +138,8 @@ def test_on_a_gpu_kernels_equal_one_expert_after_the_other(shape, dtype):
     x_TD, dy_TD = (jax.random.normal(jax.random.key(n), (T, D)).astype(dtype) for n in range(2))
     exact = by_loop(weights, x_TD.astype(jnp.float32), plan, dy_TD.astype(jnp.float32), "swiglu")
     with jax.default_matmul_precision("highest"):
-        got = by_kernels(weights, x_TD, plan, dy_TD, "swiglu", tuning(T * K, E, jnp.dtype(dtype)))
+        got = by_kernels(
+            weights, x_TD, plan, dy_TD, "swiglu", tuning(T * K, E, D, F, jnp.dtype(dtype), _shared_memory())
+        )
     for ours, want in zip(*map(jax.tree.leaves, (got, exact)), strict=True):
         assert _distance(ours, want) <= (1e-5 if dtype == "float32" else 2e-2)
