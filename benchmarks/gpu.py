@@ -8,8 +8,8 @@ printed is one table.
 
 *device*: the card, and the two ceilings, a copy and a large product. *parity*: backends against a loop in float32.
 *layer*, *layer_long*: one MoE layer of 16,384 and of 65,536 tokens. *train*: a step of a model of 14 layers, and of
-configs/tinystories_moe_135m.py; *ladder*: of smaller ones. *sweep*: block sizes of the grouped products.
-*train_equal* and *torch*: a step of one shape here and in PyTorch (``torch_moe.py``). *sampling*: tokens drawn.
+configs/tinystories_moe_135m.py; *ladder*: of smaller ones. *torch*: a step of the model of 14 layers in PyTorch
+(``torch_moe.py``). *sweep*: block sizes of the grouped products. *sampling*: tokens drawn.
 
 *Share* is of the large product's rate. A step's operations are those of the matrices a token passes, forward and
 backward, with half of the keys of each query, which is what a causal mask leaves; ``..._all_keys`` counts them all.
@@ -35,18 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from moe_jax.errors import UserError, run
 
 Row = dict[str, Any]
-STAGES = (
-    "device",
-    "parity",
-    "layer",
-    "train",
-    "sweep",
-    "train_equal",
-    "torch",
-    "sampling",
-    "ladder",
-    "layer_long",
-)
+STAGES = ("device", "parity", "layer", "train", "sweep", "torch", "sampling", "ladder", "layer_long")
 """By worth."""
 TORCH_SECONDS = 90
 GRACE = 60

@@ -27,8 +27,6 @@ class Session:
     """time.time() at which what is left is left out."""
     product_rate: float | None = None
     """Operations a second of one large bfloat16 product, once it is measured."""
-    too_large: int = 0
-    """Ways of training the model of 14 layers that took too much memory, which its like need not try again."""
 
     def share(self, rate: float) -> float | None:
         return None if self.product_rate is None else round(rate / self.product_rate, 3)

@@ -92,8 +92,8 @@ def layer_long(session: Session) -> Iterator[Row]:
     yield from layers(session, 65536, SHAPES)
 
 
-def sparse(num_layers: int, num_heads: int, *, tiny: bool, like_peer: bool = False) -> Config:
-    """64 experts of half the width, 4 a token, and a shared one; ``like_peer``: as ``torch_moe.py`` has it."""
+def sparse(num_layers: int, num_heads: int, *, tiny: bool) -> Config:
+    """64 experts of half the width, 4 a token, and a shared one: ``torch_moe.py`` has the largest of them too."""
     L, E, head_dim = (64, 8, 16) if tiny else (4096, 64, 128)
     D = num_heads * head_dim
     model = ModelConfig(
@@ -102,9 +102,8 @@ def sparse(num_layers: int, num_heads: int, *, tiny: bool, like_peer: bool = Fal
         embed_dim=D,
         num_heads=num_heads,
         scan_unroll=2 if tiny else num_layers,  # a loop over layers copies what each keeps: a tenth of a step
-        qk_norm=like_peer,
         dtype="bfloat16",
-        moe=MoEConfig(E, 4, D // 2, num_shared_experts=0 if like_peer else 1),
+        moe=MoEConfig(E, 4, D // 2, num_shared_experts=1),
     )
     return check(Config(model=model, data=DataConfig(batch_size=4 if tiny else 16)))
 
@@ -120,15 +119,12 @@ def stories(tiny: bool) -> Config:
     return dataclasses.replace(small, data=dataclasses.replace(small.data, batch_size=4))
 
 
-def training(session: Session, what: str, config: Config, vocab_size: int, too_large: int = 0) -> Row:
-    """A step with the least recomputation, and then the largest microbatches, that fit into memory.
-
-    ``too_large`` of the ways are known not to.
-    """
+def training(session: Session, what: str, config: Config, vocab_size: int) -> Row:
+    """A step with the least recomputation, and then the largest microbatches, that fit into memory."""
     remats = ["none", "dots", "full"]
     ways = [(remat, 1) for remat in remats[remats.index(session.remat) :]] + [("full", 2)]
     out_of_memory, row = [], {}
-    for remat, factor in ways[too_large:]:
+    for remat, factor in ways:
         accumulation = config.optimizer.accumulation_steps * factor
         tried = train_step.with_model(config, None, remat=remat)
         tried = dataclasses.replace(
@@ -174,15 +170,8 @@ def _one_training(session: Session, config: Config, vocab_size: int) -> Row:
 
 
 def train(session: Session) -> Iterator[Row]:
-    row = training(session, "14 layers, 10 heads", sparse(14, 10, tiny=session.tiny), 16384)
-    session.too_large = len(row["out_of_memory"])
-    yield row
+    yield training(session, "14 layers, 10 heads", sparse(14, 10, tiny=session.tiny), 16384)
     yield training(session, "tinystories_moe_135m", stories(session.tiny), 2048)
-
-
-def train_equal(session: Session) -> Iterator[Row]:
-    config = sparse(14, 10, tiny=session.tiny, like_peer=True)
-    yield training(session, "14 layers, 10 heads, no shared expert", config, 16384, session.too_large)
 
 
 def ladder(session: Session) -> Iterator[Row]:
@@ -218,7 +207,6 @@ STAGES: dict[str, Callable[[Session], Iterator[Row]]] = {
     "layer": layer,
     "train": train,
     "sweep": lambda session: sweep(session, SHAPES[:2]),
-    "train_equal": train_equal,
     "sampling": decoding,
     "ladder": ladder,
     "layer_long": layer_long,
