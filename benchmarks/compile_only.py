@@ -44,7 +44,8 @@ from moe_jax.errors import run
 from moe_jax.model.decoder import Decoder
 from moe_jax.model.machine import Machine
 from moe_jax.model.moe.backends import for_machine
-from moe_jax.model.moe.kernels.pallas import AMPERE, HOPPER, Blocks, tuning
+from moe_jax.model.moe.kernels.grouped import Blocks
+from moe_jax.model.moe.kernels.pallas import AMPERE, HOPPER, tuning
 from moe_jax.sharding.mesh import use_mesh
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import abstract_state

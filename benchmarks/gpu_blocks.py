@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from gpu_session import Row, Session, Shape, seconds_of, text_of
 
 from moe_jax.model.mlp import ExpertWeights
-from moe_jax.model.moe.kernels import pallas
-from moe_jax.model.moe.kernels.pallas import Blocks
+from moe_jax.model.moe.kernels import grouped
+from moe_jax.model.moe.kernels.grouped import Blocks
 
 Kind = Literal["hidden", "down", "rows_gradient", "hidden_gradient", "weight_gradient"]
 SECONDS = 75.0
@@ -89,16 +89,16 @@ def kernel(kind: Kind, blocks: Blocks) -> Callable[[Operands], Any]:
         kept, gate_EDF = (of.up_SF, of.gate_SF), weights.w_gate_EDF
         assert gate_EDF is not None
         if kind == "hidden":
-            return pallas.hidden(expert_I, of.x_SD, weights, "swiglu", blocks, keep=True)
+            return grouped.hidden(expert_I, of.x_SD, weights, "swiglu", blocks, keep=True)
         if kind == "down":
-            return pallas.product(expert_I, (of.up_SF,), (weights.w_down_EFD,), None, blocks)
+            return grouped.product(expert_I, (of.up_SF,), (weights.w_down_EFD,), None, blocks)
         if kind == "rows_gradient":
             matrices = (weights.w_up_EDF, gate_EDF)
-            return pallas.product(expert_I, kept, matrices, None, blocks, transposed=True)
+            return grouped.product(expert_I, kept, matrices, None, blocks, transposed=True)
         if kind == "hidden_gradient":
             down = weights.w_down_EFD
-            return pallas.hidden_gradient(expert_I, of.x_SD, down, of.weight_S, kept, "swiglu", blocks)
-        return pallas.weight_gradient(of.size_E, of.x_SD, of.up_SF, jnp.dtype("float32"), blocks)
+            return grouped.hidden_gradient(expert_I, of.x_SD, down, of.weight_S, kept, "swiglu", blocks)
+        return grouped.weight_gradient(of.size_E, of.x_SD, of.up_SF, jnp.dtype("float32"), blocks)
 
     return call
 

@@ -10,7 +10,8 @@ import pytest
 
 from moe_jax.model.mlp import ExpertWeights
 from moe_jax.model.moe.dispatch import sort_rows
-from moe_jax.model.moe.kernels.pallas import Blocks, Tuning, _shared_memory, grouped_mlp, tuning, weight_gradient
+from moe_jax.model.moe.kernels.grouped import Blocks, weight_gradient
+from moe_jax.model.moe.kernels.pallas import Tuning, _shared_memory, grouped_mlp, tuning
 from moe_jax.model.moe.plan import RoutingPlan
 from moe_jax.model.moe.routing import top_k_plan
 from tests.oracles.moe import assert_trees_close, make_weights, moe_loop
