@@ -76,15 +76,15 @@ class CharTokenizer:
         codes = np.frombuffer(characters.encode("utf-32-le"), np.uint32)
         self._ids = np.full(int(codes.max(initial=0)) + 2, self.unknown_id, np.uint32)
         self._ids[codes] = np.arange(len(codes))
+        self._pieces = [*characters, *SPECIALS]
+        self._pieces[self.unknown_id] = REPLACEMENT
 
     def encode(self, text: str) -> np.ndarray:
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
         return self._ids[np.minimum(codes, len(self._ids) - 1)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        pieces = [*self.characters, *SPECIALS]
-        pieces[self.unknown_id] = REPLACEMENT
-        return "".join(pieces[index] for index in ids)
+        return "".join([self._pieces[index] for index in ids])
 
 
 _BYTES = (*(bytes([byte]) for byte in range(256)), *(name.encode() for name in SPECIALS))

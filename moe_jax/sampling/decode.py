@@ -21,6 +21,7 @@ from moe_jax.model.moe.backends import for_machine
 from moe_jax.sampling.processors import (
     keep_min_p,
     keep_top_k,
+    keep_top_k_and_p,
     keep_top_p,
     penalise_repetition,
     scale_by_temperature,
@@ -134,12 +135,14 @@ def prefill(
     )
 
 
-def draw(logits_BV: Array, rows: Rows, position_B: Array, seen_BV: Array) -> Array:
+def draw(logits_BV: Array, rows: Rows, position_B: Array, seen_BV: Array, *, by_sort: bool = False) -> Array:
     """One token a row, [B] int32: a function of the row's logits and of (seed, sample, position) only.
 
-    A processor that no row of the batch asks for is passed over.
+    A processor that no row of the batch asks for is passed over. Not so with ``by_sort``, which draws the same without
+    a branch or a loop: on an accelerator those are launches of their own, and waits for the host.
     """
-    logits_BV = _if_any(rows.repetition_penalty_B != 1, penalise_repetition)(
+    if_any = functools.partial(_if_any, branches=not by_sort)
+    logits_BV = if_any(rows.repetition_penalty_B != 1, penalise_repetition)(
         logits_BV, seen_BV, rows.repetition_penalty_B
     )
     greedy_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
@@ -147,13 +150,16 @@ def draw(logits_BV: Array, rows: Rows, position_B: Array, seen_BV: Array) -> Arr
 
     def draw_each() -> Array:
         scaled_BV = jax.vmap(scale_by_temperature)(logits_BV, jnp.where(is_greedy_B, 1.0, rows.temperature_B))
-        left_BV = _if_any(rows.top_k_B < logits_BV.shape[1], keep_top_k)(scaled_BV, rows.top_k_B)
-        left_BV = _if_any(rows.top_p_B < 1, keep_top_p)(left_BV, rows.top_p_B)
-        left_BV = _if_any(rows.min_p_B > 0, keep_min_p)(left_BV, rows.min_p_B)
+        if by_sort:
+            left_BV = jax.vmap(keep_top_k_and_p)(scaled_BV, rows.top_k_B, rows.top_p_B)
+        else:
+            left_BV = if_any(rows.top_k_B < logits_BV.shape[1], keep_top_k)(scaled_BV, rows.top_k_B)
+            left_BV = if_any(rows.top_p_B < 1, keep_top_p)(left_BV, rows.top_p_B)
+        left_BV = if_any(rows.min_p_B > 0, keep_min_p)(left_BV, rows.min_p_B)
         drawn_B = jax.vmap(_draw_row)(left_BV, rows.seed_B, rows.sample_B, position_B)
         return jnp.where(is_greedy_B, greedy_B, drawn_B)
 
-    return jax.lax.cond(jnp.all(is_greedy_B), lambda: greedy_B, draw_each)
+    return draw_each() if by_sort else jax.lax.cond(jnp.all(is_greedy_B), lambda: greedy_B, draw_each)
 
 
 def _draw_row(logits_V: Array, seed: Array, sample: Array, position: Array) -> Array:
@@ -161,8 +167,10 @@ def _draw_row(logits_V: Array, seed: Array, sample: Array, position: Array) -> A
     return jax.random.categorical(key, logits_V).astype(jnp.int32)
 
 
-def _if_any(asked_B: Array, process: Callable[..., Array]) -> Callable[..., Array]:
-    """``process`` for each row, or the logits as they are where no row has asked for it."""
+def _if_any(asked_B: Array, process: Callable[..., Array], *, branches: bool) -> Callable[..., Array]:
+    """``process`` for each row, which leaves one that has not asked as it is; ``branches`` past it where none has."""
+    if not branches:
+        return jax.vmap(process)
 
     def maybe(logits_BV: Array, *settings: Array) -> Array:
         return jax.lax.cond(jnp.any(asked_B), jax.vmap(process), lambda logits_BV, *_: logits_BV, logits_BV, *settings)
@@ -182,6 +190,7 @@ def decode(
     end_token: int,
     num_top: int = 0,
     keep_experts: bool = False,
+    by_sort: bool = False,
 ) -> tuple[Drawn, DecodeState]:
     """Draws ``steps`` [] tokens in each row one by one, at most ``MAX_STEPS``, or until every row has ended.
 
@@ -193,6 +202,7 @@ def decode(
       left_B: int32: tokens still to draw in each row; 0 for a row without a text.
       num_top: how many of the most likely tokens to report beside each drawn one.
       keep_experts: whether to report the experts of each token.
+      by_sort: as in ``draw``.
     """
     B = state.logits_BV.shape[0]
     decoder = decoder_for(B)
@@ -203,7 +213,7 @@ def decode(
 
     def turn(carry: tuple[Array, Array, Drawn, DecodeState]) -> tuple[Array, Array, Drawn, DecodeState]:
         step, ended_B, drawn, state = carry
-        drawn_B = draw(state.logits_BV, rows, index_B + step, state.seen_BV)
+        drawn_B = draw(state.logits_BV, rows, index_B + step, state.seen_BV, by_sort=by_sort)
         token_B = jnp.where(ended_B, end_token, drawn_B)
         logprob_BV = jax.nn.log_softmax(state.logits_BV)
         logprob_B = jnp.where(ended_B, 0.0, jnp.take_along_axis(logprob_BV, drawn_B[:, None], axis=1)[:, 0])
@@ -257,7 +267,7 @@ class Programs:
         # The state is donated, so that its caches are changed in place.
         self.prefill = jax.jit(functools.partial(prefill, self.decoder_for), donate_argnums=1)
         self.decode = jax.jit(
-            functools.partial(decode, self.decoder_for, end_token=end_token),
+            functools.partial(decode, self.decoder_for, end_token=end_token, by_sort=machine.platform != "cpu"),
             donate_argnums=1,
             static_argnames=("num_top", "keep_experts"),
         )

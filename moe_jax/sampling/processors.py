@@ -1,7 +1,10 @@
 """Logits processors: pure functions of one row of logits, applied in the order in which they stand here.
 
-A token that is ruled out gets -inf. Among equal logits the lower token id is kept first. Nothing is sorted: sorting a
-vocabulary takes a CPU longer than a small model's whole step, so thresholds are found bit by bit instead.
+A token that is ruled out gets -inf. Among equal logits the lower token id is kept first.
+
+Sorting a vocabulary takes a CPU longer than a small model's whole step, so ``keep_top_k`` and ``keep_top_p`` sort
+nothing: thresholds are found bit by bit. On an accelerator each turn of such a loop is some launches, so
+``keep_top_k_and_p`` does the work of both by one sort.
 """
 
 from collections.abc import Callable
@@ -61,18 +64,53 @@ def keep_top_p(logits_V: Array, top_p: Array) -> Array:
 
     limit = _largest(reaches)
     above_V, tied_V = key_V > limit, key_V == limit
-    missing = top_p - jnp.sum(jnp.where(above_V, probs_V, 0.0))
-    prob = jnp.max(jnp.where(tied_V, probs_V, 0.0))
-    num_tied = jnp.ceil(missing / jnp.maximum(prob, 1e-38)).clip(1, logits_V.shape[0]).astype(jnp.int32)
-    kept_V = above_V | _first(tied_V, num_tied)
+    kept_V = above_V | _first(tied_V, _num_tied(above_V, tied_V, probs_V, top_p))
     # Rounding of a sum must not rule anything out where top_p is 1.
     return jnp.where(kept_V | (top_p >= 1.0), logits_V, -jnp.inf)
+
+
+def keep_top_k_and_p(logits_V: Array, top_k: Array, top_p: Array) -> Array:
+    """``keep_top_p`` of what ``keep_top_k`` leaves, by one sort and a running sum: no loop and no branch.
+
+    The same tokens are kept, unless some probabilities sum to ``top_p`` up to the rounding of the sum.
+
+    >>> jnp.isfinite(keep_top_k_and_p(jnp.log(jnp.array([0.1, 0.5, 0.1, 0.3])), 3, 0.95)).tolist()
+    [True, True, False, True]
+    """
+    V = logits_V.shape[0]
+    key_V, token_V = _ordered(logits_V), jnp.arange(V)
+    # The most likely first; the sort is stable, so of equal ones the lower token id.
+    inverted_V, sorted_token_V = lax.sort((~key_V, token_V), num_keys=1)
+
+    def likeliest(count: Array) -> Array:
+        last = jnp.clip(count, 1, V) - 1
+        limit = ~inverted_V[last]
+        return (key_V > limit) | ((key_V == limit) & (token_V <= sorted_token_V[last]))
+
+    left_V = jnp.where(likeliest(top_k), logits_V, -jnp.inf)
+    probs_V = jax.nn.softmax(left_V)
+    # As in keep_top_p: sums of what is kept, from the most likely on, or of what is not, from the least likely on.
+    counts_kept = top_p < 0.5
+    sorted_probs_V = probs_V[sorted_token_V]
+    total_V = jnp.cumsum(jnp.where(counts_kept, sorted_probs_V, sorted_probs_V[::-1]))
+    num_within = jnp.sum(jnp.where(counts_kept, total_V < top_p, total_V <= 1 - top_p))
+    limit = ~inverted_V[jnp.where(counts_kept, num_within, V - 1 - num_within).clip(0, V - 1)]
+    above_V, tied_V = key_V > limit, key_V == limit
+    num_tied = jnp.minimum(_num_tied(above_V, tied_V, probs_V, top_p), jnp.sum(tied_V))
+    return jnp.where(likeliest(jnp.sum(above_V) + num_tied) | (top_p >= 1.0), left_V, -jnp.inf)
 
 
 def keep_min_p(logits_V: Array, min_p: Array) -> Array:
     """Keeps the tokens at least ``min_p`` times as likely as the most likely one (arXiv 2407.01082); 0 keeps all."""
     # A logarithm of 0 is -inf, below which there is nothing.
     return jnp.where(logits_V >= jnp.max(logits_V) + jnp.log(min_p), logits_V, -jnp.inf)
+
+
+def _num_tied(above_V: Array, tied_V: Array, probs_V: Array, top_p: Array) -> Array:
+    """How many of the equally likely ``tied_V`` it takes, with those above them, to reach ``top_p``; at least 1."""
+    missing = top_p - jnp.sum(jnp.where(above_V, probs_V, 0.0))
+    prob = jnp.max(jnp.where(tied_V, probs_V, 0.0))
+    return jnp.ceil(missing / jnp.maximum(prob, 1e-38)).clip(1, probs_V.shape[0]).astype(jnp.int32)
 
 
 def _ordered(x_V: Array) -> Array:

@@ -131,7 +131,7 @@ class Text:
         self.logprobs: list[float] = []
         """Of each token, the natural logarithm of its probability under the model itself."""
         self.top_logprobs: list[list[tuple[int, float]]] = []
-        """The most likely tokens in each one's place and their log-probabilities, as many as the batch reports."""
+        """The most likely tokens in each one's place and their log-probabilities, where the batch reports them."""
         self.experts: list[np.ndarray] = []
         """[MoE layers, E] bool for each token, where the batch reports them."""
         self.finish_reason: str | None = None
@@ -171,9 +171,10 @@ class Text:
                 break
         self.tokens += tokens[:kept]
         self.logprobs += drawn.logprobs_BS[row, :kept].tolist()
-        top_SK, top_logprob_SK = drawn.top_tokens_BSK[row, :kept], drawn.top_logprobs_BSK[row, :kept]
-        tops = zip(top_SK.tolist(), top_logprob_SK.tolist(), strict=True)
-        self.top_logprobs += [list(zip(*top, strict=True)) for top in tops]
+        if drawn.top_tokens_BSK.shape[-1]:
+            top_SK, top_logprob_SK = drawn.top_tokens_BSK[row, :kept], drawn.top_logprobs_BSK[row, :kept]
+            tops = zip(top_SK.tolist(), top_logprob_SK.tolist(), strict=True)
+            self.top_logprobs += [list(zip(*top, strict=True)) for top in tops]
         if drawn.chosen_BSNE is not None:
             self.experts += list(np.asarray(drawn.chosen_BSNE[row, :kept]))
         if has_ended or not self.num_left:

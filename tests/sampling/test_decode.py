@@ -1,16 +1,19 @@
 """Texts through the cache, past the context too, against the training decoder: logits at every position."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import MoEConfig, SampleConfig
-from moe_jax.model import decoder as decoder_module
-from moe_jax.sampling.batch import Batch
-from tests.sampling.tiny import CONFIG, make, make_trained, run_of
+from moe_jax.config import Config, MoEConfig, SampleConfig
+from moe_jax.model import attention as attention_module
+from moe_jax.model.machine import Machine
+from moe_jax.sampling.batch import Batch, _rows
+from moe_jax.sampling.engine import Engine
+from tests.sampling.tiny import CONFIG, TOKENIZER, make, make_trained, run_of
 
 M = 8
 PROMPTS = ([3], [5, 1, 4, 2, 6], [7, 7, 2, 1, 3, 4, 6, 5])
@@ -52,7 +55,7 @@ def reference_rotary(decoder, variables, texts, monkeypatch):
         distance_BLL = position_BL[:, :, None] - position_BL[:, None, :]
         return (distance_BLL >= 0) & (distance_BLL < M)
 
-    monkeypatch.setattr(decoder_module, "causal_mask", banded)
+    monkeypatch.setattr(attention_module, "causal_mask", banded)
     logits_BLV = run_of(decoder, variables)(np.array(texts))
     return [np.asarray(rows[len(ids) - 1 : -1]) for rows, ids in zip(logits_BLV, PROMPTS, strict=True)]
 
@@ -159,6 +162,19 @@ def test_what_is_warmed_up_is_not_compiled_again():
             batch.admit([waiting.pop()])
         batch.advance(3)
     assert [function._cache_size() for function in functions] == before
+
+
+@pytest.mark.parametrize(("platform", "lowered_for"), [("gpu", "cuda"), ("tpu", "tpu")])
+def test_an_accelerator_draws_a_token_without_a_branch_or_a_loop(platform, lowered_for):
+    """Each is launches of its own, and may wait for the host; the loop over tokens alone is left."""
+    engine = Engine(Config(model=CONFIG), TOKENIZER, Machine(platform))
+    variables = engine.prepare(make_trained(CONFIG)[1])
+    for B in (1, 4):
+        state, number_B = engine.programs.empty_state(B, variables), np.ones(B, np.int32)
+        rows = _rows([None] * B, TOKENIZER.vocab_size)
+        traced = engine.programs.decode.trace(variables, state, rows, number_B, number_B, np.int32(1))
+        text = traced.lower(lowering_platforms=(lowered_for,)).as_text()
+        assert re.findall(r"stablehlo\.(while|case|if)\b", text) == ["while"]
 
 
 def test_bfloat16_holds_matrices_in_two_bytes_and_all_else_in_four(rotary):

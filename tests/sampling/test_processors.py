@@ -9,6 +9,7 @@ from moe_jax.sampling.decode import Rows, draw
 from moe_jax.sampling.processors import (
     keep_min_p,
     keep_top_k,
+    keep_top_k_and_p,
     keep_top_p,
     penalise_repetition,
     scale_by_temperature,
@@ -101,6 +102,38 @@ def test_thresholds_keep_what_a_sort_keeps():
             assert kept(by_p(jnp.asarray(row), jnp.asarray(top_p))) == sorted_top_p(row, top_p), (row, top_p)
 
 
+def many_rows(V):
+    """[600, V]: logits of all kinds, ties among them, as computed in float32 and in bfloat16."""
+    random = np.random.default_rng(V)
+    x = random.normal(0, random.choice([0.1, 1.0, 5.0, 30.0], (100, 1)), (100, V)).astype(np.float32)
+    coarse = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32)
+    half = np.where(x < np.median(x, axis=1, keepdims=True), -np.inf, x)
+    both_zeros = np.where(x > 0, 0.0, -0.0)
+    return jnp.asarray(np.concatenate([x, np.round(x), coarse, coarse / 0.7, half, both_zeros]), jnp.float32)
+
+
+@pytest.mark.parametrize("V", [1, 2, 50, 333])
+def test_one_sort_keeps_what_the_thresholds_keep(V):
+    logits_BV, random = many_rows(V), np.random.default_rng(0)
+    B = logits_BV.shape[0]
+    top_k_B = jnp.asarray(random.choice([1, 2, 5, 40, V, V, V + 9], B))
+    top_p_B = jnp.asarray(random.choice([1e-6, 0.05, 0.303, 0.5, 0.9001, 0.999, 1.0, 1.0], B), jnp.float32)
+    min_p_B = jnp.asarray(random.choice([0.0, 0.0, 0.1, 1.0], B), jnp.float32)
+
+    def by_thresholds(logits_V, top_k, top_p, min_p):
+        return keep_min_p(keep_top_p(keep_top_k(logits_V, top_k), top_p), min_p)
+
+    def by_sort(logits_V, top_k, top_p, min_p):
+        return keep_min_p(keep_top_k_and_p(logits_V, top_k, top_p), min_p)
+
+    settings = (top_k_B, top_p_B, min_p_B)
+    expected_BV = jax.jit(jax.vmap(by_thresholds))(logits_BV, *settings)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(by_sort))(logits_BV, *settings), expected_BV)
+    alone = jax.jit(by_sort)  # not a batch of one, but a program of its own
+    for row in range(0, B, 50):
+        np.testing.assert_array_equal(alone(logits_BV[row], *(each_B[row] for each_B in settings)), expected_BV[row])
+
+
 def make(B, samples=None, **settings):
     """Settings of ``B`` rows, all the same; the samples are 0, 1, 2 and so on where none are given."""
     values = {"seed": 0, "temperature": 1.0, "top_k": 4, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -111,7 +144,7 @@ def make(B, samples=None, **settings):
     return Rows(sample_B=jnp.arange(B) if samples is None else samples, **columns)
 
 
-DRAW = jax.jit(draw)
+DRAW = jax.jit(draw, static_argnames="by_sort")
 
 
 def drawn(rows, position=0, seen=None, **settings):
@@ -172,6 +205,7 @@ def test_each_row_is_drawn_by_its_own_settings():
     together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *own)
     for position in range(20):
         tokens = DRAW(rows, together, jnp.full(6, position), seen)
+        np.testing.assert_array_equal(DRAW(rows, together, jnp.full(6, position), seen, by_sort=True), tokens)
         for index, settings in enumerate(every):
             alone = drawn(rows[:1], position, seen[:1], samples=jnp.array([index]), **settings)
             assert tokens[index] == alone[0], (position, settings)
