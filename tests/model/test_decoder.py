@@ -142,7 +142,9 @@ def test_evaluation_is_without_noise_though_keys_are_given(router):
     assert float(jnp.max(jnp.abs(noisy - quiet))) > 1e-3
 
 
-@pytest.mark.parametrize(("dispatch", "loop"), [("blocked", "while"), ("ragged", "ragged_dot_general")])
+@pytest.mark.parametrize(
+    ("dispatch", "loop"), [("blocked", "while"), ("ragged", "ragged_dot_general"), ("pallas", "pallas_call")]
+)
 def test_remat_of_all_but_products_does_not_compute_sorted_experts_twice(dispatch, loop):
     # Their products' results have to be named for the policy, which sees neither into a loop nor grouped products.
     def num_loops(remat):

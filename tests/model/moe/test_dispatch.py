@@ -61,6 +61,8 @@ def test_every_row_comes_back_from_its_expert_or_is_dropped_in_priority_order(pl
     weight_GTK = np.where(expert_GTK < E, rng.random((G, T, K)), 0).astype(np.float32)
     scale_E = 1 + np.arange(E, dtype=np.float32)
     for name in NAMES:
+        if name == "pallas":  # compiled by the interpreter for each shape; tests/model/moe/kernels has its like
+            continue
         limit = capacity if BACKENDS[name].has_slots else T
         kept = np.stack([keep(group, E, limit) for group in expert_GTK])
         factor_GTK = weight_GTK * kept * np.append(scale_E, 0)[expert_GTK]
