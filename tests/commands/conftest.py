@@ -19,7 +19,7 @@ def one_cache_for_all(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Config:
-    """Characters, two layers, noisy routing and dropout, on eight devices: it trains in seconds."""
+    """Characters, two layers, noisy routing and dropout, on two devices: it trains in seconds."""
     file = tmp_path_factory.mktemp("text") / "verse.txt"
     file.write_text(VERSE * 100)
     return runs.change(
@@ -27,6 +27,7 @@ def tiny(tmp_path_factory) -> Config:
         model={"num_layers": 2, "embed_dim": 32, "dropout_rate": 0.05},
         moe={"expert_dim": 32, "dispatch": "einsum"},
         data={"path": str(file), "val_fraction": 0.1, "batch_size": 16},
+        mesh={"data": 2},
         train={"num_steps": 30, "checkpoint_every": 10},
     )
 

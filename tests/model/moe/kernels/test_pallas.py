@@ -64,12 +64,11 @@ def by_loop(weights: ExpertWeights, x_TD, plan: RoutingPlan, dy_TD, activation: 
         return y_TD, vjp(dy_TD)
 
 
-@pytest.mark.parametrize(("activation", "bias"), [("swiglu", True), ("gelu", False), ("relu", True)])
-@pytest.mark.parametrize("load", LOADS)
-def test_kernels_equal_one_expert_after_the_other(load, activation, bias):
-    weights = make_weights(E, D, F, activation=activation, bias=bias)
+@pytest.mark.parametrize(("load", "activation"), [*((load, "swiglu") for load in LOADS), ("skewed", "gelu")])
+def test_kernels_equal_one_expert_after_the_other(load, activation):
+    weights = make_weights(E, D, F, activation=activation, bias=True)
     x_TD, dy_TD = np.random.default_rng(1).standard_normal((2, T, D)).astype(np.float32)
-    plan = make_plan(LOADS[load], absent=0.3 if bias else 0.0)
+    plan = make_plan(LOADS[load], absent=0.3)
     got = by_kernels(weights, x_TD, plan, dy_TD, activation, SMALL)
     want = by_loop(weights, x_TD, plan, dy_TD, activation)
     assert_trees_close(got, want, 3e-6)
