@@ -8,12 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.config import MeshConfig
 from moe_jax.model.mlp import ExpertWeights
 from moe_jax.model.moe.dispatch import sort_rows
 from moe_jax.model.moe.kernels.grouped import Blocks, weight_gradient
-from moe_jax.model.moe.kernels.pallas import Tuning, _shared_memory, grouped_mlp, tuning
+from moe_jax.model.moe.kernels.pallas import Tuning, _shared_memory, grouped_mlp, pallas, tuning
 from moe_jax.model.moe.plan import RoutingPlan
 from moe_jax.model.moe.routing import top_k_plan
+from moe_jax.sharding.mesh import make_mesh, on_each_device, use_mesh
 from tests.oracles.moe import assert_trees_close, make_weights, moe_loop
 
 # Several blocks of rows an expert, of columns and of depth; no width is a multiple of its block.
@@ -105,6 +107,22 @@ def _distance(got, want) -> float:
     """The relative L2 norm of the difference."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
+
+
+def test_two_devices_compute_what_one_does():
+    x_GTD = jnp.asarray(np.random.default_rng(1).standard_normal((2, 8, D)), jnp.float32)
+    plan = jax.vmap(lambda logits_TE: top_k_plan(logits_TE, K))(x_GTD[..., :E])
+
+    def loss(weights):
+        y_GTD, _ = on_each_device(lambda own, weights: pallas(*own, weights, "swiglu", 8), (x_GTD, plan), weights)
+        return jnp.sum(y_GTD * x_GTD), y_GTD
+
+    weights = make_weights(E, D, F)
+    one = jax.jit(jax.grad(loss, has_aux=True))(weights)
+    with use_mesh(make_mesh(MeshConfig(data=2), 2)):
+        two = jax.jit(jax.grad(loss, has_aux=True))(weights)
+    assert len(two[1].sharding.device_set) == 2
+    assert_trees_close(two, one, 3e-6)
 
 
 def test_blocks_past_the_last_experts_reach_nothing():
