@@ -23,9 +23,8 @@ from tests.tiny import arrays, assert_same_arrays, stop_at
 
 
 # Step 15 is one that is only logged: the signal comes between the decision not to save and the end of the turn.
-@pytest.mark.parametrize(
-    ("number", "at"), [pytest.param(signal.SIGINT, 7, marks=pytest.mark.slow), (signal.SIGTERM, 15)]
-)
+@pytest.mark.slow  # by kill -9, tests/end_to_end/test_kills.py does it in the default run
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGINT, 7), (signal.SIGTERM, 15)])
 def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, finished, tmp_path, number, at):
     run = RunDirectory(tmp_path / "run")
     with stop_at(at, number):

@@ -10,6 +10,7 @@ from moe_jax.runs.layout import saved_steps
 from tests.tiny import assert_same_arrays, logged, make_home, train
 
 
+@pytest.mark.slow  # each part of it has a test in tests/end_to_end/test_full_disk.py
 def test_saves_on_a_full_disk_are_reported_tried_again_and_harm_nothing(home):
     space = home / "space"
     faults = {

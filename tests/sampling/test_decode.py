@@ -100,7 +100,7 @@ def test_cached_logits_are_those_of_a_forward_three_windows_long(positions, chan
         np.testing.assert_allclose(rows, wanted, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("positions", [pytest.param("rotary", marks=pytest.mark.slow), "learned"])
 def test_a_batch_grows_and_shrinks_and_texts_keep_their_rows(rotary, positions):
     """Texts of up to three windows come and go at random; each is what it is alone."""
     changed = dataclasses.replace(CONFIG, positions="learned")

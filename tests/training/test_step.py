@@ -173,7 +173,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize(
-    "router", ["sigmoid_bias", *(pytest.param(name, marks=pytest.mark.slow) for name in ("switch", "expert_choice"))]
+    "router", [pytest.param(name, marks=pytest.mark.slow) for name in ("sigmoid_bias", "switch", "expert_choice")]
 )
 def test_devices_accumulation_and_remat_change_no_router(router):
     moe, devices, accumulation = VARIANTS[router]
