@@ -56,14 +56,14 @@ def attend(
     query_BLHA: Array,
     key_BJMA: Array,
     value_BJMA: Array,
-    mask_BLM: Array | None,
+    mask_BLM: Array,
     dropout_rate: float = 0.0,
     dropout_keys_B: Array | None = None,
 ) -> Array:
     """Softmax attention; query head h reads key/value head h // (H/J) (grouped queries, arXiv 2305.13245).
 
     Args:
-      mask_BLM: True where query l may see key m; None: keys up to the query's own place.
+      mask_BLM: True where query l may see key m.
       dropout_rate, dropout_keys_B: dropout of the softmax's weights, with one key a sequence; None: no dropout.
 
     Returns:
@@ -76,8 +76,6 @@ def attend(
     query_BJQA = query_BLHA.reshape(B, L, J, H // J, A).transpose(0, 2, 3, 1, 4).reshape(B, J, (H // J) * L, A)
     scores_BJQM = jnp.matmul(query_BJQA, key_BJMA.transpose(0, 1, 3, 2), preferred_element_type=jnp.float32)
     scores_BJGLM = scores_BJQM.reshape(B, J, H // J, L, -1) * A**-0.5
-    if mask_BLM is None:
-        mask_BLM = causal_mask(jnp.arange(L)[None])
     scores_BJGLM = jnp.where(mask_BLM[:, None, None], scores_BJGLM, -1e30)
     weights_BJGLM = dropout(jax.nn.softmax(scores_BJGLM, axis=-1), dropout_rate, dropout_keys_B)
     weights_BJQM = weights_BJGLM.reshape(scores_BJQM.shape).astype(query_BLHA.dtype)
@@ -177,15 +175,15 @@ class Attention(nn.Module):
         if config.positions == "rotary":
             query_BLHA = rotate(query_BLHA, position_BL, config.rope_theta)
             key_BLJA = rotate(key_BLJA, position_BL, config.rope_theta)
-        if cache is not None:
-            cache = write_cache(cache, key_BLJA, value_BLJA, position_BL)
-            out_BLHA = attend(query_BLHA, cache.key_BJMA, cache.value_BJMA, mask_BLM)
-        elif config.attention == "cudnn" and mask_BLM is None:
+        if mask_BLM is None:
             out_BLHA = jax.nn.dot_product_attention(
                 query_BLHA, key_BLJA, value_BLJA, is_causal=True, implementation="cudnn"
             )
         else:
             key_BJMA, value_BJMA = _heads_first(key_BLJA), _heads_first(value_BLJA)
+            if cache is not None:
+                cache = write_cache(cache, key_BLJA, value_BLJA, position_BL)
+                key_BJMA, value_BJMA = cache.key_BJMA, cache.value_BJMA
             out_BLHA = attend(query_BLHA, key_BJMA, value_BJMA, mask_BLM, config.dropout_rate, keys_B)
         y_BLD = self._linear("out", out_BLHA.reshape(B, L, D), D, ("heads", "embed"), is_block_output=True)
         return y_BLD, cache

@@ -69,7 +69,7 @@ class Context(flax.struct.PyTreeNode):
 
     position_BL: Array
     mask_BLM: Array | None
-    """True where query l may see key m; None: keys up to its own place, which kernels are told in a word."""
+    """True where query l may see key m; None: keys up to its own place, which cuDNN is told in a word."""
     token_mask_BL: Array | None
     keys_B: Array | None
     """One random key a sequence for dropout and router noise; None: no randomness."""
@@ -170,7 +170,7 @@ class Decoder(nn.Module):
             position_BL = jnp.broadcast_to(jnp.arange(tokens.id_BL.shape[1]), tokens.id_BL.shape)
         if caches is not None:
             mask_BLM = cache_mask(position_BL, jnp.max(position_BL, axis=1), caches[0].key_BJMA.shape[2])
-        elif not is_plain:
+        elif not is_plain or config.attention != "cudnn":
             mask_BLM = causal_mask(position_BL, tokens.segment_BL)
         context = Context(position_BL, mask_BLM, tokens.mask_BL, keys_B, train)
 

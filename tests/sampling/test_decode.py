@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import Config, MoEConfig, SampleConfig
-from moe_jax.model import attention as attention_module
+from moe_jax.model import decoder as decoder_module
 from moe_jax.model.machine import Machine
 from moe_jax.sampling.batch import Batch, _rows
 from moe_jax.sampling.engine import Engine
@@ -55,7 +55,7 @@ def reference_rotary(decoder, variables, texts, monkeypatch):
         distance_BLL = position_BL[:, :, None] - position_BL[:, None, :]
         return (distance_BLL >= 0) & (distance_BLL < M)
 
-    monkeypatch.setattr(attention_module, "causal_mask", banded)
+    monkeypatch.setattr(decoder_module, "causal_mask", banded)
     logits_BLV = run_of(decoder, variables)(np.array(texts))
     return [np.asarray(rows[len(ids) - 1 : -1]) for rows, ids in zip(logits_BLV, PROMPTS, strict=True)]
 
