@@ -19,6 +19,12 @@ BEST = 3
 """Candidates of each kind and shape that are reported."""
 
 
+_PRODUCTS = [
+    Blocks(128, 256, 64, 8, 3),
+    Blocks(128, 128, 64, 8, 3),
+    Blocks(128, 128, 64, 8, 4),
+    Blocks(128, 128, 64, 4, 3),
+]
 CANDIDATES: dict[Kind, list[Blocks]] = {
     "hidden": [
         Blocks(128, 128, 64, 8, 3),
@@ -28,24 +34,14 @@ CANDIDATES: dict[Kind, list[Blocks]] = {
         Blocks(128, 128, 32, 8, 4),
         Blocks(64, 128, 64, 4, 4),
     ],
-    "down": [
-        Blocks(128, 256, 64, 8, 3),
-        Blocks(128, 128, 64, 8, 3),
-        Blocks(128, 128, 64, 8, 4),
-        Blocks(128, 128, 64, 4, 3),
-    ],
+    "down": _PRODUCTS,
     "hidden_gradient": [
         Blocks(128, 64, 64, 8, 3),
         Blocks(128, 64, 64, 8, 4),
         Blocks(128, 32, 64, 4, 4),
         Blocks(128, 128, 64, 8, 3),
     ],
-    "rows_gradient": [
-        Blocks(128, 256, 64, 8, 3),
-        Blocks(128, 128, 64, 8, 3),
-        Blocks(128, 128, 64, 8, 4),
-        Blocks(128, 128, 64, 4, 3),
-    ],
+    "rows_gradient": _PRODUCTS,
     "weight_gradient": [
         Blocks(128, 256, 64, 8, 3),
         Blocks(128, 128, 64, 8, 3),

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from moe_jax.model.attention import LayerCache, attend, cache_mask, causal_mask, rotate, write_cache
-from moe_jax.model.layers import layer_normalise, rms_normalise
+from moe_jax.model.layers import float32_product, layer_normalise, rms_normalise
+from tests.oracles.programs import equations_of
 
 B, L, H, A = 2, 7, 4, 6
 
@@ -69,6 +70,19 @@ def test_norms_by_hand():
     np.testing.assert_allclose(rms_normalise(x, jnp.asarray([1.0, 2.0])), [[3 / 12.5**0.5, 8 / 12.5**0.5]], rtol=1e-5)
     y = layer_normalise(x, jnp.ones(2), jnp.asarray([0.5, 0.0]))
     np.testing.assert_allclose(y, [[-1 + 0.5, 1.0]], rtol=1e-4)
+
+
+def test_logits_are_float32_and_their_gradient_is_multiplied_in_the_type_of_the_activations():
+    x, kernel, dy = normal(0, 5, 8), normal(1, 8, 3), normal(2, 5, 3)
+    y, vjp = jax.vjp(float32_product, x, kernel)
+    np.testing.assert_allclose(y, x @ kernel, rtol=1e-6)
+    for got, want in zip(vjp(dy), (dy @ kernel.T, x.T @ dy), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    halves = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    y, vjp = jax.vjp(float32_product, *halves)
+    assert y.dtype == jnp.float32
+    products = [each for each in equations_of(jax.make_jaxpr(vjp)(dy).jaxpr) if each.primitive.name == "dot_general"]
+    assert {str(factor.aval.dtype) for each in products for factor in each.invars} == {"bfloat16"}
 
 
 @pytest.mark.gpu

@@ -31,7 +31,10 @@ class Tuning:
 
 
 def tuning(num_rows: int, num_experts: int, D: int, F: int, dtype: jnp.dtype, shared_memory: int) -> Tuning:
-    """The fastest blocks measured (docs/performance.md) for a GPU with so many bytes of shared memory a block.
+    """Blocks for a GPU with so many bytes of shared memory a block.
+
+    Those of ``down`` and of both kinds of gradients were the fastest measured on an H200 (docs/performance.md); those
+    of few rows, of other GPUs and of ``hidden_gradient`` were not timed, and are chosen to spill no registers.
 
     Each expert's rows are rounded up to whole blocks, half a block on average: where experts have few, it is small.
     """
@@ -69,10 +72,9 @@ def _shared_memory() -> int:
 def pallas(
     x_GTD: Array, plan: RoutingPlan, weights: ExpertWeights, activation: Activation, capacity: int
 ) -> tuple[Array, Array]:
-    """Sorted rows, by the kernels of this file; arguments and results as in ``dispatch.einsum``."""
+    """Sorted rows, by the kernels of ``grouped.py``; arguments and results as in ``dispatch.einsum``."""
     G, T, D = x_GTD.shape
-    E = weights.w_up_EDF.shape[0]
-    F = weights.w_up_EDF.shape[2]
+    E, _, F = weights.w_up_EDF.shape
     tuned = tuning(G * plan.max_rows, E, D, F, x_GTD.dtype, _shared_memory())
     rows = sort_rows(plan, E, tuned.rows)
     weight_TK = plan.combine_weight_TK.reshape(rows.slot_TK.shape)
