@@ -92,7 +92,7 @@ class ModelConfig:
     qk_norm: bool = False
     """Normalise queries and keys by RMS, per head, before the rotation."""
     activation: Literal["swiglu", "gelu", "relu"] = "swiglu"
-    """Nonlinearity of experts and dense MLPs; swiglu has a gate branch, so three matrices instead of two."""
+    """Nonlinearity of experts and dense MLPs; swiglu has a gate branch, so three matrices. gelu is the tanh form."""
     use_bias: bool = False
     """Add a bias after every linear map and in LayerNorm."""
     dropout_rate: Annotated[float, Range(0.0, 0.99)] = 0.0

@@ -6,6 +6,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen import initializers
 
 from moe_jax.axes import Array
@@ -40,16 +41,29 @@ def rotate(x_BLHA: Array, position_BL: Array, theta: float) -> Array:
 
     The paper pairs neighbours; pairing halves is the same map under a permutation of the weights.
 
-    >>> x_BLHA = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)  # one pair, (1, 0), a quarter turn on is (0, 1)
-    >>> print(abs(rotate(x_BLHA, jnp.array([[jnp.pi / 2]]), theta=100.0)).round(4).reshape(-1))
-    [0. 1.]
+    >>> x_BLHA = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)  # one pair, (1, 0): two radians on it is (cos 2, sin 2)
+    >>> y_BLHA = rotate(x_BLHA, jnp.array([[2]]), theta=100.0)
+    >>> [round(float(each), 4) for each in y_BLHA.reshape(-1)]
+    [-0.4161, 0.9093]
     """
-    A = x_BLHA.shape[-1]
-    frequency = theta ** (-jnp.arange(0, A, 2, dtype=jnp.float32) / A)
-    angle_BL1A = position_BL.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    cos, sin = jnp.cos(angle_BL1A), jnp.sin(angle_BL1A)
+    angle_BLA = rotary_angles(position_BL, x_BLHA.shape[-1] // 2, theta)
+    cos, sin = jnp.cos(angle_BLA)[:, :, None], jnp.sin(angle_BLA)[:, :, None]
     first, second = jnp.split(x_BLHA.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHA.dtype)
+
+
+def rotary_angles(position_BL: Array, num_pairs: int, theta: float) -> Array:
+    """position · theta^(-i / num_pairs) less whole turns, in radians, [B, L, pairs], to 4e-7 at every int32 position.
+
+    A float32 product would be off by 2e-5 at position 1,000, and by 2e-3 at 100,000.
+    """
+    turns_A = theta ** (-np.arange(num_pairs) / num_pairs) / (2 * np.pi)  # of one position, in float64
+    # In units of 2^-32 turns an int32 product overflows by whole turns, so the angle is what is left.
+    units_A = np.round(turns_A * 2.0**32)
+    fraction_BLA = position_BL[:, :, None] * units_A.astype(np.uint32).view(np.int32)[None, None, :]
+    rest_A = ((turns_A * 2.0**32 - units_A) * (2 * np.pi / 2.0**32)).astype(np.float32)
+    rest_BLA = position_BL[:, :, None].astype(jnp.float32) * rest_A[None, None, :]
+    return fraction_BLA.astype(jnp.float32) * np.float32(2 * np.pi / 2.0**32) + rest_BLA
 
 
 def attend(

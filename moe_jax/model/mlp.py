@@ -32,7 +32,8 @@ class ExpertWeights(flax.struct.PyTreeNode):
 def expert_mlp(weights: ExpertWeights, x_ERD: Array, activation: Activation) -> Array:
     """Applies expert e to the rows x_ERD[e]: [..., E, R, D] -> [..., E, R, D] in the type of ``x``.
 
-    swiglu: w_down(silu(w_gate x) * w_up x) (arXiv 2002.05202, eq. 6); gelu and relu: w_down(act(w_up x)).
+    swiglu: w_down(silu(w_gate x) * w_up x) (arXiv 2002.05202, eq. 6); gelu, in its tanh form, and relu:
+    w_down(act(w_up x)).
     The weights are cast to the type of ``x``; every leading axis of the weights is a batch axis.
     """
     return mlp(_linear, weights, x_ERD, activation)[0]

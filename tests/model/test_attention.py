@@ -47,6 +47,17 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only():
     np.testing.assert_allclose([turned[0], turned[A // 2]], [np.cos(2), np.sin(2)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("theta", [100.0, 10_000.0, 1e12])
+def test_rotation_is_exact_at_any_position(theta):
+    position_BL = np.array([[-1, 0, 1, 1023, 100_000, 12_345_678, 2**31 - 1]])
+    x_BLHA = np.random.default_rng(0).standard_normal((1, 7, 1, 64)).astype(np.float32)
+    angle_BLHA = position_BL[:, :, None, None] * theta ** (-np.arange(32) / 32)
+    first, second = np.split(x_BLHA.astype(np.float64), 2, axis=-1)
+    cos, sin = np.cos(angle_BLHA), np.sin(angle_BLHA)
+    want = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    np.testing.assert_allclose(rotate(jnp.asarray(x_BLHA), jnp.asarray(position_BL), theta), want, atol=2e-6)
+
+
 def test_ring_cache_holds_the_last_positions_and_the_mask_knows_them():
     M = 4
     cache = LayerCache(jnp.zeros((1, 1, M, 1)), jnp.zeros((1, 1, M, 1)))

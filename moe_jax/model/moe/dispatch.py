@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from moe_jax.axes import Array
 from moe_jax.model.mlp import Activation, ExpertWeights, expert_mlp
-from moe_jax.model.moe.plan import RoutingPlan, chosen_experts, place
+from moe_jax.model.moe.plan import Placement, RoutingPlan, chosen_experts, place
 
 PRODUCTS = "expert_products"
 """The name, for rematerialisation policies, of what the kernels of sorted rows keep for the backward pass."""
@@ -33,14 +33,14 @@ def einsum(
     Args:
       x_GTD: the tokens of G groups.
       plan: their plans, each leaf with a leading axis G.
-      capacity: rows that one expert accepts from one group (C).
+      capacity: slots that one expert has for a group (C): the rows it accepts, unless its plan says fewer.
 
     Returns:
       The combined outputs [G, T, D] in the type of ``x``, and kept_GTK: False where a row was dropped.
     """
     G, _, D = x_GTD.shape
     E = weights.w_up_EDF.shape[0]
-    placement = jax.vmap(lambda expert_TK: place(expert_TK, E, capacity))(plan.expert_TK)
+    placement = _place_in_groups(plan, E, capacity)
     expert_GTKE = jax.nn.one_hot(plan.expert_TK, E, dtype=jnp.float32)  # all zero where there is no row
     slot_GTKC = jax.nn.one_hot(jnp.where(placement.kept_TK, placement.position_TK, capacity), capacity)
     # Full precision: a row must reach its expert as it is, and accelerators would round float32 factors.
@@ -54,13 +54,20 @@ def einsum(
     return y_GTD.astype(x_GTD.dtype), placement.kept_TK
 
 
+def _place_in_groups(plan: RoutingPlan, num_experts: int, capacity: int) -> Placement:
+    def place_one(plan: RoutingPlan) -> Placement:
+        return place(plan.expert_TK, num_experts, capacity if plan.accepted is None else plan.accepted)
+
+    return jax.vmap(place_one)(plan)
+
+
 def gather(
     x_GTD: Array, plan: RoutingPlan, weights: ExpertWeights, activation: Activation, capacity: int
 ) -> tuple[Array, Array]:
     """Moves rows by index; arguments and results as in ``einsum``."""
     G, T, D = x_GTD.shape
     E = weights.w_up_EDF.shape[0]
-    placement = jax.vmap(lambda expert_TK: place(expert_TK, E, capacity))(plan.expert_TK)
+    placement = _place_in_groups(plan, E, capacity)
     # Slot c of group g's share of expert e is (e · G + g) · C + c: one expert's lie together, group after group.
     first_slot_GTK = (plan.expert_TK * G + jnp.arange(G)[:, None, None]) * capacity
     weight_TK, slot_TK = _merged(plan.combine_weight_TK), _merged(first_slot_GTK + placement.position_TK)

@@ -11,7 +11,7 @@ from moe_jax.model.layers import matrix_init
 from moe_jax.model.mlp import DenseMLP, ExpertWeights, mlp_weights
 from moe_jax.model.moe.backends import BACKENDS
 from moe_jax.model.moe.plan import RoutingPlan
-from moe_jax.model.moe.routing import ROUTERS, expert_capacity
+from moe_jax.model.moe.routing import ROUTERS, accepted_rows, expert_capacity, limits_capacity
 from moe_jax.model.moe.statistics import MoEStatistics
 from moe_jax.sharding.mesh import on_each_device, with_axes
 
@@ -52,6 +52,8 @@ class MoE(nn.Module):
         logits_GTE = router.score(x_GTD.astype(jnp.float32), router_DE, noise_DE, noise_keys_G, moe)
         make_plan = jax.vmap(lambda logits_TE, mask_T: router.plan(logits_TE, mask_T, expert_bias_E, moe))
         plan = make_plan(logits_GTE, token_mask_GT)
+        if token_mask_GT is not None and limits_capacity(moe, train=train):
+            plan = plan.replace(accepted=jax.vmap(lambda mask_T: accepted_rows(moe, mask_T))(token_mask_GT))
         plan = plan.replace(combine_weight_TK=plan.combine_weight_TK * moe.routed_scaling_factor)
 
         weights = mlp_weights(self, config, x_GTD.shape[-1], moe.expert_dim, num_experts=moe.num_experts)

@@ -22,6 +22,8 @@ class RoutingPlan(flax.struct.PyTreeNode):
     statistics: RouterStatistics
     max_rows: int = flax.struct.field(pytree_node=False)
     """Rows of the group, at most: T·K, or fewer where experts choose."""
+    accepted: Array | None = None
+    """[] int32: rows that an expert accepts where masked tokens make them fewer than its slots; None: one a slot."""
 
 
 class Placement(flax.struct.PyTreeNode):
@@ -38,7 +40,7 @@ def chosen_experts(expert_TK: Array, num_experts: int) -> Array:
     return jnp.any(expert_TK[:, :, None] == jnp.arange(num_experts)[None, None, :], axis=1)
 
 
-def place(expert_TK: Array, num_experts: int, capacity: int) -> Placement:
+def place(expert_TK: Array, num_experts: int, capacity: int | Array) -> Placement:
     """Gives each row the next slot of its expert, in priority order, and drops those past ``capacity``.
 
     >>> placement = place(jnp.array([[2, 0], [2, 1], [0, 2]]), num_experts=3, capacity=2)

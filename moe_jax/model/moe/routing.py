@@ -83,12 +83,13 @@ def top_k_plan(
     [[2 1]] [[0.7143 0.2857]]
     """
     router_logits_TE = _clear_masked(router_logits_TE, token_mask_T)
+    log_probs_TE = jax.nn.log_softmax(router_logits_TE)
     chosen_logit_TK, expert_TK = jax.lax.top_k(router_logits_TE, top_k)
     if renormalise and top_k > 1:
         weight_TK = jax.nn.softmax(chosen_logit_TK, axis=-1)
     else:
-        weight_TK = jnp.exp(chosen_logit_TK - jax.nn.logsumexp(router_logits_TE, axis=-1, keepdims=True))
-    return _plan(expert_TK, weight_TK, router_logits_TE, jax.nn.log_softmax(router_logits_TE), token_mask_T)
+        weight_TK = jnp.exp(jnp.take_along_axis(log_probs_TE, expert_TK, axis=1))
+    return _plan(expert_TK, weight_TK, router_logits_TE, log_probs_TE, token_mask_T)
 
 
 def sigmoid_bias_plan(
@@ -136,12 +137,20 @@ def sigmoid_bias_plan(
 
 def updated_bias(expert_bias_E: Array, load_E: Array, rate: float) -> Array:
     """The bias after one optimizer step: up by ``rate`` where the load was below its mean, down where above, for
-    each leading axis (arXiv 2412.19437, section 2.1.2). ``load_E`` is of the whole optimizer batch."""
+    each leading axis (arXiv 2412.19437, section 2.1.2). ``load_E`` is of the whole optimizer batch.
+
+    Then, unlike there, the mean over experts is taken off. It chooses nothing, but it grows by every step in which
+    more experts were below the mean than above, until scores in (0, 1) are rounded away beside it.
+    """
     # E times both sides: a mean is rounded, and would move a balanced expert; sums of whole numbers are exact.
-    return expert_bias_E + rate * jnp.sign(jnp.sum(load_E, axis=-1, keepdims=True) - load_E.shape[-1] * load_E)
+    sign_E = jnp.sign(jnp.sum(load_E, axis=-1, keepdims=True) - load_E.shape[-1] * load_E)
+    moved_E = expert_bias_E + rate * sign_E
+    return moved_E - jnp.mean(moved_E, axis=-1, keepdims=True)
 
 
-def expert_choice_plan(router_logits_TE: Array, capacity: int, token_mask_T: Array | None = None) -> RoutingPlan:
+def expert_choice_plan(
+    router_logits_TE: Array, capacity: int, token_mask_T: Array | None = None, accepted: Array | None = None
+) -> RoutingPlan:
     """Each expert takes the ``capacity`` tokens that score it highest (Expert Choice, arXiv 2202.09368, eq. 1-2).
 
     S = softmax over experts; expert e takes the largest entries of column e, and the weight of a row is its entry. A
@@ -152,13 +161,15 @@ def expert_choice_plan(router_logits_TE: Array, capacity: int, token_mask_T: Arr
       router_logits_TE: [T, E] float32.
       capacity: tokens that an expert takes, in [1, T]; fewer where fewer are real.
       token_mask_T: [T] bool, True for real tokens; None: all are real.
+      accepted: [] int32, how many of the ``capacity`` each expert takes, as fewer tokens are real; None: all.
     """
     T, E = router_logits_TE.shape
     router_logits_TE = _clear_masked(router_logits_TE, token_mask_T)
     log_probs_TE = jax.nn.log_softmax(router_logits_TE)
     score_TE = log_probs_TE if token_mask_T is None else jnp.where(token_mask_T[:, None], log_probs_TE, -jnp.inf)
     token_EC = jax.lax.top_k(score_TE.T, capacity)[1]
-    chosen_TE = jnp.zeros((T, E), bool).at[token_EC, jnp.arange(E)[:, None]].set(True)
+    is_taken_C = True if accepted is None else (jnp.arange(capacity) < accepted)[None, :]  # the best come first
+    chosen_TE = jnp.zeros((T, E), bool).at[token_EC, jnp.arange(E)[:, None]].set(is_taken_C)
     expert_TE = jnp.where(chosen_TE, jnp.arange(E)[None, :], E)
     weight_TE = jnp.where(chosen_TE, jnp.exp(log_probs_TE), 0.0)
     plan = _plan(expert_TE, weight_TE, router_logits_TE, log_probs_TE, token_mask_T)
@@ -204,6 +215,13 @@ def expert_capacity(moe: MoEConfig, num_tokens: int, *, train: bool) -> int:
     return min(num_tokens, max(1, math.ceil(rows)))
 
 
+def accepted_rows(moe: MoEConfig, token_mask_T: Array) -> Array:
+    """``expert_capacity`` in training by the number of real tokens, [] int32, however long the padding is."""
+    # One entry for each number of tokens, so that both round alike.
+    capacities = [expert_capacity(moe, num_tokens, train=True) for num_tokens in range(token_mask_T.size + 1)]
+    return jnp.asarray(capacities, jnp.int32)[jnp.sum(token_mask_T)]
+
+
 def limits_capacity(moe: MoEConfig, *, train: bool) -> bool:
     """Whether experts accept a limited number of rows: in training with a capacity factor, or where they choose.
 
@@ -237,7 +255,8 @@ def _biased_choice(
 def _expert_choice(
     logits_TE: Array, token_mask_T: Array | None, expert_bias_E: Array | None, moe: MoEConfig
 ) -> RoutingPlan:
-    return expert_choice_plan(logits_TE, expert_capacity(moe, logits_TE.shape[0], train=True), token_mask_T)
+    accepted = None if token_mask_T is None else accepted_rows(moe, token_mask_T)
+    return expert_choice_plan(logits_TE, expert_capacity(moe, logits_TE.shape[0], train=True), token_mask_T, accepted)
 
 
 @dataclass(frozen=True)

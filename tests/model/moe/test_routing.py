@@ -12,6 +12,7 @@ from moe_jax.config.rules import ROUTER_RULES, router_rules
 from moe_jax.model.moe.backends import BACKENDS
 from moe_jax.model.moe.routing import (
     ROUTERS,
+    accepted_rows,
     expert_capacity,
     expert_choice_plan,
     jittered,
@@ -20,6 +21,7 @@ from moe_jax.model.moe.routing import (
     top_k_plan,
     updated_bias,
 )
+from tests.oracles.moe import choose_tokens
 
 
 def test_a_plan_worked_by_hand():
@@ -44,6 +46,16 @@ def test_one_choice_is_weighted_by_its_probability_so_that_the_router_learns():
     np.testing.assert_allclose(plan.combine_weight_TK, [[5 / 8]], rtol=1e-6)
     gradient = jax.grad(lambda logits: top_k_plan(logits, 1).combine_weight_TK.sum())(logits_TE)
     assert np.all(np.asarray(gradient) != 0)
+
+
+@pytest.mark.parametrize(("top_k", "renormalise"), [(1, True), (3, False)])
+@pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
+def test_weights_that_are_probabilities_are_exact_however_large_the_scores(top_k, renormalise, size):
+    logits_TE = size + np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
+    plan = top_k_plan(jnp.asarray(logits_TE), top_k, renormalise=renormalise)
+    odds_TE = np.exp(logits_TE.astype(np.float64) - size)
+    probs_TE = odds_TE / odds_TE.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(plan.combine_weight_TK, -np.sort(-probs_TE)[:, :top_k], rtol=5e-7)
 
 
 def test_masked_tokens_have_no_rows_and_count_in_no_statistic():
@@ -102,8 +114,16 @@ def test_groups_are_judged_by_their_two_best_experts():
 def test_the_bias_rises_for_the_underloaded_and_falls_for_the_overloaded():
     # Mean loads are 4 and 2; an expert at the mean stays as it is.
     load_NE = jnp.asarray([[6.0, 4.0, 2.0], [0.0, 6.0, 0.0]])
-    bias_NE = updated_bias(jnp.asarray([[0.1, 0.1, 0.1], [0.0, 0.0, 0.0]]), load_NE, 0.01)
-    np.testing.assert_allclose(bias_NE, [[0.09, 0.1, 0.11], [0.01, -0.01, 0.01]], rtol=1e-5)
+    bias_NE = updated_bias(jnp.asarray([[0.1, -0.2, 0.1], [0.0, 0.0, 0.0]]), load_NE, 0.03)
+    np.testing.assert_allclose(bias_NE, [[0.07, -0.2, 0.13], [0.02, -0.04, 0.02]], rtol=1e-5)
+
+
+def test_the_bias_does_not_drift_where_most_experts_are_always_below_the_mean():
+    load_NE = jnp.asarray([[7.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 4.0]])
+    bias_NE = jnp.full((2, 4), 97.0)  # as it was left by versions that let it
+    for _ in range(3):
+        bias_NE = updated_bias(bias_NE, load_NE, 0.5)
+    np.testing.assert_allclose(bias_NE, [[-2.25, 0.75, 0.75, 0.75], [0.75, 0.75, 0.75, -2.25]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_experts", [7, 13, 14, 64])
@@ -131,6 +151,24 @@ def test_experts_that_choose_take_no_masked_token_though_they_have_room():
     np.testing.assert_array_equal(plan.expert_TK, [[0, 1], [2, 2], [2, 2]])
     np.testing.assert_array_equal(plan.statistics.load_E, [1, 1])
     np.testing.assert_array_equal(plan.statistics.num_tokens, 1)
+
+
+@pytest.mark.parametrize("length", [8, 16, 64])
+def test_experts_that_choose_take_as_many_tokens_however_long_the_padding(length):
+    moe = MoEConfig(num_experts=8, top_k=2, router="expert_choice", capacity_factor=1.0)
+    logits_TE = np.random.default_rng(0).standard_normal((8, 8))
+    padded_TE = jnp.asarray(np.pad(logits_TE, ((0, length - 8), (0, 0)), constant_values=9.0), jnp.float32)
+    plan = ROUTERS["expert_choice"].plan(padded_TE, jnp.arange(length) < 8, None, moe)
+    probs_TE = np.exp(logits_TE) / np.exp(logits_TE).sum(axis=1, keepdims=True)
+    np.testing.assert_array_equal(plan.expert_TK[:8], choose_tokens(probs_TE, 2))  # 8 tokens, twice, over 8 experts
+    np.testing.assert_array_equal(plan.expert_TK[8:], 8)
+
+
+def test_capacity_by_the_real_tokens_is_rounded_as_without_padding():
+    moe = MoEConfig(num_experts=8, top_k=5, capacity_factor=1.1)
+    for num_real in (0, 1, 7, 160, 161):
+        accepted = accepted_rows(moe, jnp.arange(200) < num_real)
+        assert int(accepted) == expert_capacity(moe, num_real, train=True)
 
 
 def test_equal_scores_are_settled_the_same_way_by_every_router():
