@@ -1,9 +1,11 @@
 """Checkpoints: what is kept, what comes back, damage, and saves that fail."""
 
+import contextlib
 import dataclasses
 import errno
 import json
 import math
+import os
 import re
 import shutil
 from unittest.mock import Mock
@@ -262,6 +264,23 @@ def test_what_stands_in_the_way_of_checkpoints_is_found_at_the_start(tmp_path):
     fill(tmp_path, [1.0])
     with pytest.raises(UserError, match="was trained on by another process; run the same command again"):
         Checkpoints(tmp_path, None, Retention(1, 1))
+
+
+NAMES = ["lr[0.1]", "[project] x/run", "a\\b", "a?b*#c%20", "$M_$S", os.fsdecode(b"\xff"), "日本"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_a_folder_will_do(tmp_path, name):
+    fill(tmp_path / name, [2.0, 1.0])
+    assert restored(tmp_path / name)[0] == 20
+    assert value_of(tmp_path / name) == 2
+
+
+def test_what_orbax_left_out_is_no_checkpoint(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint, "plain_name", contextlib.nullcontext)
+    fill(tmp_path / "[a]", [1.0])
+    assert saved_steps(tmp_path / "[a]") == []
+    assert "step 10 is not saved (Orbax wrote no " in caplog.text
 
 
 def test_half_a_checkpoint_and_other_folders_are_none(tmp_path):

@@ -17,6 +17,7 @@ from moe_jax.runs.resume import check_same_run
 @pytest.mark.parametrize("config", [
     Config(model=ModelConfig(num_layers=2, moe=MoEConfig(capacity_factor=None)), data=DataConfig(path="x")),
     Config(data=DataConfig(tokenizer="gone/tokenizer.json")),  # a run has a copy of the tokenizer's file
+    Config(data=DataConfig(path=os.fsdecode(b"\xff"))),
 ])  # fmt: skip
 def test_a_configuration_comes_back_as_it_was_saved(tmp_path, config):
     RunDirectory(tmp_path).save_config(config)
