@@ -64,6 +64,15 @@ class RunDirectory:
             raise UserError(f"{file}: {error}") from None
         return config
 
+    def check_folders(self) -> None:
+        """UserError where a file, or a link to nothing, is in the place of the folder or of one in it."""
+        inner = (self.checkpoints, self.tensorboard, self.tokenizer, self.profile)
+        hidden = (self.checkpoints / ".unfinished", self.path / "damaged", self.tokenizer / "huggingface")
+        for folder in (self.path, *inner, *hidden):
+            if not folder.is_dir() and os.path.lexists(folder):
+                what = "a file" if folder.exists() else "a link to nothing"
+                raise UserError(f"{folder} must be a folder, but is {what}; remove it, or choose another --workdir")
+
     def check_unlocked(self) -> None:
         """UserError where another process trains in the folder; creates nothing."""
         if is_first_process():

@@ -19,6 +19,7 @@ class Profile(Observer):
     """Records steps START to STOP-1 of ``train.profile`` into ``folder``."""
 
     def __init__(self, profile: str, folder: Path):
+        folder.mkdir(exist_ok=True)  # what is in its way is told now, and not at step START
         self._folder = folder
         self._open = contextlib.ExitStack()
         self._start, self._stop = profile_steps(profile)
@@ -28,7 +29,6 @@ class Profile(Observer):
         """Starts or ends the recording when it is time; waits for the device first, so that only its steps are in."""
         if self._start <= step < self._stop and not self._is_recording:
             jax.block_until_ready(state)
-            self._folder.mkdir(exist_ok=True)
             jax.profiler.start_trace(str(self._open.enter_context(plain_name(self._folder))))
             self._is_recording = True
         elif step >= self._stop and self._is_recording:

@@ -74,6 +74,22 @@ def test_a_directory_is_trained_in_once_at_a_time(tmp_path):
                 run.check_unlocked()
 
 
+@pytest.mark.parametrize("name", ["", "tensorboard", "checkpoints/.unfinished", "tokenizer/huggingface", "damaged"])
+def test_what_is_in_the_place_of_a_folder_is_named(tmp_path, name):
+    run = RunDirectory(tmp_path / "run")
+    place = run.path / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.touch()
+    with pytest.raises(UserError, match=f"{place} must be a folder, but is a file; remove it, or choose another"):
+        run.check_folders()
+    place.unlink()
+    place.symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match=f"{place} must be a folder, but is a link to nothing; remove it"):
+        run.check_folders()
+    (tmp_path / "other").mkdir()
+    run.check_folders()
+
+
 def config_of(**sections):
     return Config.from_dict(sections, "here")
 

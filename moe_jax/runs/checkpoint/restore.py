@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 from moe_jax.axes import PyTree
 from moe_jax.errors import UserError
 from moe_jax.files import plain_name
+from moe_jax.runs.checkpoint.faults import quiet_libraries
 from moe_jax.runs.checkpoint.record import Record
 
 
@@ -28,7 +29,11 @@ def restore_items(step_folder: Path, record: Record, items: Mapping[str, PyTree]
             f"{step_folder} is not of the model that its run's config.json and tokenizer/ describe ({changes[0]}); "
             "put back the ones that it was trained with"
         )
-    with plain_name(step_folder) as folder, ocp.StandardCheckpointer() as checkpointer:
+    with (
+        quiet_libraries(is_saving=False),
+        plain_name(step_folder) as folder,
+        ocp.StandardCheckpointer() as checkpointer,
+    ):
         return {name: checkpointer.restore(folder / name, tree) for name, tree in items.items()}
 
 

@@ -94,7 +94,7 @@ class Checkpoints:
 
     def __enter__(self) -> Self:
         self._open = contextlib.ExitStack()
-        self._open.enter_context(quiet_libraries())
+        self._open.enter_context(quiet_libraries(is_saving=True))
         self._plain = self._open.enter_context(plain_name(self._folder))
         return self
 
