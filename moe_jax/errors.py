@@ -32,6 +32,7 @@ class Interrupted(Exception):
 # Faults of the machine, not of this program: one line, with the remedy, instead of a traceback.
 _REMEDIES = {
     **dict.fromkeys([errno.ENOSPC, errno.EDQUOT], "; free some space and run the same command again"),
+    errno.EEXIST: "; it is in the place of a folder: move it away",
     errno.EFBIG: "; allow larger files (ulimit -f) and run the same command again",
     **dict.fromkeys([errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOTDIR, errno.EISDIR], ""),
     **dict.fromkeys([errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENOMEM], ""),

@@ -5,6 +5,8 @@ import errno
 import fcntl
 import logging
 import os
+import re
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +41,26 @@ def naming(file: Path | str) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(file)
         raise
+
+
+@contextlib.contextmanager
+def plain_name(folder: Path) -> Iterator[Path]:
+    """Yields a name of ``folder`` for libraries that read names as patterns, addresses or UTF-8, as Orbax does.
+
+    Where its own name is not of plain characters, this is a symbolic link in the folder for temporary files.
+    """
+    folder = folder.absolute()
+    if re.fullmatch(r"[\w/.,:+=@~ -]+", str(folder), re.ASCII):
+        yield folder
+        return
+    place = Path(tempfile.mkdtemp(prefix="moe_jax-"))
+    link = place / "folder"
+    try:
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
+    finally:
+        link.unlink(missing_ok=True)
+        place.rmdir()
 
 
 @contextlib.contextmanager
@@ -160,6 +182,18 @@ def locked_folder(folder: Path, flag: str, what: str, *, wait: bool = False) -> 
             file.truncate(0)  # whoever is refused from now on is not given this process's number
 
 
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Within it no other process is within it for the same ``folder``, where the file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def refuse_locked_folder(folder: Path, flag: str, what: str) -> None:
     """UserError where ``locked_folder`` would raise it now, so that no work is done in vain; creates nothing."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(folder / ".lock") as file:
@@ -190,7 +224,7 @@ def _lock(file: TextIO, folder: Path, flag: str, what: str, *, wait: bool = Fals
 def remove_leftovers(file: Path) -> None:
     """Removes what an ``atomic_file`` of a process that was killed left beside ``file``."""
     for beside in file.parent.glob(f".{file.name}.*"):
-        if beside.name.removeprefix(f".{file.name}.").isdecimal():
+        if re.fullmatch(r"[0-9]+(-journal)?", beside.name.removeprefix(f".{file.name}.")):  # SQLite's, of a database
             beside.unlink(missing_ok=True)
 
 

@@ -18,6 +18,7 @@ from moe_jax.errors import UserError
 from moe_jax.prepare.settings import parse_prepare
 
 REPOSITORY = Path(__file__).parents[1]
+HOME = Path.home()
 MOE = str(REPOSITORY / "configs/moe.py")
 
 
@@ -60,6 +61,10 @@ def test_sampling_flags_change_the_runs_own_settings():
         (parse_sample, ["--interactive", "--prompt", "a"], "and takes no --prompt; leave one of them out"),
         (parse_sample, ["--interactive", "--num-samples", "2"], "--num-samples must be 1 with --interactive, got 2"),
         (EvaluateCommand, ["--data", "s3://b/x"], "--data must be a file or folder of this machine, got s3://b/x"),
+        (parse_sample, ["--workdir=~/run"], f"--workdir must be a path without ~, got ~/run; write {HOME}/run"),
+        (parse_sample, ["--prompt-file=~/a"], f"--prompt-file must be a path without ~, got ~/a; write {HOME}/a"),
+        (parse_prepare, ["--input", "a=~/b", "--out", "c"], "each of --input must be a path without ~, got ~/b"),
+        (parse_train, ["--config", MOE, "--data.path=~/b"], "data.path must be a path without ~, got ~/b"),
         (EvaluateCommand, ["--workdir", "gs://b/run"], "mount the bucket, or copy the run directory here first"),
         (ServerCommand, ["--port", "70000"], "--port must be in [0, 65535], got 70000"),
         (ServerCommand, ["--name", "a\nb"], r"--name must be printable text, got 'a\nb'"),

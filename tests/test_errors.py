@@ -34,6 +34,11 @@ def run(error, capsys):
             1,
             "error: No space left on device: f; free some space and run the same command again\n",
         ),
+        (
+            FileExistsError(errno.EEXIST, "File exists", "d"),
+            1,
+            "error: File exists: d; it is in the place of a folder: move it away\n",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "d"), 1, "error: Permission denied: d\n"),
         (KeyboardInterrupt(), 130, "error: interrupted before there was anything to save\n"),
         (errors.Interrupted(143), 143, ""),

@@ -12,7 +12,7 @@ import tyro
 
 from moe_jax.cli import parse
 from moe_jax.config import SampleConfig
-from moe_jax.config.bounds import RunFolder, Utf8
+from moe_jax.config.bounds import LocalPath, RunFolder, Utf8
 from moe_jax.errors import UserError
 
 
@@ -67,7 +67,7 @@ class SampleCommand:
     """Run directory of the model; None: the run under runs/ that changed last."""
     prompt: Utf8 | None = None
     """Text to continue; - reads it from standard input, without its last line end; None: start from nothing."""
-    prompt_file: str | None = None
+    prompt_file: LocalPath | None = None
     """File with the text to continue, or, where its name ends in .jsonl, with an object with a "prompt" a line."""
     jsonl: bool = False
     """Print an object a line for other programs: prompt, text, tokens, logprobs, finish_reason, timing."""

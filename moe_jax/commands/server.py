@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from moe_jax.cli import parse
-from moe_jax.config.bounds import Count, Range, RunFolder
+from moe_jax.config.bounds import Count, LocalPath, Range, RunFolder
 from moe_jax.errors import UserError
 
 
@@ -33,7 +33,7 @@ class ServerCommand:
     """Address to listen at; 0.0.0.0: all of this machine's; None: 127.0.0.1, for programs on this machine only."""
     port: Annotated[int, Range(0, 2**16 - 1)] = 8000
     """Port to listen at; 0: any free one, which is printed."""
-    api_key_file: str | None = None
+    api_key_file: LocalPath | None = None
     """File with a key that programs must send; None: the environment variable MOE_JAX_API_KEY, or else no key."""
     max_batch: Annotated[int, Range(1, 1024)] = 16
     """Texts that are generated together; others wait."""
@@ -85,7 +85,7 @@ def serve(command: ServerCommand) -> None:
         enable_compile_cache()
     engine, variables = load_engine(opened, command.dtype)
     limits = Limits(
-        model=command.name or opened.directory.path.resolve().name,
+        model=command.name or opened.directory.name,
         vocab_size=opened.tokenizer.vocab_size,
         max_prompt_tokens=command.max_prompt_tokens or opened.config.model.context_length,
         max_output_tokens=command.max_output_tokens,

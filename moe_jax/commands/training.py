@@ -25,7 +25,7 @@ from moe_jax.sharding.processes import is_first_process
 from moe_jax.sharding.startup import enable_compile_cache
 from moe_jax.trackers.alarms import Alarms
 from moe_jax.trackers.console import Console
-from moe_jax.trackers.mlflow import MLflow, check_mlflow
+from moe_jax.trackers.mlflow import MLflow, check_mlflow, end_what_was_left
 from moe_jax.trackers.profile import Profile
 from moe_jax.trackers.samples import Samples
 from moe_jax.trackers.tensorboard import TensorBoard
@@ -63,8 +63,7 @@ def train(config: Config, workdir: Path) -> None:
         with Checkpoints(run.checkpoints, setup.saved, retention) as checkpoints:
             start = restore_or_init(setup, checkpoints)
             if _is_finished(setup, start):
-                if not run.loss_curve.exists():  # the start that made the last step was killed before it drew it
-                    _draw(run)
+                _end_what_was_left(setup, start)
                 return
             if is_first_process():
                 for file in (run.metrics_file, run.config_file, run.mlflow_file, run.loss_curve, run.expert_load):
@@ -140,6 +139,19 @@ def _is_finished(setup: Setup, start: Start) -> bool:
         )
         return True
     return False
+
+
+def _end_what_was_left(setup: Setup, start: Start) -> None:
+    """What the start that made the last step was killed before: pictures, and the end of MLflow's run."""
+    config, run = setup.config, setup.run
+    if not is_first_process():
+        return
+    picture, metrics = run.loss_curve, run.metrics_file
+    if not picture.exists() or (metrics.exists() and metrics.stat().st_mtime > picture.stat().st_mtime):
+        _draw(run)
+    if "mlflow" in config.train.trackers:
+        files = [file for file in (picture, run.expert_load) if file.exists()]
+        end_what_was_left(config, run, int(start.state.step), files)
 
 
 def _describe(setup: Setup, state: TrainState) -> None:

@@ -13,6 +13,7 @@ from moe_jax.config.bounds import (
     Count,
     Fraction,
     LocalInput,
+    LocalPath,
     NotNegative,
     Positive,
     Range,
@@ -196,7 +197,7 @@ class TrainConfig:
     """Checkpoints at multiples of this many steps are made and kept for good; None: none is."""
     keep_epochs: bool = False
     """Make a checkpoint at the end of each pass over the training split, and keep it for good."""
-    init_from: str | None = None
+    init_from: LocalPath | None = None
     """Run directory from whose best checkpoint a new run takes its parameters, as for fine-tuning; None: random."""
     deterministic: bool = False
     """On a GPU, only use kernels that give the same bits each time, which is slower; a CPU always does."""

@@ -5,6 +5,7 @@ the command line ignores it.
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Annotated
@@ -61,7 +62,18 @@ def _utf8(name: str, text: str) -> None:
 Utf8 = Annotated[str, _utf8]
 
 
+def _no_tilde(name: str, path: str) -> None:
+    # A shell leaves it as it is after "=", and Python everywhere: the path would begin with a folder called ~.
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded != path:
+        raise UserError(f"{name} must be a path without ~, got {path}; write {expanded}, or ./{path} if it is a name")
+
+
+LocalPath = Annotated[str, _no_tilde]
+
+
 def _tokenizer(name: str, spec: str) -> None:
+    _no_tilde(name, spec)
     size = spec.removeprefix("bpe:")
     if size != spec and not (re.fullmatch(r"\d{1,6}", size) and 300 <= int(size) <= 262144):
         raise UserError(f"{name} bpe:VOCAB needs VOCAB in [300, 262144], got {size}; change it")
@@ -85,13 +97,16 @@ class LocalFolder:
             raise UserError(f"{name} must name a folder, got {folder!r}, as of a variable that is not set; name one")
         if _ADDRESS.match(folder):  # a path of that spelling would be a folder called "gs:" in the working folder
             raise UserError(f"{name} must be a folder of this machine, got {folder}; {self.remedy}")
+        _no_tilde(name, folder)
 
 
 RunFolder = Annotated[str, LocalFolder("mount the bucket, or copy the run directory here first")]
 
 
 def _local_input(name: str, path: str) -> None:
-    if _ADDRESS.match(re.sub(r"^[A-Za-z][\w-]*=", "", path)):
+    path = re.sub(r"^[A-Za-z][\w-]*=", "", path)
+    _no_tilde(name, path)
+    if _ADDRESS.match(path):
         raise UserError(
             f"{name} must be a file or folder of this machine, got {path}; download it, or mount the bucket, "
             "and name the copy"

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,8 @@ def plot_loss_curve(run: RunDirectory) -> Path | None:
         _mark_best(axes, *series["val/loss"])
     if min(losses) > 0 and max(losses) / min(losses) > 5:
         _use_log_scale(axes)
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)", title=f"Loss of {run.path.resolve().name}")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per token)")
+    axes.set_title(f"Loss of {run.name}", parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
@@ -109,8 +111,8 @@ def plot_expert_load(run: RunDirectory) -> Path | None:
     heat_height = min(max(0.35 * num_layers, 1.4), 7.0)
     figure = Figure(figsize=(min(max(0.55 * num_experts + 2, 7), 13), heat_height + 4.2), layout="constrained")
     figure.suptitle(
-        f"Expert load of {run.path.resolve().name} at step {steps[-1]:,}: white is the balanced share, "
-        f"{100 / num_experts:.3g}%"
+        f"Expert load of {run.name} at step {steps[-1]:,}: white is the balanced share, {100 / num_experts:.3g}%",
+        parse_math=False,
     )
     above, below = figure.subplots(2, 1, height_ratios=[heat_height, 3.0])
     _draw_heatmap(figure, above, shares_SNE[-1])
@@ -174,7 +176,8 @@ def _draw_max_load(figure: "Figure", axes: "Axes", steps: list[int], max_load_SN
 def _save(figure: "Figure", file: Path) -> Path | None:
     """``file``; None where the disk does not take it, which ends no run: metrics.jsonl is there to draw it from."""
     try:
-        with atomic_file(file) as beside:
+        with atomic_file(file) as beside, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")  # a run may be called in any script
             figure.savefig(beside, format="png", dpi=120)
     except OSError as error:
         log.warning(f"warning: {file} cannot be written ({error.strerror or error}); the run is complete without it")

@@ -3,14 +3,16 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 from moe_jax.config import Config
 from moe_jax.config.rules import check
+from moe_jax.data.dataset import read_typed
 from moe_jax.errors import UserError
-from moe_jax.files import atomic_write_text, locked_folder, read_json, refuse_locked_folder
+from moe_jax.files import atomic_write_text, locked_folder, refuse_locked_folder
 from moe_jax.sharding.processes import is_first_process
 
 
@@ -32,6 +34,11 @@ class RunDirectory:
         self.generated_text = path / "generated_text.txt"
         self.profile = path / "profile"
 
+    @property
+    def name(self) -> str:
+        """The folder's name as text: what of it is no UTF-8 is escaped."""
+        return os.fsencode(self.path.resolve().name).decode("utf-8", "backslashreplace")
+
     def save_config(self, config: Config) -> None:
         if is_first_process():
             atomic_write_text(self.config_file, json.dumps(config.to_dict(), indent=2) + "\n")
@@ -40,7 +47,7 @@ class RunDirectory:
         """The validated configuration of the run. UserError where it is missing, damaged or of other settings."""
         file = self.config_file
         try:
-            values = read_json(file, dict, "put a copy of it back, or name another --workdir")
+            values = read_typed(file, dict, "put a copy of it back, or name another --workdir")
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.path} is not a run directory (it has no config.json); "
@@ -56,6 +63,15 @@ class RunDirectory:
         except UserError as error:
             raise UserError(f"{file}: {error}") from None
         return config
+
+    def check_folders(self) -> None:
+        """UserError where a file, or a link to nothing, is in the place of the folder or of one in it."""
+        inner = (self.checkpoints, self.tensorboard, self.tokenizer, self.profile)
+        hidden = (self.checkpoints / ".unfinished", self.path / "damaged", self.tokenizer / "huggingface")
+        for folder in (self.path, *inner, *hidden):
+            if not folder.is_dir() and os.path.lexists(folder):
+                what = "a file" if folder.exists() else "a link to nothing"
+                raise UserError(f"{folder} must be a folder, but is {what}; remove it, or choose another --workdir")
 
     def check_unlocked(self) -> None:
         """UserError where another process trains in the folder; creates nothing."""

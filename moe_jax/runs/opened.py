@@ -1,25 +1,35 @@
 """A trained run, opened for reading: each of its files is read and checked once. Imports no jax."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moe_jax.config import Config
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokenizer_file import load_tokenizer
+from moe_jax.errors import UserError
 from moe_jax.runs.checkpoint.record import Found, Which, find_checkpoint
 from moe_jax.runs.layout import RunDirectory, latest_run
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
+_TRIES = 10
+
+
+@dataclass
 class OpenedRun:
     directory: RunDirectory
     config: Config
     tokenizer: Tokenizer
     checkpoint: Found
+    """Another one once a training that goes on has removed it."""
     is_latest: bool
     """Whether nobody named it, and it is the run under runs/ that changed last."""
+
+    def check(self, items: Iterable[str]) -> None:
+        """UserError where one of ``items`` of the checkpoint is damaged; each is read and hashed once."""
+        self._read(lambda found: found.check(items))
 
     def restore(self, items: Mapping[str, Any]) -> dict[str, Any]:
         """The named ``items`` of the checkpoint, in the shapes, types and shardings given.
@@ -28,11 +38,28 @@ class OpenedRun:
         """
         from moe_jax.runs.checkpoint.restore import restore_items
 
-        found = self.checkpoint
-        if not found.folder.exists():  # a training that goes on has saved a newer one, or a better one, meanwhile
-            found = find_checkpoint(self.directory.checkpoints, found.which)
-        found.check(items)
-        return restore_items(found.folder, found.record, items)
+        def read(found: Found) -> dict[str, Any]:
+            found.check(items)
+            return restore_items(found.folder, found.record, items)
+
+        return self._read(read)
+
+    def _read(self, read: Callable[[Found], T]) -> T:
+        """What ``read`` returns of the checkpoint, or of a newer or better one where it was removed meanwhile."""
+        for _ in range(_TRIES):
+            try:
+                value = read(self.checkpoint)
+            except Exception:  # Orbax raises what it likes where files are gone
+                if self.checkpoint.folder.exists():
+                    raise
+            else:
+                if self.checkpoint.folder.exists():  # and so it was whole all the while
+                    return value
+            self.checkpoint = find_checkpoint(self.directory.checkpoints, self.checkpoint.which)
+        raise UserError(
+            f"a training replaces the checkpoints of {self.directory.path} faster than they can be read; wait for it, "
+            "or give it a larger train.keep_checkpoints"
+        )
 
 
 def open_run(workdir: Path | None, which: Which) -> OpenedRun:

@@ -39,7 +39,7 @@ def open_source(config: Config, tokenizer: Tokenizer, run: RunDirectory) -> Open
         source = open_run(path, "best")
         # Now, and not once the run directory has been made.
         has_state = ROUTERS[source.config.model.moe.router].has_state
-        source.checkpoint.check(("params", "router_state") if has_state else ("params",))
+        source.check(("params", "router_state") if has_state else ("params",))
     except UserError as error:
         raise UserError(f"train.init_from {path}: {error}") from None
     before = {name: value for name, _, value in settings(source.config.model, "model.")}

@@ -97,8 +97,9 @@ def resolve(config: Config, open_dataset: Callable[[], Dataset], workdir: Path) 
     else is written.
     """
     run = RunDirectory(workdir)
-    if run.path.exists() and not run.path.is_dir():
-        raise UserError(f"--workdir must be a folder, but {run.path} is a file; choose another")
+    run.check_folders()
+    if config.data.path is not None and Path(config.data.path).resolve() == run.path.resolve():
+        raise UserError(f"--workdir must be another folder than data.path, got {run.path} for both; name a new one")
     saved = newest_sound(run.checkpoints)
     begun = _begun(run, saved)
     if begun is not None and saved is not None:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import os
 import shutil
 
 import numpy as np
@@ -85,12 +86,17 @@ def test_a_finished_run_says_so_and_can_be_extended(tiny, finished, change, tmp_
     np.testing.assert_allclose(column(run, "train/learning_rate")[36], 1e-3, rtol=1e-5)
 
 
-def test_a_finished_run_without_pictures_gets_them(tiny, finished, tmp_path):
+def test_a_finished_run_without_pictures_of_its_end_gets_them(tiny, finished, tmp_path):
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(finished.path, run.path)
+    picture = run.loss_curve.read_bytes()
     run.loss_curve.unlink()  # as if it had been killed before it drew them
     train(tiny, run.path)
-    assert run.loss_curve.exists()
+    assert run.loss_curve.read_bytes() == picture
+    run.loss_curve.write_bytes(b"of an earlier step")
+    os.utime(run.loss_curve, (0, 0))
+    train(tiny, run.path)
+    assert run.loss_curve.read_bytes() == picture
 
 
 def test_a_run_stops_when_its_patience_ends(small, tmp_path, capsys):
@@ -137,17 +143,20 @@ def test_experts_that_choose_train_but_cannot_be_sampled_from(small, tmp_path):
     assert {line.get("moe/dropped_fraction", 0.0) for line in read_metrics(run.metrics_file)} == {0.0}
 
 
-def test_a_dense_run_with_a_profile_and_unknown_characters(small, tmp_path):
-    (tmp_path / "verse.txt").write_text(VERSE * 20 + "é" * 30)
-    run = RunDirectory(tmp_path / "run")
+def test_a_dense_run_with_a_profile_and_unknown_characters_in_a_folder_of_any_name(small, tmp_path):
+    folder = tmp_path / os.fsdecode(b"lr[0.1] $x_\xff")
+    folder.mkdir()
+    (folder / "verse.txt").write_text(VERSE * 20 + "é" * 30)
+    run = RunDirectory(folder / folder.name)
     steps = {"num_steps": 4, "log_every": 2, "profile": "2:3"}
-    data = {"path": str(tmp_path / "verse.txt"), "val_fraction": 0.2}
+    data = {"path": str(folder / "verse.txt"), "val_fraction": 0.2}
     train(small(moe={"num_experts": 0}, data=data, train=steps), run.path)
     names = {name for line in read_metrics(run.metrics_file) for name in line}
     assert not [name for name in names if name.startswith("moe/")]
     assert not run.expert_load.exists()
     assert run.loss_curve.exists()
     assert list(run.profile.rglob("*.xplane.pb"))
+    assert open_run(run.path, "newest").config.data.path == data["path"]
     # What unknown tokens stand for has no known size.
     assert "val/loss" in names
     assert "val/bits_per_byte" not in names

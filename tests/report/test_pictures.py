@@ -1,6 +1,7 @@
 """The two pictures of a run, and the command that draws them again."""
 
 import json
+import os
 import sys
 
 import matplotlib.axes
@@ -11,7 +12,7 @@ import pytest
 from moe_jax.commands.report import main
 from moe_jax.config import Config
 from moe_jax.errors import UserError
-from moe_jax.report.pictures import _shares, plot_expert_load, plot_loss_curve
+from moe_jax.report.pictures import _shares, draw, plot_expert_load, plot_loss_curve
 from moe_jax.runs.layout import RunDirectory
 
 
@@ -47,6 +48,13 @@ def drawn(monkeypatch):
 
         monkeypatch.setattr(matplotlib.axes.Axes, name, record)
     return calls
+
+
+@pytest.mark.parametrize("name", ["$MODEL_$SEED", "$x^{$", "日本 \t", os.fsdecode(b"\xff")])
+def test_any_name_of_a_folder_is_a_title(tmp_path, name):
+    (tmp_path / name).mkdir()
+    run = make_run(tmp_path / name, evaluations(1, 4))
+    assert draw(run) == [run.loss_curve, run.expert_load]
 
 
 @pytest.mark.parametrize(("num_layers", "num_experts"), [(1, 1), (1, 4), (24, 64), (4, 8)])

@@ -1,9 +1,11 @@
 """Checkpoints: what is kept, what comes back, damage, and saves that fail."""
 
+import contextlib
 import dataclasses
 import errno
 import json
 import math
+import os
 import re
 import shutil
 from unittest.mock import Mock
@@ -15,6 +17,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from moe_jax.errors import EnvironmentFault, UserError
+from moe_jax.runs.checkpoint import record as record_module
 from moe_jax.runs.checkpoint import save as checkpoint
 from moe_jax.runs.checkpoint import seal as seal_module
 from moe_jax.runs.checkpoint.record import Record, find_checkpoint, newest_sound
@@ -140,8 +143,47 @@ def test_no_sound_checkpoint_is_an_error_and_nothing_is_moved(tmp_path):
         newest_sound(tmp_path)
     assert saved_steps(tmp_path) == [10]
     for which in ("best", "newest"):
-        with pytest.raises(UserError, match=r"is damaged .* put a copy of it back, or train on"):
+        with pytest.raises(UserError, match=r"is damaged .* put a copy of it back, or start a new run"):
             value_of(tmp_path, which)
+
+
+def test_only_a_sound_checkpoint_is_one_to_train_on_from(tmp_path):
+    fill(tmp_path, [3.0, 1.0, 2.0], keep=3)
+    for step in ("20", "30"):
+        flip_a_bit(tmp_path / step / "params")
+    for which in ("best", "newest"):
+        with pytest.raises(UserError, match=r"put a copy of it back, or train on: the same train.py command goes on"):
+            value_of(tmp_path, which)
+
+
+def test_what_is_removed_while_it_is_read_is_not_chosen(tmp_path, monkeypatch):
+    fill(tmp_path, [1.0, 3.0, 4.0])
+    read, saved = record_module.read_record, []
+
+    def late(step_folder):
+        if not saved:  # the training saves a better one and removes the first
+            saved.append(40)
+            fill(tmp_path, [0.5], first=4)
+        return read(step_folder)
+
+    monkeypatch.setattr(record_module, "read_record", late)
+    found = find_checkpoint(tmp_path, "best")
+    assert (found.folder.name, found.record.val_loss) == ("40", 0.5)
+
+
+@pytest.mark.parametrize("fault", [FileNotFoundError("gone"), UserError("must have checkpoint format 2, got 1")])
+def test_a_fault_of_what_is_gone_is_none(tmp_path, monkeypatch, fault):
+    fill(tmp_path, [1.0, 3.0])
+    check = record_module._checked_record
+
+    def late(step_folder):
+        if step_folder.name == "10":
+            shutil.rmtree(step_folder)
+            raise fault
+        return check(step_folder)
+
+    monkeypatch.setattr(record_module, "_checked_record", late)
+    assert find_checkpoint(tmp_path, "best").folder.name == "20"
 
 
 def test_each_array_is_hashed_once_and_of_no_item_that_is_not_asked_for(tmp_path, monkeypatch):
@@ -262,6 +304,23 @@ def test_what_stands_in_the_way_of_checkpoints_is_found_at_the_start(tmp_path):
     fill(tmp_path, [1.0])
     with pytest.raises(UserError, match="was trained on by another process; run the same command again"):
         Checkpoints(tmp_path, None, Retention(1, 1))
+
+
+NAMES = ["lr[0.1]", "[project] x/run", "a\\b", "a?b*#c%20", "$M_$S", os.fsdecode(b"\xff"), "日本"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_of_a_folder_will_do(tmp_path, name):
+    fill(tmp_path / name, [2.0, 1.0])
+    assert restored(tmp_path / name)[0] == 20
+    assert value_of(tmp_path / name) == 2
+
+
+def test_what_orbax_left_out_is_no_checkpoint(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint, "plain_name", contextlib.nullcontext)
+    fill(tmp_path / "[a]", [1.0])
+    assert saved_steps(tmp_path / "[a]") == []
+    assert "step 10 is not saved (Orbax wrote no " in caplog.text
 
 
 def test_half_a_checkpoint_and_other_folders_are_none(tmp_path):

@@ -17,6 +17,7 @@ from moe_jax.runs.resume import check_same_run
 @pytest.mark.parametrize("config", [
     Config(model=ModelConfig(num_layers=2, moe=MoEConfig(capacity_factor=None)), data=DataConfig(path="x")),
     Config(data=DataConfig(tokenizer="gone/tokenizer.json")),  # a run has a copy of the tokenizer's file
+    Config(data=DataConfig(path=os.fsdecode(b"\xff"))),
 ])  # fmt: skip
 def test_a_configuration_comes_back_as_it_was_saved(tmp_path, config):
     RunDirectory(tmp_path).save_config(config)
@@ -71,6 +72,22 @@ def test_a_directory_is_trained_in_once_at_a_time(tmp_path):
                 pass
             with pytest.raises(UserError, match=f"process {os.getpid()} is training in"):
                 run.check_unlocked()
+
+
+@pytest.mark.parametrize("name", ["", "tensorboard", "checkpoints/.unfinished", "tokenizer/huggingface", "damaged"])
+def test_what_is_in_the_place_of_a_folder_is_named(tmp_path, name):
+    run = RunDirectory(tmp_path / "run")
+    place = run.path / name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.touch()
+    with pytest.raises(UserError, match=f"{place} must be a folder, but is a file; remove it, or choose another"):
+        run.check_folders()
+    place.unlink()
+    place.symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match=f"{place} must be a folder, but is a link to nothing; remove it"):
+        run.check_folders()
+    (tmp_path / "other").mkdir()
+    run.check_folders()
 
 
 def config_of(**sections):

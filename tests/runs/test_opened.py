@@ -1,6 +1,7 @@
 """A trained run, opened for reading."""
 
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from moe_jax.config import Config
 from moe_jax.data.tokenizer import ByteTokenizer
 from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.runs.checkpoint.record import Record
+from moe_jax.runs.checkpoint import restore
+from moe_jax.runs.checkpoint.record import Found, Record
 from moe_jax.runs.checkpoint.save import Checkpoints, Retention
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.opened import open_run
@@ -59,7 +61,22 @@ def test_damaged_arrays_are_found_when_they_are_asked_for(run):
         opened.restore(PARAMS)
 
 
-def test_a_checkpoint_that_a_training_has_replaced_meanwhile_is_looked_for_again(run):
-    opened = open_run(run.path, "best")
-    shutil.rmtree(run.checkpoints / "1")
+@pytest.mark.parametrize(("owner", "name"), [(Found, "check"), (restore, "restore_items")])
+def test_a_checkpoint_that_a_training_removes_meanwhile_is_chosen_anew(run, monkeypatch, owner, name):
+    opened, read = open_run(run.path, "best"), getattr(owner, name)
+
+    def late(*arguments):
+        shutil.rmtree(run.checkpoints / "1", ignore_errors=True)
+        return read(*arguments)
+
+    monkeypatch.setattr(owner, name, late)
+    opened.check(PARAMS)
     assert opened.restore(PARAMS)["params"]["w"][0] == 2
+    assert opened.checkpoint.record.step == 2
+
+
+def test_checkpoints_that_come_and_go_faster_than_they_are_read(run, monkeypatch):
+    opened = open_run(run.path, "newest")
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    with pytest.raises(UserError, match=r"replaces the checkpoints of .* faster than they can be read; wait for it"):
+        opened.check(["params"])

@@ -80,7 +80,7 @@ def test_two_processes_save_and_restore_a_checkpoint(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    run = tmp_path / "run"
+    run = tmp_path / "[run] a\\b"
     command = [sys.executable, "-c", PROGRAM]
     started = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen([*command, index, port, run], **started) for index in "01"]

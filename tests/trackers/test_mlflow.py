@@ -3,21 +3,26 @@
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
 
 from moe_jax.config import Config, TrainConfig
 from moe_jax.config.fields import settings
 from moe_jax.errors import UserError
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.trackers import mlflow
-from moe_jax.trackers.mlflow import MLflow, check_mlflow
+from moe_jax.trackers.mlflow import MLflow, check_mlflow, end_what_was_left
 from tests.end_to_end.faulty import no_file_over
-from tests.tiny import change
+from tests.tiny import ROOT, change
 
 CONFIG = Config(train=TrainConfig(trackers=("mlflow",), mlflow_experiment="tests"))
 
@@ -109,6 +114,115 @@ def test_a_server_that_is_away_for_a_while_gets_everything_later(folder, monkeyp
         ]
         tracker.line(15, {"train/loss": 1.0})
     assert points(folder, run, "train/loss") == [(5, 2.5), (10, 1.5), (15, 1.0)]
+
+
+def a_nan(metrics):
+    return any(math.isnan(metric.value) for metric in metrics)
+
+
+@pytest.mark.parametrize(("is_refused", "number"), [(a_nan, 1), (lambda metrics: len(metrics) > 200, 0)])
+def test_what_a_server_refuses_holds_up_nothing_else(folder, monkeypatch, caplog, is_refused, number):
+    run = run_in(folder, f"refused {number}")
+    caplog.set_level("WARNING", logger="moe_jax")
+    log_batch = MlflowClient.log_batch
+
+    def strict(self, run_id, metrics=(), **others):
+        if is_refused(metrics):
+            raise MlflowException("Got an invalid value", INVALID_PARAMETER_VALUE)
+        log_batch(self, run_id, metrics=metrics, **others)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", strict)
+    values = {f"loss/{index}": 1.0 * index for index in range(250)}
+    with tracked(CONFIG, run, None) as tracker:
+        for step in (5, 10):
+            tracker.line(step, values | {"loss/7": math.nan})
+    assert points(folder, run, "loss/249") == [(5, 249.0), (10, 249.0)]
+    assert len(client(folder).get_run(id_of(run)).data.metrics) == 250 - number
+    assert caplog.messages == [
+        "warning: MLflow refuses loss/7 of step 5 (Got an invalid value); the run goes on",
+        "warning: 2 values have not reached MLflow; metrics.jsonl has them all",
+    ] * number  # fmt: skip
+
+
+def test_a_database_has_its_name_once_its_tables_are_there(tmp_path, monkeypatch):
+    run, database = run_in(tmp_path, "a?b#c"), tmp_path / "mlflow.db"
+    (tmp_path / ".mlflow.db.123").touch()  # of a start that was killed
+
+    class Client:
+        def __init__(self, tracking_uri):
+            self.file = Path(tracking_uri.removeprefix("sqlite:///"))
+
+        def search_experiments(self, max_results):
+            assert not database.exists()
+            assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".mlflow")] == []
+            self.file.write_text("tables")
+
+    monkeypatch.setattr("mlflow.MlflowClient", Client)
+    for _ in range(2):
+        with mlflow._Store(CONFIG.train, run).client() as found:
+            assert found.file.read_text() == database.read_text() == "tables"
+
+
+def test_an_experiment_that_another_run_has_just_made_is_used(folder, monkeypatch):
+    run, find, found = run_in(folder, "at once"), MlflowClient.get_experiment_by_name, []
+
+    def late(self, name):
+        found.append(find(self, name))
+        if len(found) == 1:
+            self.create_experiment(name)
+        return found[-1]
+
+    monkeypatch.setattr(MlflowClient, "get_experiment_by_name", late)
+    MLflow(change(CONFIG, train={"mlflow_experiment": "at once"}), run, None).close("finished", ())
+    assert client(folder).get_run(id_of(run)).info.experiment_id == found[-1].experiment_id
+
+
+@pytest.mark.slow
+def test_four_runs_that_start_together_share_a_new_database(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from tests.trackers.test_mlflow import *\n"
+        "run = run_in(Path(sys.argv[1]), sys.argv[2])\n"
+        "with tracked(CONFIG, run, None) as tracker: tracker.line(5, {'train/loss': 2.5})"
+    )
+    started = [subprocess.Popen([sys.executable, "-c", program, tmp_path, name], cwd=ROOT) for name in "abcd"]
+    assert [process.wait(300) for process in started] == [0, 0, 0, 0]
+    runs = [RunDirectory(tmp_path / name) for name in "abcd"]
+    assert [points(tmp_path, run, "train/loss") for run in runs] == [[(5, 2.5)]] * 4
+    assert len({client(tmp_path).get_run(id_of(run)).info.experiment_id for run in runs}) == 1
+
+
+def test_what_a_killed_run_left_in_mlflow_is_ended_by_its_next_start(folder):
+    run, picture = run_in(folder, "killed"), folder / "killed" / "loss_curve.png"
+    picture.write_bytes(b"picture")
+    end_what_was_left(CONFIG, run, 10, [picture])
+    assert not run.mlflow_file.exists(), "no run is begun to end it"
+    MLflow(CONFIG, run, None)
+    for _ in range(2):
+        end_what_was_left(CONFIG, run, 10, [picture])
+        assert client(folder).get_run(id_of(run)).info.status == "FINISHED"
+    assert [item.path for item in client(folder).list_artifacts(id_of(run))] == ["loss_curve.png"]
+
+
+@pytest.mark.parametrize("name", ["what? #1 100%", "[a]\\b"])
+def test_any_name_of_a_folder_will_do(folder, tmp_path, name):
+    other = tmp_path / name
+    other.mkdir()
+    shutil.copy(folder / "mlflow.db", other)
+    run = run_in(other, "$A_$B?")
+    (run.path / "picture").touch()
+    check_mlflow(CONFIG.train, run)
+    config = change(CONFIG, train={"mlflow_experiment": "new"})
+    with tracked(config, run, None, files=[run.path / "picture"]) as tracker:
+        tracker.line(5, {"train/loss": 2.5})
+    assert sorted(item.name for item in other.iterdir()) == ["$A_$B?", "mlflow-artifacts", "mlflow.db"]
+    assert len(list((other / "mlflow-artifacts").rglob("picture"))) == 1
+    shutil.copy(other / "mlflow.db", tmp_path)
+    assert points(tmp_path, run, "train/loss") == [(5, 2.5)]
+
+
+def test_a_name_that_is_no_text_is_refused_at_the_start(tmp_path):
+    with pytest.raises(UserError, match="mlflow needs a --workdir whose path is UTF-8 text"):
+        check_mlflow(CONFIG.train, RunDirectory(tmp_path / os.fsdecode(b"\xff")))
 
 
 URIS = ["http://127.0.0.1:9", "nonsense://x", "sqlite:////dev/null/mlflow.db", "postgresql://127.0.0.1/none"]
@@ -216,7 +330,7 @@ def test_a_password_is_not_kept_nor_shown(folder, monkeypatch, caplog):
         check_mlflow(secret.train, run)
     assert "pa:ss" not in str(error.value)
     here = client(folder)
-    monkeypatch.setattr(mlflow._Store, "client", lambda self: here)  # no such database can be had
+    monkeypatch.setattr(mlflow._Store, "client", lambda self: contextlib.nullcontext(here))  # no such database
     MLflow(secret, run, None).close("finished", ())
     kept = json.dumps(client(folder).get_run(id_of(run)).data.params) + run.mlflow_file.read_text() + caplog.text
     assert "me:***@host" in kept

@@ -49,7 +49,8 @@ def resolve_here(monkeypatch, folder, workdir, sections):
 @pytest.mark.parametrize(
     ("workdir", "sections", "message"),
     [
-        ("file", {}, "--workdir must be a folder, but .*file is a file; choose another"),
+        ("file", {}, "file must be a folder, but is a file; remove it, or choose another --workdir"),
+        ("cache", {"data": {"path": "cache"}}, "must be another folder than data.path, got .*cache for both"),
         ("corrupt", {}, "corrupt/config.json is corrupt"),
         ("older", {}, "must have checkpoint format 2, got 1; use the older moe_jax that wrote it"),
         ("damaged", {}, "every checkpoint in .* is damaged"),

@@ -32,17 +32,19 @@ def reason(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Within it what Orbax, tensorstore and asyncio print of a failed save, pages of it, is left out."""
-    # For good: they complain of the parts that nobody waited for as late as when Python ends.
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+def quiet_libraries(*, is_saving: bool) -> Iterator[None]:
+    """Within it what Orbax, tensorstore and asyncio print of a failed save or read, pages of it, is left out."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    hook, levels = sys.unraisablehook, [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    hook, sys.unraisablehook = sys.unraisablehook, _ignore_closed_loops
-    try:
-        yield
-    finally:
-        sys.unraisablehook = hook
+    sys.unraisablehook = _ignore_closed_loops
+    yield  # after an exception of a read, it stays so
+    sys.unraisablehook = hook
+    # They complain of the parts of a save that nobody waited for as late as when Python ends.
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(logging.CRITICAL if is_saving else level)
 
 
 def _ignore_closed_loops(fault: "sys.UnraisableHookArgs") -> None:

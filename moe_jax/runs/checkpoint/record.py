@@ -97,16 +97,23 @@ def find_checkpoint(folder: Path, which: Which) -> Found:
 
     UserError where there is none, its record is damaged, or it was written by another version of this package.
     """
-    records = read_records(folder)
-    if not records:
-        raise UserError(f"there is no checkpoint in {folder}; train a model there first")
-    losses, newest = losses_of(records), max(records)
-    best = min(losses, key=lambda step: losses[step], default=newest)
-    folders: dict[Which, Path] = {"best": folder / str(best), "newest": folder / str(newest)}
-    record = _checked_record(folders[which])
-    if isinstance(record, str):
-        raise _damaged(which, folders, record, ())
-    return Found(which, folders, record)
+    while True:
+        records = read_records(folder)
+        if not records:
+            raise UserError(f"there is no checkpoint in {folder}; train a model there first")
+        losses, newest = losses_of(records), max(records)
+        best = min(losses, key=lambda step: losses[step], default=newest)
+        folders: dict[Which, Path] = {"best": folder / str(best), "newest": folder / str(newest)}
+        record: Record | str | UserError | OSError
+        try:
+            record = _checked_record(folders[which])
+        except (UserError, OSError) as error:
+            record = error
+        # Where a training has removed one of them meanwhile, it has also saved another, which is to be chosen among.
+        if all((folder / str(step)).is_dir() for step in records):
+            if isinstance(record, Record):
+                return Found(which, folders, record)
+            raise _damaged(which, folders, record, ()) if isinstance(record, str) else record
 
 
 def read_records(folder: Path) -> dict[int, Record | None]:
@@ -157,11 +164,11 @@ def _checked_record(step_folder: Path) -> Record | str:
 
 def _damaged(which: Which, folders: Mapping[Which, Path], damage: str, items: Iterable[str]) -> UserError:
     others = [name for name, folder in folders.items() if find_damage(folder, ("record", *items)) is None]
-    remedy = (
-        f"use --checkpoint {others[0]}"
-        if others
-        else "train on: the same train.py command goes on from the newest sound one"
-    )
+    remedy, folder = "start a new run in another --workdir", folders[which].parent
+    if others:
+        remedy = f"use --checkpoint {others[0]}"
+    elif any(find_damage(folder / str(step)) is None for step in saved_steps(folder)):
+        remedy = "train on: the same train.py command goes on from the newest sound one"
     return UserError(
         f"the {which} checkpoint {folders[which]} is damaged ({damage}); put a copy of it back, or {remedy}"
     )

@@ -8,6 +8,8 @@ import orbax.checkpoint as ocp
 
 from moe_jax.axes import PyTree
 from moe_jax.errors import UserError
+from moe_jax.files import plain_name
+from moe_jax.runs.checkpoint.faults import quiet_libraries
 from moe_jax.runs.checkpoint.record import Record
 
 
@@ -27,8 +29,12 @@ def restore_items(step_folder: Path, record: Record, items: Mapping[str, PyTree]
             f"{step_folder} is not of the model that its run's config.json and tokenizer/ describe ({changes[0]}); "
             "put back the ones that it was trained with"
         )
-    with ocp.StandardCheckpointer() as checkpointer:
-        return {name: checkpointer.restore((step_folder / name).absolute(), tree) for name, tree in items.items()}
+    with (
+        quiet_libraries(is_saving=False),
+        plain_name(step_folder) as folder,
+        ocp.StandardCheckpointer() as checkpointer,
+    ):
+        return {name: checkpointer.restore(folder / name, tree) for name, tree in items.items()}
 
 
 def shapes_of(items: Mapping[str, PyTree]) -> dict[str, str]:

@@ -9,6 +9,7 @@ names and removes. All of them call everything here at the same places of the pr
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import logging
 import math
@@ -25,6 +26,7 @@ import orbax.checkpoint as ocp
 
 from moe_jax.axes import PyTree
 from moe_jax.errors import EnvironmentFault, UserError
+from moe_jax.files import plain_name
 from moe_jax.runs.checkpoint.faults import check_space, quiet_libraries, reason
 from moe_jax.runs.checkpoint.record import Record, Saved, losses_of, read_records
 from moe_jax.runs.checkpoint.restore import restore_items, shapes_of
@@ -59,6 +61,7 @@ class Checkpoints:
     def __init__(self, folder: Path, saved: Saved | None, retention: Retention):
         self._folder, self._saved, self._retention = folder.absolute(), saved, retention
         self._unfinished = self._folder / _UNFINISHED
+        self._plain = self._folder
         self._newest = None if saved is None else saved.record.step
         self._is_first, self._is_alone = is_first_process(), jax.process_count() == 1
         all_well(True)  # no process still looks at what is moved now
@@ -90,8 +93,9 @@ class Checkpoints:
         self._unfinished.mkdir(parents=True)  # now, and not in hours, is the time to learn that it cannot be
 
     def __enter__(self) -> Self:
-        self._quiet = contextlib.ExitStack()
-        self._quiet.enter_context(quiet_libraries())
+        self._open = contextlib.ExitStack()
+        self._open.enter_context(quiet_libraries(is_saving=True))
+        self._plain = self._open.enter_context(plain_name(self._folder))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -99,7 +103,7 @@ class Checkpoints:
             self.wait()  # after an exception in this process the others may never come to agree
         self._thread.shutdown()
         self._checkpointer.close()
-        self._quiet.close()
+        self._open.close()
         self._remove_unfinished()
 
     def save(self, record: Record, items: Mapping[str, PyTree]) -> None:
@@ -137,7 +141,7 @@ class Checkpoints:
         record = dataclasses.replace(record, val_loss=val_loss, shapes=shapes_of(items))
         arguments = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         self._checkpointer.save(
-            self._unfinished / str(record.step),
+            self._plain / _UNFINISHED / str(record.step),
             args=ocp.args.Composite(record=ocp.args.JsonSave(dataclasses.asdict(record)), **arguments),
         )
 
@@ -147,6 +151,10 @@ class Checkpoints:
         if not self._is_first:
             return
         staged = self._unfinished / str(step)
+        for item in staged.iterdir():
+            # Orbax passes over what it does not find, and without this file no array can be read again.
+            if item.is_dir() and item.name != "record" and not (item / "manifest.ocdbt").exists():
+                raise FileNotFoundError(errno.ENOENT, f"Orbax wrote no {item.name}/manifest.ocdbt")
         seal(staged)
         staged.rename(self._folder / str(step))
         for old in sorted(set(saved_steps(self._folder)) - _steps_to_keep(self._folder, self._retention)):
