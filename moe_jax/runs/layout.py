@@ -10,7 +10,7 @@ from pathlib import Path
 from moe_jax.config import Config
 from moe_jax.config.rules import check
 from moe_jax.errors import UserError
-from moe_jax.files import atomic_write_text, locked_folder, read_json, refuse_locked_folder
+from moe_jax.files import atomic_write_text, locked_folder, read_json, refuse_link, refuse_locked_folder
 from moe_jax.sharding.processes import is_first_process
 
 
@@ -58,8 +58,14 @@ class RunDirectory:
         return config
 
     def check_unlocked(self) -> None:
-        """UserError where another process trains in the folder; creates nothing."""
+        """UserError where another process trains in the folder, or a link in it leads away what is written.
+
+        Creates nothing. Checkpoints and TensorBoard's files may be on another disk, through a link to their folder.
+        """
         if is_first_process():
+            damaged = self.metrics_file.with_suffix(".damaged.jsonl")
+            for path in (self.metrics_file, damaged, self.log_file, self.stacks, self.tokenizer):
+                refuse_link(path)
             refuse_locked_folder(self.path, "--workdir", "training in")
 
     def lock(self) -> AbstractContextManager[None]:

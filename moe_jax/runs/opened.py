@@ -10,6 +10,7 @@ from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokenizer_file import load_tokenizer
 from moe_jax.runs.checkpoint.record import Found, Which, find_checkpoint
 from moe_jax.runs.layout import RunDirectory, latest_run
+from moe_jax.runs.resume import check_same_model
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class OpenedRun:
         found = self.checkpoint
         if not found.folder.exists():  # a training that goes on has saved a newer one, or a better one, meanwhile
             found = find_checkpoint(self.directory.checkpoints, found.which)
+            check_same_model(found.record, self.directory, self.config, self.tokenizer)
         found.check(items)
         return restore_items(found.folder, found.record, items)
 
@@ -38,8 +40,11 @@ class OpenedRun:
 def open_run(workdir: Path | None, which: Which) -> OpenedRun:
     """The run in ``workdir``, None: the one under runs/ that changed last, and its best or newest checkpoint.
 
-    UserError where config.json, the tokenizer or the checkpoint's record is missing, damaged or of another version.
+    UserError where config.json, the tokenizer or the checkpoint's record is missing, damaged or of another version, or
+    where the first two are not those that the checkpoint was made with.
     """
     directory = latest_run() if workdir is None else RunDirectory(workdir)
     config, tokenizer = directory.load_config(), load_tokenizer(directory.tokenizer)
-    return OpenedRun(directory, config, tokenizer, find_checkpoint(directory.checkpoints, which), workdir is None)
+    found = find_checkpoint(directory.checkpoints, which)
+    check_same_model(found.record, directory, config, tokenizer)
+    return OpenedRun(directory, config, tokenizer, found, workdir is None)

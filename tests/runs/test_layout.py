@@ -73,6 +73,17 @@ def test_a_directory_is_trained_in_once_at_a_time(tmp_path):
                 run.check_unlocked()
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "train.log", "stacks.log", "tokenizer", "metrics.damaged.jsonl"])
+def test_a_run_whose_files_lead_elsewhere_is_not_trained_in(tmp_path, name):
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    run.check_unlocked()
+    (tmp_path / "mine").mkdir()
+    (run.path / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=f"{name} is a link, through which nothing is written; remove it"):
+        run.check_unlocked()
+
+
 def config_of(**sections):
     return Config.from_dict(sections, "here")
 
