@@ -45,7 +45,9 @@ def check_same_model(record: Record, run: RunDirectory, config: Config, tokenize
         )
 
 
-_HOW = frozenset({"data.path", "model.attention", "model.remat", "model.scan_unroll", "model.moe.dispatch"})
+_HOW = frozenset(
+    {"data.path", "data.batch_size", "model.attention", "model.remat", "model.scan_unroll", "model.moe.dispatch"}
+)
 
 
 def _changes(saved: Config, config: Config, is_compared: Callable[[str, object], bool]) -> str:

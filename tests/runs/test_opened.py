@@ -88,7 +88,7 @@ def test_a_configuration_that_was_changed_behind_the_checkpoint_is_refused(run, 
 def test_what_decides_no_number_may_be_changed(run):
     free = Config(
         ModelConfig(remat="full", moe=MoEConfig(dispatch="ragged")),
-        DataConfig(path="elsewhere"),
+        DataConfig(path="elsewhere", batch_size=8),
         sample=SampleConfig(temperature=0.5),
     )
     run.save_config(free)
