@@ -1,16 +1,20 @@
-"""Atomic files, files that grow and outlast a full disk, and folders that one process at a time works in."""
+"""Files from outside, read in bounds; atomic files and growing ones; folders that one process works in."""
 
+import codecs
 import contextlib
 import errno
 import fcntl
+import io
+import json
 import logging
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import msgspec
 
@@ -21,15 +25,92 @@ log = logging.getLogger("moe_jax")
 T = TypeVar("T")
 
 
-def read_json(file: Path, kind: type[T], remedy: str) -> T:
-    """The JSON in ``file`` as ``kind``, any type that msgspec knows, dataclasses among them.
+MOST_BYTES = 4 << 20
+"""Of a file of JSON, or of a line of one."""
+MOST_BYTES_OF_MANY = 64 << 20
+"""Of a list of tokens or of sources."""
+_MOST_LEVELS = 64
 
-    Raises FileNotFoundError, and UserError, which ends in ``remedy``, where the file is not JSON of that type.
+
+def read_json(file: Path, kind: type[T], remedy: str, *, most_bytes: int = MOST_BYTES, is_lenient: bool = False) -> T:
+    """The JSON in ``file``, which may be anybody's, as ``kind``: any type that msgspec knows, dataclasses among them.
+
+    ``is_lenient`` allows what ``decode_json`` says. Raises FileNotFoundError, and UserError, which ends in ``remedy``,
+    where the file is not JSON of that type, too large or no regular file.
     """
+    content = read_bytes(file, most_bytes)
     try:
-        return msgspec.json.decode(file.read_bytes(), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return decode_json(content, kind, is_lenient=is_lenient)
+    except ValueError as error:
         raise UserError(f"{file} is corrupt ({error}); {remedy}") from None
+
+
+def decode_json(content: bytes, kind: type[T], *, is_lenient: bool = False) -> T:
+    """The JSON ``content`` as ``kind``, at most 64 levels deep; a byte order mark is left out. Raises ValueError.
+
+    ``is_lenient`` allows what Python writes and msgspec's own parser refuses: numbers that are not finite, and names
+    of files that are not UTF-8.
+    """
+    content = content.removeprefix(codecs.BOM_UTF8)
+    try:
+        if not is_lenient:
+            return _checked_depth(msgspec.json.decode(content, type=kind))
+        return msgspec.convert(_checked_depth(json.loads(content)), kind)
+    except RecursionError:
+        raise _too_deep() from None
+
+
+def _checked_depth(value: T) -> T:
+    """``value``, parsed from JSON. What a parser takes may be too deep for what is done with it, as to print it."""
+    level: list[Any] = [value]
+    for _ in range(_MOST_LEVELS):
+        children = [
+            each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)
+        ]
+        level = [child for values in children for child in values]
+    if any(isinstance(each, dict | list) for each in level):
+        raise _too_deep()
+    return value
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"it is more than {_MOST_LEVELS} levels deep")
+
+
+def read_bytes(file: Path, most: int) -> bytes:
+    """The content of ``file``. Raises as ``open_regular``, and UserError where it has more than ``most`` bytes."""
+    with open_regular(file) as opened:
+        content = opened.read(most + 1)  # and not all of it: a sparse file of a terabyte takes no room on a disk
+    if len(content) > most:
+        raise UserError(f"{file} must have at most {most:,} bytes, got {file.stat().st_size:,}; put another there")
+    return content
+
+
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+
+
+def open_regular(file: Path) -> io.BufferedReader:
+    """Opens ``file``, or what it is a link to, for reading.
+
+    Raises OSError, and UserError where that is no regular file: of a FIFO or a device nobody knows when it ends.
+    """
+    kind = stat.S_IFMT(file.stat().st_mode)
+    if kind != stat.S_IFREG:
+        raise UserError(f"{file} must be a regular file, got {_KINDS.get(kind, 'a device')}; put a file there")
+    # It may have become a FIFO since, whose opening would wait for a writer.
+    return open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+
+
+def refuse_link(path: Path) -> None:
+    """UserError where ``path``, which is to be written or emptied, is a link, a FIFO or a device.
+
+    A run or a prepared folder of somebody else's must not have this user's other files written to.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        kind = stat.S_IFMT(path.lstat().st_mode)
+        if kind not in (stat.S_IFREG, stat.S_IFDIR):
+            got = "a link" if kind == stat.S_IFLNK else _KINDS.get(kind, "a device")
+            raise UserError(f"{path} is {got}, through which nothing is written; remove it")
 
 
 @contextlib.contextmanager
@@ -98,6 +179,7 @@ class GrowingFile:
         self._file, self._report = file, report
         self._unwritten: list[bytes] = []
         self._is_failing = False
+        refuse_link(file)
         # No buffer of Python's: after a fault nobody could say what of it is in the file.
         self._descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         self._end = os.fstat(self._descriptor).st_size
@@ -167,6 +249,7 @@ def locked_folder(folder: Path, flag: str, what: str, *, wait: bool = False) -> 
         if not folder.is_symlink():
             raise
         raise UserError(f"{flag} {folder} is a link to nothing; remove it, or choose another") from None
+    refuse_link(folder / ".lock")
     with open(folder / ".lock", "a+") as file:
         if not _lock(file, folder, flag, what, wait=wait):
             log.warning(
@@ -196,6 +279,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 def refuse_locked_folder(folder: Path, flag: str, what: str) -> None:
     """UserError where ``locked_folder`` would raise it now, so that no work is done in vain; creates nothing."""
+    refuse_link(folder / ".lock")
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), open(folder / ".lock") as file:
         _lock(file, folder, flag, what)
 

@@ -48,6 +48,15 @@ def test_sampling_flags_change_the_runs_own_settings():
     assert parse_sample(["--interactive"]).sample_config(of_run).num_samples == 1
 
 
+@pytest.mark.parametrize(("flags", "number", "is_noted"), [
+    ([], 65_536, True), ([], 16, False), (["--num-samples", "50"], 65_536, False), (["--interactive"], 65_536, False)
+])  # fmt: skip
+def test_many_samples_that_nobody_asked_for_are_announced(capsys, flags, number, is_noted):
+    command = parse_sample(flags)
+    command.note_what_takes_long(command.sample_config(SampleConfig(num_samples=number)))
+    assert ("note: 65,536 samples of a prompt, as the run's settings say" in capsys.readouterr().err) == is_noted
+
+
 @pytest.mark.parametrize(
     ("parser", "flags", "words"),
     [

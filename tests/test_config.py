@@ -86,6 +86,9 @@ def test_every_number_stands_with_its_range():
         ("sample.top_p", 0.0, "sample.top_p must be in"),
         ("sample.temperature", 1e-4, "sample.temperature must be 0 (the most likely token) or at least 0.001"),
         ("sample.stop", ("",), "each of sample.stop must have at least one character, got an empty text; leave"),
+        ("sample.stop_tokens", tuple(range(1025)), "sample.stop_tokens must be at most 1,024, got 1,025; leave"),
+        ("sample.stop", ("x",) * 10**6, "sample.stop must be at most 1,024, got 1,000,000; leave some out"),
+        ("optimizer.weight_decay", 10**400, "optimizer.weight_decay must be a finite number, got 1000"),
         ("sample.stop_tokens", (3, -1), "each of sample.stop_tokens must be at least 0, got -1"),
     ],
 )

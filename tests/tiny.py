@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, SampleConfig, TrainConfig
-from moe_jax.data.tokenizer_file import save_tokenizer
+from moe_jax.data.tokenizer_file import fingerprint, save_tokenizer
 from moe_jax.errors import Interrupted
 from moe_jax.model.decoder import Decoder, Tokens, Variables
 from moe_jax.prepare.tokenizer import build_tokenizer
@@ -86,6 +86,7 @@ def write_run(
     save_tokenizer(tokenizer, run.tokenizer)
     (folder / ".lock").touch()
     remembered = {"random": random_record(config.train.seed), "config": config.to_dict()}
+    remembered["tokenizer"] = fingerprint(tokenizer)
     progress = dataclasses.asdict(Progress(data_fingerprint))
     with Checkpoints(run.checkpoints, None, Retention(newest=len(losses), best=1)) as checkpoints:
         for number, loss in enumerate(losses, start=1):

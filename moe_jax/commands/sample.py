@@ -26,6 +26,7 @@ def main() -> None:
     if opened.is_latest:
         print(f"note: sampling from {opened.directory.path}, the run that changed last", file=sys.stderr)
     sample = command.sample_config(opened.config.sample)
+    command.note_what_takes_long(sample)
     prompts = [] if command.interactive else read_prompts(command.prompt, command.prompt_file)
 
     from moe_jax.sampling.api import load_engine
@@ -87,6 +88,15 @@ class SampleCommand:
         if self.interactive:
             given["num_samples"] = 1  # a conversation has one text at a time
         return dataclasses.replace(of_run, **given)
+
+    def note_what_takes_long(self, sample: SampleConfig) -> None:
+        """Prints how many samples ``sample`` asks for, where they are many and no flag asks for them."""
+        if self.flags.num_samples != sample.num_samples > 16:
+            print(
+                f"note: {sample.num_samples:,} samples of a prompt, as the run's settings say; --num-samples 1 makes "
+                "one",
+                file=sys.stderr,
+            )
 
 
 def parse_sample(arguments: list[str]) -> SampleCommand:

@@ -99,7 +99,8 @@ def _dataset(opened: OpenedRun, path: str | None) -> Dataset:
             val_fraction=None if is_ready else data.val_fraction,
         )
     try:
-        found = find_or_prepare(data, cache_folder("data"), tokenizer.delimiters)
+        # The run may be somebody else's: nothing is fetched for what its config.json says.
+        found = find_or_prepare(data, cache_folder("data"), tokenizer.delimiters, may_fetch=path is not None)
     except UserError as error:
         raise UserError(str(error).replace("data.path=", "--data ") if path is not None else str(error)) from None
     if path is None:

@@ -22,6 +22,7 @@ from moe_jax.config.bounds import (
     Text,
     TokenizerSpec,
     ValidationFraction,
+    few,
 )
 from moe_jax.config.fields import OldSettings, section_from_dict
 
@@ -233,9 +234,9 @@ class SampleConfig:
     """Sample only among tokens at least this many times as likely as the most likely one; 0: all."""
     repetition_penalty: Annotated[float, Range(0.01, 100.0)] = 1.0
     """Divides the logits of tokens that are in the text already: above 1 repeats less; 1: no penalty."""
-    stop: tuple[Text, ...] = ()
+    stop: Annotated[tuple[Text, ...], few] = ()
     """Texts before the first of which a sample ends."""
-    stop_tokens: tuple[Annotated[int, Range(0, MANY)], ...] = ()
+    stop_tokens: Annotated[tuple[Annotated[int, Range(0, MANY)], ...], few] = ()
     """Token ids before the first of which a sample ends, as it does before the end of a document."""
     seed: Seed = 0
     """Seed of the draw: the same seed gives the same text."""

@@ -52,6 +52,11 @@ def _not_empty(name: str, text: str) -> None:
 Text = Annotated[str, _not_empty]
 
 
+def few(name: str, values: tuple[object, ...]) -> None:
+    if len(values) > 1024:
+        raise UserError(f"{name} must be at most 1,024, got {len(values):,}; leave some out")
+
+
 def _utf8(name: str, text: str) -> None:
     try:
         text.encode("utf-8")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import difflib
-import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -92,5 +92,5 @@ def check_type(name: str, expected: Any, value: Any, or_none: str = "") -> None:
     elif type(value) is not expected and not (expected is float and type(value) is int):
         kind = f"{expected.__name__}{or_none}"
         raise UserError(f"{name} must be of type {kind}, got {value!r} of type {type(value).__name__}")
-    elif isinstance(value, float) and not math.isfinite(value):
+    elif expected is float and not abs(value) <= sys.float_info.max:  # NaN is not, nor are integers of JSON beyond
         raise UserError(f"{name} must be a finite number, got {value}")

@@ -7,12 +7,13 @@ that has one is whole.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -20,28 +21,28 @@ import numpy as np
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokenizer_file import fingerprint, load_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.files import atomic_write_text, cache_folder
+from moe_jax.files import MOST_BYTES_OF_MANY, atomic_write_text, cache_folder, open_regular, read_json
 
 # Raise it when the same text and settings would give other files.
 FORMAT_VERSION = 3
 LENGTHS = np.dtype(np.uint32)
 """The type of the lengths of documents on disk."""
 
-T = TypeVar("T")
+Natural = Annotated[int, msgspec.Meta(ge=0)]
 
 
 @dataclass(frozen=True)
 class SplitMeta:
     """A split as meta.json has it."""
 
-    dtype: str
+    dtype: Annotated[str, msgspec.Meta(pattern="^uint(16|32)$")]
     """Of token ids: uint16 or uint32."""
-    shard_tokens: int
-    num_tokens: int
-    num_documents: int
-    num_bytes: int
+    shard_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    num_tokens: Natural
+    num_documents: Natural
+    num_bytes: Natural
     """Of the text in UTF-8."""
-    num_unknown: int
+    num_unknown: Natural
     """Tokens that stand for text which the tokenizer cannot represent."""
     sha256: dict[str, str]
     """Of each file, by its name."""
@@ -150,8 +151,9 @@ class TokenizerMeta(msgspec.Struct):
 
 
 class CorpusMeta(msgspec.Struct):
-    name: str
-    weight: float
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z][\w-]*$")]
+    """That of a folder too."""
+    weight: Annotated[float, msgspec.Meta(gt=0, le=1)]
     train: SplitMeta
     val: SplitMeta
 
@@ -166,7 +168,7 @@ class Meta(msgspec.Struct):
     version: int
     fingerprint: str
     tokenizer: TokenizerMeta
-    corpora: list[CorpusMeta]
+    corpora: Annotated[list[CorpusMeta], msgspec.Meta(min_length=1)]
     made_from: MadeFrom
 
 
@@ -184,19 +186,15 @@ def is_dataset(folder: Path) -> bool:
     return meta_file(folder).exists() or progress_file(folder).exists()
 
 
-def read_typed(file: Path, kind: type[T], remedy: str) -> T:
-    """As ``files.read_json``, but with names of files that are not UTF-8, which msgspec's own parser refuses."""
-    try:
-        return msgspec.convert(json.loads(file.read_text(encoding="utf-8")), kind)
-    except (ValueError, msgspec.ValidationError, RecursionError) as error:
-        raise UserError(f"{file} is corrupt ({error}); {remedy}") from None
+read_list = functools.partial(read_json, most_bytes=MOST_BYTES_OF_MANY, is_lenient=True)
+"""Reads meta.json or progress.json: they list every source, and the names of files need not be UTF-8."""
 
 
 def open_dataset(folder: Path) -> Dataset:
     """The prepared data in ``folder``, its files checked. UserError where they are not as they were made.
 
-    A file's size is always compared, its SHA-256 where its time of change is not the one it had when it was last
-    checked on this machine.
+    A file's size is always compared. Its SHA-256 is, and the numbers in it are looked at, where its time of change is
+    not the one it had when it was last checked on this machine.
     """
     file = meta_file(folder)
     if not file.exists():
@@ -205,12 +203,12 @@ def open_dataset(folder: Path) -> Dataset:
             "to complete it"
         )
     tokenizer = load_tokenizer(folder / "tokenizer")
-    version = read_typed(file, _Version, "prepare the folder again").version
+    version = read_list(file, _Version, "prepare the folder again").version
     if version != FORMAT_VERSION:
         raise UserError(
             f"{file} has format version {version}, this program reads {FORMAT_VERSION}; prepare the folder again"
         )
-    meta = read_typed(file, Meta, "prepare the folder again")
+    meta = read_list(file, Meta, "prepare the folder again")
     if meta.tokenizer.sha256 != fingerprint(tokenizer):
         raise UserError(f"the tokenizer in {folder} is not the one its tokens are from; prepare the folder again")
     corpora = tuple(
@@ -246,18 +244,45 @@ def _check_files(data: Dataset) -> None:
                 raise UserError(f"{file} must have {size} bytes, has {file.stat().st_size}; {remedy}")
             if known.get(str(file.resolve())) == file.stat().st_mtime_ns:
                 continue
-            if file_sha256(file) != split.sha256[file.name]:
-                raise UserError(f"{file} was changed after it was made (its SHA-256 is another); {remedy}")
+            _check_content(file, split, data.tokenizer.vocab_size, remedy)
             is_new = True
     if is_new:
         remember_checked(data.fingerprint, data.corpora)
 
 
+def _check_content(file: Path, split: Split, vocab_size: int, remedy: str) -> None:
+    """UserError unless ``file`` is as it was made, its ids are of the vocabulary or its lengths those of its split.
+
+    Whoever makes up a folder makes up its checksums too.
+    """
+    is_lengths = file == split.lengths_file
+    digest, low, high, total = hashlib.sha256(), 1, 0, 0
+    with open_regular(file) as stream:
+        while chunk := stream.read(1 << 24):
+            digest.update(chunk)
+            numbers = np.frombuffer(chunk, LENGTHS if is_lengths else split.dtype)
+            low, high = min(low, int(numbers.min())), max(high, int(numbers.max()))
+            total += int(numbers.sum(dtype=np.uint64))
+    if digest.hexdigest() != split.sha256.get(file.name):
+        raise UserError(f"{file} was changed after it was made (its SHA-256 is another); {remedy}")
+    if is_lengths and (total != split.num_tokens or low < 1):
+        raise UserError(
+            f"the lengths in {file} must be at least 1 and add up to the {split.num_tokens} tokens of the split, got "
+            f"{total}; {remedy}"
+        )
+    if not is_lengths and high >= vocab_size:
+        raise UserError(f"{file} has the token {high}, but its tokenizer only {vocab_size} tokens; {remedy}")
+
+
+_CHECKED = "checked_numbers"
+"""A folder of its own: an older one remembers files whose SHA-256 alone was compared."""
+
+
 def _checked(fingerprint: str) -> dict[str, int]:
     """Time of change of each file when its content was last known to be right, by its path."""
     try:
-        return json.loads((cache_folder("checked") / f"{fingerprint}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(cache_folder(_CHECKED) / f"{fingerprint}.json", dict[str, int], "", is_lenient=True)
+    except (OSError, UserError):
         return {}
 
 
@@ -265,7 +290,7 @@ def remember_checked(fingerprint: str, corpora: Iterable[Corpus]) -> None:
     """Notes on this machine that the files are now as they were made, so that ``open_dataset`` need not read them."""
     files = [file for corpus in corpora for split in (corpus.train, corpus.val) for file, _ in split.files()]
     known = _checked(fingerprint) | {str(file.resolve()): file.stat().st_mtime_ns for file in files}
-    cache = cache_folder("checked")
+    cache = cache_folder(_CHECKED)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a reading of the files at each start
         cache.mkdir(parents=True, exist_ok=True)
         atomic_write_text(cache / f"{fingerprint}.json", json.dumps(known))

@@ -1,5 +1,6 @@
 """A tokenizer as a self-contained ``tokenizer.json``, and its fingerprint. Imports no jax."""
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -9,9 +10,17 @@ import msgspec
 
 from moe_jax.data.byte_pairs import BpeTokenizer
 from moe_jax.data.hugging_face import HuggingFaceTokenizer, to_hugging_face
-from moe_jax.data.tokenizer import ByteTokenizer, CharTokenizer, Delimiters, Tokenizer
+from moe_jax.data.tokenizer import (
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    ByteTokenizer,
+    CharTokenizer,
+    Delimiters,
+    Tokenizer,
+)
 from moe_jax.errors import UserError
-from moe_jax.files import atomic_write_text, read_json
+from moe_jax.files import MOST_BYTES_OF_MANY, atomic_write_text, read_json, refuse_link
 
 FORMAT_VERSION = 2
 _REMEDY = "put a copy of it back, or train the model again"
@@ -53,6 +62,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     For a byte-pair encoding of ours also ``huggingface/tokenizer.json``, the same in the format of Hugging Face's
     library, for other programs.
     """
+    refuse_link(folder)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / "tokenizer.json", _canonical(tokenizer))
     if isinstance(tokenizer, BpeTokenizer) and tokenizer.name.startswith("bpe:"):
@@ -75,14 +85,15 @@ def read_tokenizer(file: Path, delimiters: Delimiters | None = None) -> Tokenize
 
     Raises FileNotFoundError, and UserError where the file is damaged or of another version.
     """
-    version = read_json(file, _Version, _REMEDY).version
+    read = functools.partial(read_json, file, remedy=_REMEDY, most_bytes=MOST_BYTES_OF_MANY)
+    version = read(_Version).version
     if version != FORMAT_VERSION:
         raise UserError(
             f"{file} has format version {version}, this program reads {FORMAT_VERSION}; "
             "use the version of moe_jax that wrote it"
         )
     kinds: Any = _Char | _Byte | _BytePairs | _HuggingFace
-    stored = read_json(file, kinds, _REMEDY)
+    stored = read(kinds)
     delimiters = delimiters or stored.delimiters
     match stored:
         case _Char():
@@ -93,9 +104,21 @@ def read_tokenizer(file: Path, delimiters: Delimiters | None = None) -> Tokenize
             return HuggingFaceTokenizer(stored.json, delimiters, str(file))
     ranks = {token: rank for rank, token in enumerate(stored.ranks)}
     try:
+        _check_ranks(stored, delimiters)
         return BpeTokenizer(stored.name, ranks, stored.pattern, stored.specials, delimiters)
     except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{file} is corrupt ({error}); {_REMEDY}") from None
+
+
+def _check_ranks(stored: _BytePairs, delimiters: Delimiters) -> None:
+    """ValueError for what tiktoken would end the process for, or later code would not find."""
+    ranks, specials = set(stored.ranks), stored.specials
+    if b"" in ranks or len(ranks) < len(stored.ranks) or not {bytes([byte]) for byte in range(256)} <= ranks:
+        raise ValueError("its ranks must be distinct tokens, each byte among them")
+    if not all(0 <= index - len(ranks) < len(ranks) for index in specials.values()):
+        raise ValueError("the ids of its special tokens must follow its ranks")
+    if not {IM_START, IM_END} <= specials.keys() if delimiters == "chat" else END_OF_TEXT not in specials:
+        raise ValueError(f"it has no special tokens for the delimiters {delimiters}")
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

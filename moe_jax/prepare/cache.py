@@ -15,17 +15,20 @@ from moe_jax.errors import UserError
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import PLAYS
 from moe_jax.prepare.settings import PrepareConfig
-from moe_jax.prepare.sources import CorpusSources, find_corpora
+from moe_jax.prepare.sources import HUB, CorpusSources, find_corpora
 from moe_jax.prepare.tokenizer import build_tokenizer, file_of_spec, spec_by_content
 
 log = logging.getLogger("moe_jax")
 
 
-def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "endoftext") -> Dataset:
+def find_or_prepare(
+    data: DataConfig, cache: Path, delimiters: Delimiters = "endoftext", *, may_fetch: bool = True
+) -> Dataset:
     """The prepared folder that ``data`` names, or that of a text, made in ``cache`` unless it is there.
 
     ``delimiters`` are those of a text's documents; a prepared folder has its own. UserError where the text or the
-    tokenizer does not exist, before any work, or where the folder was prepared with other settings.
+    tokenizer does not exist, before any work, or where the folder was prepared with other settings; without
+    ``may_fetch`` also where a data set of the hub is not in ``cache``.
     """
     if data.path is not None and Path(data.path).is_dir() and is_dataset(Path(data.path)):
         found = open_dataset(Path(data.path))
@@ -48,15 +51,21 @@ def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "end
             return open_dataset(folder)
         except UserError as error:  # damaged, but the text to make it from is there
             log.debug(f"{folder} is made again: {error}")
+    if not may_fetch and any(source.path.startswith(HUB) for source in corpus.train):
+        raise UserError(
+            f"the run's text is {data.path}, which is not on this machine and is fetched only for who names it; "
+            f"add --data {data.path}"
+        )
     return prepare_folder(config, is_cache=True)
 
 
 def _check_matches(data: DataConfig, found: Dataset) -> None:
     """UserError where settings that ask for something by name are not what the folder was prepared with."""
     settings = found.made_from.settings
-    if data.val_fraction is not None and data.val_fraction != settings["val_fraction"]:
+    if data.val_fraction is not None and data.val_fraction != settings.get("val_fraction"):
+        before = settings.get("val_fraction")
         raise UserError(
-            f"data.val_fraction is {data.val_fraction}, but {data.path} was prepared with {settings['val_fraction']}; "
+            f"data.val_fraction is {data.val_fraction}, but {data.path} was prepared with {before}; "
             "leave it out, or prepare another folder"
         )
     if data.tokenizer is None or data.tokenizer == found.tokenizer.name:

@@ -26,13 +26,14 @@ from moe_jax.data.dataset import (
     Dataset,
     MadeFrom,
     Meta,
+    Natural,
     TokenizerMeta,
     data_fingerprint,
     is_dataset,
     meta_file,
     open_dataset,
     progress_file,
-    read_typed,
+    read_list,
     remember_checked,
 )
 from moe_jax.data.tokenizer import Tokenizer
@@ -57,7 +58,7 @@ _PARALLEL_CHARACTERS = 1 << 25
 class Done:
     """What of a corpus is on disk."""
 
-    tasks: int = 0
+    tasks: Natural = 0
     train: SplitCounts = dataclasses.field(default_factory=SplitCounts)
     val: SplitCounts = dataclasses.field(default_factory=SplitCounts)
 
@@ -130,7 +131,7 @@ def _resume(out: Path, origin: MadeFrom) -> _Unfinished | None:
     """What an interrupted preparation left; None if there was none. UserError if it was one of something else."""
     if not progress_file(out).exists():
         return None
-    unfinished = read_typed(progress_file(out), _Unfinished, "remove the folder and prepare again")
+    unfinished = read_list(progress_file(out), _Unfinished, "remove the folder and prepare again")
     _check_same(unfinished.made_from, origin, out)
     if fingerprint(load_tokenizer(out / "tokenizer")) != unfinished.tokenizer_sha256:
         raise UserError(f"the tokenizer in {out} was changed; remove the folder and prepare again")

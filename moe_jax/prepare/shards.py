@@ -8,9 +8,9 @@ from typing import IO
 
 import numpy as np
 
-from moe_jax.data.dataset import LENGTHS, Split, file_sha256
+from moe_jax.data.dataset import LENGTHS, Natural, Split, file_sha256
 from moe_jax.errors import UserError
-from moe_jax.files import naming
+from moe_jax.files import naming, refuse_link
 from moe_jax.prepare.encode import Encoded
 
 
@@ -18,13 +18,13 @@ from moe_jax.prepare.encode import Encoded
 class SplitCounts:
     """What of a split is on disk."""
 
-    num_tokens: int = 0
-    num_documents: int = 0
-    num_bytes: int = 0
+    num_tokens: Natural = 0
+    num_documents: Natural = 0
+    num_bytes: Natural = 0
     """Of the text in UTF-8."""
-    num_unknown: int = 0
+    num_unknown: Natural = 0
     """Tokens that stand for text which the tokenizer cannot represent."""
-    open_tokens: int = 0
+    open_tokens: Natural = 0
     """Tokens of a document that has not ended yet."""
 
 
@@ -34,6 +34,7 @@ class SplitWriter:
     def __init__(self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int, counts: SplitCounts):
         self._folder, self._name, self._dtype, self._shard_tokens = folder, name, dtype, shard_tokens
         self.counts = counts
+        refuse_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
         kept = dict(self.split().files())
         for file, size in kept.items():
@@ -45,6 +46,7 @@ class SplitWriter:
                 )
         lengths_file = self.split().lengths_file
         for file in [*folder.glob(f"{name}-*.bin"), lengths_file]:
+            refuse_link(file)
             if file in kept:
                 file.touch()
                 os.truncate(file, kept[file])

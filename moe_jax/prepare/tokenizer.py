@@ -28,6 +28,7 @@ from moe_jax.data.tokenizer import (
 )
 from moe_jax.data.tokenizer_file import read_tokenizer
 from moe_jax.errors import UserError
+from moe_jax.files import MOST_BYTES_OF_MANY, decode_json, read_bytes
 
 # Words with their leading space, numbers of at most two digits, punctuation, line ends (the pattern of GPT-4's
 # tokenizer, with numbers cut shorter as suits a small vocabulary).
@@ -82,7 +83,7 @@ def spec_by_content(spec: str) -> str:
 
 def _content(file: Path) -> bytes:
     try:
-        return file.read_bytes()
+        return read_bytes(file, MOST_BYTES_OF_MANY)
     except FileNotFoundError:
         raise UserError(
             f"there is no tokenizer at {file}; name a tokenizer.json, a folder that has one, "
@@ -93,18 +94,18 @@ def _content(file: Path) -> bytes:
 class _Kinds(msgspec.Struct):
     """Tells a file of Hugging Face's library from one of ours."""
 
-    kind: Any = None
-    model: Any = None
+    kind: msgspec.Raw = msgspec.Raw(b"null")
+    model: msgspec.Raw = msgspec.Raw(b"null")
 
 
 def _read_tokenizer(file: Path, delimiters: Delimiters) -> Tokenizer:
     """The tokenizer in a ``tokenizer.json`` of ours or of Hugging Face's library."""
     content = _content(file)
     try:
-        text, kinds = content.decode(), msgspec.json.decode(content, type=_Kinds)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        text, kinds = content.decode("utf-8-sig"), decode_json(content, _Kinds)
+    except ValueError as error:
         raise UserError(f"{file} is not a tokenizer.json ({error}); name one") from None
-    if kinds.model is not None and kinds.kind is None:
+    if bytes(kinds.model) != b"null" and bytes(kinds.kind) == b"null":
         return HuggingFaceTokenizer(text, delimiters, str(file))
     return read_tokenizer(file, delimiters)
 

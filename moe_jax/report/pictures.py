@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_jax.errors import UserError
 from moe_jax.files import atomic_file
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.metrics_file import read_metrics
@@ -106,8 +107,14 @@ def plot_expert_load(run: RunDirectory) -> Path | None:
     steps, loads = _series(read_metrics(run.metrics_file), "moe/load")
     if not loads:
         return None
-    shares_SNE = _shares(loads)
-    _, num_layers, num_experts = shares_SNE.shape
+    try:
+        shares_SNE = _shares(loads)
+        _, num_layers, num_experts = shares_SNE.shape
+        shares_SNE[0, 0, 0]
+    except (ValueError, IndexError):
+        raise UserError(
+            f'each "moe/load" in {run.metrics_file} must have a number for each expert of each layer; mend the lines'
+        ) from None
     heat_height = min(max(0.35 * num_layers, 1.4), 7.0)
     figure = Figure(figsize=(min(max(0.55 * num_experts + 2, 7), 13), heat_height + 4.2), layout="constrained")
     figure.suptitle(

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from moe_jax.config import Config
 from moe_jax.config.rules import check
-from moe_jax.data.dataset import read_typed
 from moe_jax.errors import UserError
-from moe_jax.files import atomic_write_text, locked_folder, refuse_locked_folder
+from moe_jax.files import atomic_write_text, locked_folder, read_json, refuse_link, refuse_locked_folder
 from moe_jax.sharding.processes import is_first_process
 
 
@@ -47,7 +46,7 @@ class RunDirectory:
         """The validated configuration of the run. UserError where it is missing, damaged or of other settings."""
         file = self.config_file
         try:
-            values = read_typed(file, dict, "put a copy of it back, or name another --workdir")
+            values = read_json(file, dict, "put a copy of it back, or name another --workdir", is_lenient=True)
         except (FileNotFoundError, NotADirectoryError):
             raise UserError(
                 f"{self.path} is not a run directory (it has no config.json); "
@@ -74,8 +73,14 @@ class RunDirectory:
                 raise UserError(f"{folder} must be a folder, but is {what}; remove it, or choose another --workdir")
 
     def check_unlocked(self) -> None:
-        """UserError where another process trains in the folder; creates nothing."""
+        """UserError where another process trains in the folder, or a link in it leads away what is written.
+
+        Creates nothing. Checkpoints and TensorBoard's files may be on another disk, through a link to their folder.
+        """
         if is_first_process():
+            damaged = self.metrics_file.with_suffix(".damaged.jsonl")
+            for path in (self.metrics_file, damaged, self.log_file, self.stacks, self.tokenizer):
+                refuse_link(path)
             refuse_locked_folder(self.path, "--workdir", "training in")
 
     def lock(self) -> AbstractContextManager[None]:

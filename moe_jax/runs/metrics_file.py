@@ -6,12 +6,12 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import msgspec
 
 from moe_jax.errors import UserError
-from moe_jax.files import GrowingFile, atomic_write_text
+from moe_jax.files import MOST_BYTES, GrowingFile, atomic_write_text, decode_json, open_regular
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.sharding.processes import is_first_process
 
@@ -89,21 +89,38 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-class _Step(msgspec.Struct):
-    step: int
-
-
 def _read(file: Path) -> tuple[list[dict[str, Any]], str | None]:
     """(the lines before the first damaged one, what is wrong with that)."""
+    lines: list[dict[str, Any]] = []
     try:
-        content = file.read_bytes()
+        with open_regular(file) as stream:
+            while (line := stream.readline(MOST_BYTES)).endswith(b"\n"):
+                lines.append(_values(line))
     except FileNotFoundError:
         raise UserError(f"there are no metrics at {file}; train a model in that run directory first") from None
-    lines = []
-    for number, line in enumerate(content.split(b"\n")[:-1], start=1):  # the last piece has no end: empty, or cut
-        try:
-            msgspec.json.decode(line, type=_Step)
-            lines.append(msgspec.json.decode(line))
-        except (ValueError, RecursionError) as error:
-            return lines, f"{file}:{number} is not a line of metrics ({error})"
-    return lines, None
+    except UserError:  # it is no file
+        raise
+    except ValueError as error:
+        return lines, f"{file}:{len(lines) + 1} is not a line of metrics ({error})"
+    if len(line) == MOST_BYTES:
+        return lines, f"{file}:{len(lines) + 1} is not a line of metrics (it has more than {MOST_BYTES:,} bytes)"
+    return lines, None  # what is left has no end: a kill has cut it
+
+
+_Number = float | None
+
+
+class _Line(msgspec.Struct):
+    """What must be right of a line: what is cut by, and what is drawn."""
+
+    step: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    train_loss: _Number = msgspec.field(name="train/loss", default=None)
+    train_eval_loss: _Number = msgspec.field(name="train_eval/loss", default=None)
+    val_loss: _Number = msgspec.field(name="val/loss", default=None)
+    load: list[list[_Number]] = msgspec.field(name="moe/load", default_factory=list)
+
+
+def _values(line: bytes) -> dict[str, Any]:
+    """The step and the values of a line. Raises ValueError."""
+    decode_json(line, _Line)
+    return decode_json(line, dict)

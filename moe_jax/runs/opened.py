@@ -11,6 +11,7 @@ from moe_jax.data.tokenizer_file import load_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.runs.checkpoint.record import Found, Which, find_checkpoint
 from moe_jax.runs.layout import RunDirectory, latest_run
+from moe_jax.runs.resume import check_same_model
 
 T = TypeVar("T")
 
@@ -56,6 +57,7 @@ class OpenedRun:
                 if self.checkpoint.folder.exists():  # and so it was whole all the while
                     return value
             self.checkpoint = find_checkpoint(self.directory.checkpoints, self.checkpoint.which)
+            check_same_model(self.checkpoint.record, self.directory, self.config, self.tokenizer)
         raise UserError(
             f"a training replaces the checkpoints of {self.directory.path} faster than they can be read; wait for it, "
             "or give it a larger train.keep_checkpoints"
@@ -65,8 +67,11 @@ class OpenedRun:
 def open_run(workdir: Path | None, which: Which) -> OpenedRun:
     """The run in ``workdir``, None: the one under runs/ that changed last, and its best or newest checkpoint.
 
-    UserError where config.json, the tokenizer or the checkpoint's record is missing, damaged or of another version.
+    UserError where config.json, the tokenizer or the checkpoint's record is missing, damaged or of another version, or
+    where the first two are not those that the checkpoint was made with.
     """
     directory = latest_run() if workdir is None else RunDirectory(workdir)
     config, tokenizer = directory.load_config(), load_tokenizer(directory.tokenizer)
-    return OpenedRun(directory, config, tokenizer, find_checkpoint(directory.checkpoints, which), workdir is None)
+    found = find_checkpoint(directory.checkpoints, which)
+    check_same_model(found.record, directory, config, tokenizer)
+    return OpenedRun(directory, config, tokenizer, found, workdir is None)

@@ -16,6 +16,7 @@ from moe_jax.config.bounds import Range
 from moe_jax.config.fields import unknown_name
 from moe_jax.config.rules import check_sample
 from moe_jax.errors import UserError
+from moe_jax.files import decode_json
 
 Prompt = str | list[int]
 """Text, or token ids."""
@@ -126,9 +127,10 @@ _FIELDS = {setting: field for field, setting in _SETTINGS.items()}
 def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
     """The request of the JSON ``body``. Raises RequestError, whose param names the field at fault."""
     try:
-        return _request(_fields(msgspec.json.decode(body, type=dict[str, Any]), limits), limits)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        values = decode_json(body, dict[str, Any])
+    except ValueError as error:
         raise RequestError(f"the body must be a JSON object in UTF-8 ({error}); correct it") from None
+    return _request(_fields(values, limits), limits)
 
 
 def _fields(values: dict[str, Any], limits: Limits) -> _Body:

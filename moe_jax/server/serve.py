@@ -123,7 +123,7 @@ def read_key(file: str | None) -> bytes | None:
     if file is not None:
         source = f"--api-key-file {file}"
         try:
-            text = Path(file).read_text(encoding="utf-8").strip()
+            text = Path(file).read_text(encoding="utf-8-sig").strip()
         except FileNotFoundError:
             raise UserError(f"{source} does not exist; name the file that has the key") from None
         except (UnicodeDecodeError, IsADirectoryError):

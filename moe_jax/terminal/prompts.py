@@ -1,12 +1,12 @@
 """Where prompts come from: the command line, standard input, a text file, or a file of JSON lines. Imports no jax."""
 
-import json
 import sys
 from pathlib import Path
 
 import msgspec
 
 from moe_jax.errors import UserError
+from moe_jax.files import decode_json
 
 
 def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
@@ -15,7 +15,11 @@ def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
         return _from_file(Path(prompt_file))
     if prompt == "-":
         return [_without_line_end(as_text(sys.stdin.buffer.read(), "--prompt -"))]
-    return [prompt or ""]
+    return [(prompt or "").removeprefix(BYTE_ORDER_MARK)]
+
+
+BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
+"""What some editors and shells put before a text; preparation leaves it out too, so no model knows it."""
 
 
 class _Line(msgspec.Struct):
@@ -34,11 +38,11 @@ def _from_file(file: Path) -> list[str]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                # By json: sample.py --jsonl, too, writes log-probabilities that are not finite, which msgspec refuses.
-                prompt = msgspec.convert(json.loads(line), _Line).prompt
+                # sample.py --jsonl, too, writes log-probabilities that are not finite.
+                prompt = decode_json(line.encode(), _Line, is_lenient=True).prompt
                 prompt.encode()  # \ud800 is JSON, but not text
                 prompts.append(prompt)
-            except (ValueError, RecursionError) as error:
+            except ValueError as error:
                 raise UserError(
                     f'{file}:{number} must be a JSON object with a text as "prompt" ({error}); correct the line'
                 ) from None
@@ -53,8 +57,8 @@ def _without_line_end(text: str) -> str:
 
 
 def as_text(content: bytes, name: str) -> str:
-    """``content``, called ``name``, as text. UserError unless it is UTF-8."""
+    """``content``, called ``name``, as text without a byte order mark. UserError unless it is UTF-8."""
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise UserError(f"{name} must be UTF-8 text, got another byte at {error.start}; give text") from None

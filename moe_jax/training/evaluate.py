@@ -82,11 +82,12 @@ def joined(evaluations: Iterable[Evaluation]) -> Evaluation:
 
 
 def bits_per_byte(evaluation: Evaluation, splits: Iterable[Split]) -> float | None:
-    """loss · tokens / (ln 2 · bytes) of whole ``splits``; None where unknown tokens stand for unknown bytes.
+    """loss · tokens / (ln 2 · bytes) of whole ``splits``; None where an unknown token's are not known, or none.
 
     Tokens are those scored, the ends of documents among them; bytes those of the text itself.
     """
     splits = list(splits)
-    if any(split.num_unknown for split in splits):
+    num_bytes = sum(split.num_bytes for split in splits)
+    if not num_bytes or any(split.num_unknown for split in splits):
         return None
-    return evaluation.loss * evaluation.num_tokens / (math.log(2.0) * sum(split.num_bytes for split in splits))
+    return evaluation.loss * evaluation.num_tokens / (math.log(2.0) * num_bytes)

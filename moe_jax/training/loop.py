@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import TrainBatches, train_batches
+from moe_jax.data.tokenizer_file import fingerprint
 from moe_jax.errors import EnvironmentFault
 from moe_jax.runs.checkpoint.record import Record
 from moe_jax.runs.checkpoint.save import Checkpoints
@@ -69,6 +70,7 @@ class Loop:
         self.schedule = setup.schedule
         self.flops_per_token = flops_per_token(start.state.params, self.config.model)
         self.first = int(start.state.step)
+        self.tokenizer = fingerprint(setup.dataset.tokenizer)
         self.interval = Interval(start.progress.interval)
 
     def run(self, request: StopRequest) -> None:
@@ -257,6 +259,7 @@ class Loop:
             progress=dataclasses.asdict(self.progress),
             random=random_record(self.config.train.seed),
             config=self.config.to_dict(),
+            tokenizer=self.tokenizer,
         )
         self.checkpoints.save(record, self.state.checkpoint_items())
 

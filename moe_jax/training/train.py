@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,14 @@ from moe_jax.runs.opened import OpenedRun
 from moe_jax.runs.resume import check_same_run, check_same_text
 from moe_jax.sharding.mesh import make_mesh
 from moe_jax.training.init_from import open_source
+from moe_jax.training.metrics import Interval
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import TrainState, abstract_state, check_random, init_state
 
 log = logging.getLogger("moe_jax")
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
 
 
 @dataclass
@@ -42,15 +46,15 @@ class Progress:
     """What a run remembers beside its arrays; saved with every checkpoint."""
 
     data_fingerprint: str
-    next_batch: int = 0
+    next_batch: Count = 0
     """The state of the data: batch n is a function of (seed, n)."""
-    skipped_steps: int = 0
+    skipped_steps: Count = 0
     """Steps without a finite loss and gradient, which changed nothing."""
-    skipped_in_a_row: int = 0
-    interval: dict[str, Any] | list | None = None
+    skipped_in_a_row: Count = 0
+    interval: dict[str, float | list] | list | None = None
     """``Interval.to_json`` of the steps since the last line of metrics.jsonl."""
     best_val_loss: float | None = None
-    evaluations_without_gain: int = 0
+    evaluations_without_gain: Count = 0
     train_seconds: float = 0.0
     """Spent in steps: without start-up, compilation, evaluation and saving."""
 
@@ -103,6 +107,7 @@ def resolve(config: Config, open_dataset: Callable[[], Dataset], workdir: Path) 
     saved = newest_sound(run.checkpoints)
     begun = _begun(run, saved)
     if begun is not None and saved is not None:
+        _progress_of(saved)
         check_same_run(begun, config)
         check_random(saved.record.random, config.train.seed)
     microbatch_size = config.data.batch_size // config.optimizer.accumulation_steps
@@ -151,6 +156,19 @@ def _begun(run: RunDirectory, saved: Saved | None) -> Config | None:
     return None
 
 
+def _progress_of(saved: Saved) -> Progress:
+    """What the checkpoint remembers. UserError where its record, though sealed, is none of a training's."""
+    try:
+        progress = msgspec.convert(saved.record.progress, Progress)
+        Interval(progress.interval)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"the record of {saved.folder} is not one of a training ({error}); put a copy of the checkpoint back, or "
+            "start a new run in another --workdir"
+        ) from None
+    return progress
+
+
 def _settle(config: Config, begun: Config | None, steps_per_epoch: int) -> Config:
     """Epochs as steps, and the schedule's end as it was when the run began."""
     train = config.train
@@ -184,5 +202,4 @@ def restore_or_init(setup: Setup, checkpoints: Checkpoints) -> Start:
         return Start(state, Progress(setup.dataset.fingerprint), None)
     items = checkpoints.restore(target.checkpoint_items())
     step = jax.device_put(jnp.asarray(setup.saved.record.step, target.step.dtype), target.step.sharding)
-    progress = msgspec.convert(setup.saved.record.progress, Progress)
-    return Start(TrainState.from_items(step, items), progress, setup.saved.record.step)
+    return Start(TrainState.from_items(step, items), _progress_of(setup.saved), setup.saved.record.step)

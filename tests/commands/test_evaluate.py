@@ -7,16 +7,20 @@ import shutil
 import numpy as np
 import pytest
 
-from moe_jax.commands.scoring import score
+from moe_jax.commands.scoring import _dataset, score
 from moe_jax.commands.training import train
+from moe_jax.config import Config, DataConfig
+from moe_jax.data.tokenizer import ByteTokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import cache_folder
+from moe_jax.prepare import cache
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.settings import PrepareConfig
+from moe_jax.runs.checkpoint.record import Found, Record
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.metrics_file import read_metrics
-from moe_jax.runs.opened import open_run
+from moe_jax.runs.opened import OpenedRun, open_run
 from tests import tiny as runs
 from tests.oracles.texts import VERSE
 
@@ -125,3 +129,11 @@ def test_the_command_prints_one_json_object(finished, tmp_path):
     assert (done.returncode, done.stderr) == (0, "note: scoring runs/mine, the run that changed last\n")
     scores = json.loads(done.stdout)
     assert (done.stdout.count("\n"), scores["tokens"]) == (1, 4050)
+
+
+def test_no_data_set_is_fetched_that_only_the_settings_of_a_run_name(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "prepare_folder", None)
+    config, found = Config(data=DataConfig(path="hf:somebody/something")), Found("best", {}, Record(step=1))
+    opened = OpenedRun(RunDirectory(tmp_path), config, ByteTokenizer("endoftext"), found, False)
+    with pytest.raises(UserError, match=r"not on this machine .*; add --data hf:somebody/something"):
+        _dataset(opened, None)

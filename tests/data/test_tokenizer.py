@@ -1,5 +1,6 @@
 """Tokenizers: round trips, special text, folders, published ones."""
 
+import base64
 import json
 
 import numpy as np
@@ -180,3 +181,30 @@ def test_a_damaged_folder_is_refused(tmp_path, content, words):
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=words):
         load_tokenizer(tmp_path)
+
+
+BYTES = [bytes([byte]) for byte in range(256)]
+
+
+@pytest.mark.parametrize(("ranks", "specials", "words"), [
+    (BYTES[:255], {"<|endoftext|>": 255}, "ranks must be distinct tokens, each byte among"),
+    ([*BYTES, b"a"], {"<|endoftext|>": 257}, "ranks must be distinct tokens"),
+    ([*BYTES, b""], {"<|endoftext|>": 257}, "ranks must be distinct tokens"),
+    (BYTES, {"<|endoftext|>": 2**40}, "ids of its special tokens must follow its ranks"),
+    (BYTES, {"<|endoftext|>": 97}, "ids of its special tokens must follow its ranks"),
+    (BYTES, {"<|endoftext|>": -1}, "ids of its special tokens must follow its ranks"),
+    (BYTES, {}, "no special tokens for the delimiters endoftext"),
+])  # fmt: skip
+def test_a_made_up_byte_pair_encoding_is_refused_before_it_is_run(tmp_path, ranks, specials, words):
+    encoded = [base64.b64encode(token).decode() for token in ranks]
+    content = {"version": 2, "kind": "bpe", "name": "bpe:300", "delimiters": "endoftext", "pattern": "\\S+|\\s+"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content | {"ranks": encoded, "specials": specials}))
+    with pytest.raises(UserError, match=f"tokenizer.json is corrupt .*{words}"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_byte_order_mark_before_a_tokenizer_is_left_out(folder, tmp_path):
+    for source in (folder, folder / "huggingface"):
+        marked = tmp_path / "tokenizer.json"
+        marked.write_bytes(b"\xef\xbb\xbf" + (source / "tokenizer.json").read_bytes())
+        assert fingerprint(build_tokenizer(str(marked), ())) == fingerprint(build_tokenizer(str(source), ()))

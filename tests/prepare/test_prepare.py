@@ -271,8 +271,8 @@ def test_a_damaged_folder_is_refused_and_a_damaged_cache_made_anew(config, stori
 def test_a_copied_folder_is_checked_once(config, tmp_path, monkeypatch):
     prepare_folder(config)
     os.rename(config.out, tmp_path / "moved")
-    read, real = [], dataset.file_sha256
-    monkeypatch.setattr(dataset, "file_sha256", lambda file: read.append(file) or real(file))
+    read, real = [], dataset.open_regular
+    monkeypatch.setattr(dataset, "open_regular", lambda file: read.append(file) or real(file))
     for _ in range(2):
         open_dataset(tmp_path / "moved")
         assert sorted(read) == sorted((tmp_path / "moved" / "text").iterdir()), "every file, by the first look alone"

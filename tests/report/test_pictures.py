@@ -112,6 +112,13 @@ def test_the_heatmap_shows_the_last_load_and_the_lines_each_layers_busiest_exper
     np.testing.assert_allclose([first[1], second[1]], [[4.0, 3.0], [1.0, 1.2]])
 
 
+@pytest.mark.parametrize("loads", [[[[1.0], [1.0, 2.0]]], [[[1.0]], [[1.0, 2.0]]], [[[]]], [[]], [[], [[1.0]]]])
+def test_loads_that_no_run_writes_are_an_error(tmp_path, loads):
+    run = make_run(tmp_path, [{"step": step, "moe/load": load} for step, load in enumerate(loads)])
+    with pytest.raises(UserError, match=r'each "moe/load" in .*metrics.jsonl must have a number'):
+        plot_expert_load(run)
+
+
 def test_shares_do_not_depend_on_the_unit_and_are_undefined_without_rows():
     counts = [[[2, 6], [0, 0]]]
     np.testing.assert_array_equal(_shares(counts), [[[0.25, 0.75], [np.nan, np.nan]]])

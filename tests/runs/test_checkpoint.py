@@ -136,6 +136,17 @@ def test_damage_is_found_and_the_older_checkpoint_restored(tmp_path, caplog):
     assert value_of(folder) == 2
 
 
+@pytest.mark.parametrize("name", ["checkpoints/.unfinished", "damaged"])
+def test_nothing_is_removed_through_a_link(tmp_path, name):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "10").touch()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=f"{name} is a link, through which nothing is written; remove it"):
+        go_on(tmp_path / "checkpoints")
+    assert (tmp_path / "mine" / "10").exists()
+
+
 def test_no_sound_checkpoint_is_an_error_and_nothing_is_moved(tmp_path):
     fill(tmp_path, [1.0])
     flip_a_bit(tmp_path / "10" / "params")
@@ -211,12 +222,12 @@ def test_what_the_disk_cannot_read_is_damage(tmp_path, monkeypatch):
     fill(tmp_path, [1.0, 2.0])
     bad = flip_a_bit(tmp_path / "20" / "params")
 
-    def failing(file, mode):
+    def failing(file):
         if file == bad:
             raise OSError(errno.EIO, "Input/output error", str(file))
-        return open(file, mode)
+        return open(file, "rb")
 
-    monkeypatch.setattr(seal_module, "open", failing, raising=False)
+    monkeypatch.setattr(seal_module, "open_regular", failing)
     assert "cannot be read: Input/output error" in find_damage(tmp_path / "20")
     assert restored(tmp_path)[0] == 10
 

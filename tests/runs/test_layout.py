@@ -90,6 +90,17 @@ def test_what_is_in_the_place_of_a_folder_is_named(tmp_path, name):
     run.check_folders()
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "train.log", "stacks.log", "tokenizer", "metrics.damaged.jsonl"])
+def test_a_run_whose_files_lead_elsewhere_is_not_trained_in(tmp_path, name):
+    run = RunDirectory(tmp_path / "run")
+    run.path.mkdir()
+    run.check_unlocked()
+    (tmp_path / "mine").mkdir()
+    (run.path / name).symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=f"{name} is a link, through which nothing is written; remove it"):
+        run.check_unlocked()
+
+
 def config_of(**sections):
     return Config.from_dict(sections, "here")
 

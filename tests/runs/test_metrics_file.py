@@ -36,6 +36,8 @@ def test_lines_past_the_restored_step_are_cut(tmp_path):
 
 
 DAMAGED = [b"not json", b"[]", b"3", b'{"loss": 1}', b'{"step": "10"}', b"\0\0\0\0", b"\xff", b"[" * 100_000]
+DAMAGED += [b'{"step": -1}', b'{"step": 3, "val/loss": [1]}', b'{"step": 3, "moe/load": [["a"]]}']
+DAMAGED += [b'{"step": 3, "a": %s}' % (b"[" * 64 + b"]" * 64), b'{"step": 3, "a": "%s"}' % (b"a" * (4 << 20))]
 
 
 @pytest.mark.parametrize("line", DAMAGED, ids=range(len(DAMAGED)))

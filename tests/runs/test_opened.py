@@ -1,5 +1,7 @@
 """A trained run, opened for reading."""
 
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -7,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax.config import Config
-from moe_jax.data.tokenizer import ByteTokenizer
-from moe_jax.data.tokenizer_file import save_tokenizer
+from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, SampleConfig
+from moe_jax.data.tokenizer import ByteTokenizer, CharTokenizer
+from moe_jax.data.tokenizer_file import fingerprint, save_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.runs.checkpoint import restore
 from moe_jax.runs.checkpoint.record import Found, Record
 from moe_jax.runs.checkpoint.save import Checkpoints, Retention
+from moe_jax.runs.checkpoint.seal import seal
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.opened import open_run
 
@@ -27,10 +30,14 @@ def run(tmp_path, monkeypatch):
     run = RunDirectory(tmp_path / "runs" / "tiny")
     run.path.mkdir(parents=True)
     run.save_config(Config())
-    save_tokenizer(ByteTokenizer("endoftext"), run.tokenizer)
+    tokenizer = ByteTokenizer("endoftext")
+    save_tokenizer(tokenizer, run.tokenizer)
+    remembered = {"config": Config().to_dict(), "tokenizer": fingerprint(tokenizer)}
     with Checkpoints(run.checkpoints, None, Retention(2, 1)) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(Record(step=step, val_loss=1.0 * step), {"params": {"w": jnp.full(8, 1.0 * step)}})
+            checkpoints.save(
+                Record(step=step, val_loss=1.0 * step, **remembered), {"params": {"w": jnp.full(8, 1.0 * step)}}
+            )
     return run
 
 
@@ -80,3 +87,118 @@ def test_checkpoints_that_come_and_go_faster_than_they_are_read(run, monkeypatch
     monkeypatch.setattr(Path, "exists", lambda path: False)
     with pytest.raises(UserError, match=r"replaces the checkpoints of .* faster than they can be read; wait for it"):
         opened.check(["params"])
+
+
+@pytest.mark.parametrize(("changed", "words"), [
+    (Config(ModelConfig(moe=MoEConfig(top_k=1))), "model.moe.top_k was 2, now 1; put the old"),
+    (Config(ModelConfig(moe=MoEConfig(renormalise=False))), "model.moe.renormalise was True, now False"),
+    (Config(ModelConfig(moe=MoEConfig(routed_scaling_factor=2.0))), "routed_scaling_factor was 1.0, now 2.0"),
+    (Config(ModelConfig(rope_theta=500.0)), "model.rope_theta was 10000.0, now 500.0"),
+    (Config(data=DataConfig(mode="padded")), "data.mode was windows, now padded"),
+])  # fmt: skip
+def test_a_configuration_that_was_changed_behind_the_checkpoint_is_refused(run, changed, words):
+    run.save_config(changed)
+    with pytest.raises(UserError, match=rf"config.json is not the one that the checkpoint was made with: .*{words}"):
+        open_run(run.path, "newest")
+
+
+def test_what_decides_no_number_may_be_changed(run):
+    free = Config(
+        ModelConfig(remat="full", moe=MoEConfig(dispatch="ragged")),
+        DataConfig(path="elsewhere", batch_size=8),
+        sample=SampleConfig(temperature=0.5),
+    )
+    run.save_config(free)
+    assert open_run(run.path, "newest").config == free
+
+
+def reseal(run, **values):
+    """Changes the record of the newest checkpoint as somebody who seals it again can; None takes a value out."""
+    folder = run.checkpoints / "2"
+    content = json.loads((folder / "record" / "metadata").read_text()) | values
+    content = {name: value for name, value in content.items() if value is not None}
+    (folder / "record" / "metadata").write_text(json.dumps(content))
+    seal(folder)
+
+
+def test_a_tokenizer_that_was_changed_behind_the_checkpoint_is_refused(run):
+    save_tokenizer(CharTokenizer("ab", "endoftext"), run.tokenizer)
+    with pytest.raises(UserError, match=r"tokenizer in .*/tokenizer is not the one that the checkpoint was made with"):
+        open_run(run.path, "newest")
+    reseal(run, tokenizer=None)  # a checkpoint of before does not know
+    assert open_run(run.path, "newest").tokenizer.name == "char"
+
+
+def deep(levels):
+    return [deep(levels - 1)] if levels else 0
+
+
+MADE_UP = [
+    ({"format_version": 3}, "must have checkpoint format 2, got 3; install the newer moe_jax"),
+    ({"format_version": "2"}, "record/metadata: Expected `int`, got `str`"),
+    ({"step": None}, "missing required field `step`"),
+    *(({"step": value}, "record/metadata: Expected `int`") for value in ("2", [], -1, 2**40, 1.5)),
+    *(({"val_loss": value}, "record/metadata: Expected `float") for value in ("low", {}, [1.0])),
+    *(({"for_good": value}, "record/metadata: Expected `bool`") for value in (1, "yes")),
+    *(({"shapes": value}, "record/metadata: Expected") for value in ([], 3, {"a": 3}, {"a": None})),
+    *(
+        ({name: value}, "record/metadata: Expected `object`")
+        for name in ("progress", "random")
+        for value in ([], 3, "x")
+    ),
+    ({"progress": {"interval": [[[]]] * 3}, "random": {"a": deep(70)}}, "more than 64 levels deep"),
+    ({"config": []}, "record/metadata: Expected `object`"),
+    ({"config": {"model": 3}}, "model must be an object of settings, got 3"),
+    ({"config": {"modell": {}}}, "there is no setting modell; did you mean model?"),
+    ({"config": {"model": {"moe": []}}}, "model.moe must be an object of settings"),
+    ({"config": {"model": {"embed_dim": "128"}}}, "model.embed_dim was 128, now 128"),
+    ({"tokenizer": 5}, "record/metadata: Expected `str | null`"),
+]
+
+
+def test_a_made_up_record_is_an_error_whatever_its_checksums_say(run):
+    whole = (run.checkpoints / "2" / "record" / "metadata").read_text()
+    for values, words in MADE_UP:
+        (run.checkpoints / "2" / "record" / "metadata").write_text(whole)
+        reseal(run, **values)
+        with pytest.raises(UserError) as raised:
+            open_run(run.path, "newest")
+        assert words in str(raised.value), values
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("config.json", "config.json must be a regular file, got a FIFO"),
+    ("tokenizer/tokenizer.json", "tokenizer.json must be a regular file, got a FIFO"),
+    ("checkpoints/2/SHA256SUMS.json", "SHA256SUMS.json cannot be read"),
+    ("checkpoints/2/record/metadata", "record/metadata is no regular file"),
+    ("checkpoints/2/params/_METADATA", "params/_METADATA is no regular file"),
+    ("checkpoints/2/params/more", "params/more is not in SHA256SUMS.json"),
+])  # fmt: skip
+def test_what_would_hang_is_refused_at_once(run, name, words):
+    (run.path / name).unlink(missing_ok=True)
+    os.mkfifo(run.path / name)
+    with pytest.raises(UserError, match=words):
+        open_run(run.path, "newest").restore(PARAMS)
+
+
+def test_a_terabyte_without_content_is_not_read(run):
+    for name in ("record/metadata", "params/_METADATA"):
+        with open(run.checkpoints / "2" / name, "r+b") as file:
+            file.truncate(1 << 40)
+        with pytest.raises(UserError, match=f"damaged .*{name} must have at most .* bytes, and has 1,099,511"):
+            open_run(run.path, "newest").restore(PARAMS)
+        (run.checkpoints / "2" / name).unlink()
+        shutil.copy(run.checkpoints / "1" / name, run.checkpoints / "2" / name)
+        seal(run.checkpoints / "2")
+
+
+def test_a_checkpoint_may_be_made_of_links(run, tmp_path):
+    """As in folders that are shared, or on another disk."""
+    (tmp_path / "store").mkdir()
+    for number, file in enumerate(file for file in run.path.rglob("*") if file.is_file()):
+        file.rename(tmp_path / "store" / str(number))
+        file.symlink_to(tmp_path / "store" / str(number))
+    run.checkpoints.rename(tmp_path / "store" / "checkpoints")
+    run.checkpoints.symlink_to(tmp_path / "store" / "checkpoints")
+    assert open_run(run.path, "newest").restore(PARAMS)["params"]["w"][0] == 2

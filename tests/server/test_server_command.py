@@ -132,6 +132,8 @@ def test_the_key_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert read_key(None) == b"from-environment"
     file.write_text("from-file\n")
     assert read_key(str(file)) == b"from-file"
+    file.write_bytes(b"\xef\xbb\xbffrom-windows\r\n")
+    assert read_key(str(file)) == b"from-windows"
     for content in (b"", b"\n", b"two words", b"a\nb", "schlüssel".encode(), b"\xff", b"\x00"):
         file.write_bytes(content)
         with pytest.raises(UserError, match="must") as raised:

@@ -14,11 +14,12 @@ from moe_jax.terminal.prompts import read_prompts
 def test_nothing_is_one_empty_prompt_and_a_text_is_itself():
     assert read_prompts(None, None) == [""]
     assert read_prompts("ROMEO:\n", None) == ["ROMEO:\n"]
+    assert read_prompts("\ufeffROMEO:", None) == ["ROMEO:"]
 
 
 @pytest.mark.parametrize(
     ("content", "prompt"),
-    [("To be", "To be"), ("To be\n", "To be"), ("To be\r\n", "To be"), ("a\n\n", "a\n"), ("", "")],
+    [("To be", "To be"), ("\ufeffTo be\n", "To be"), ("To be\r\n", "To be"), ("a\n\n", "a\n"), ("", "")],
 )
 def test_a_text_file_and_standard_input_are_one_prompt_without_its_last_line_end(
     tmp_path, monkeypatch, content, prompt
@@ -32,7 +33,7 @@ def test_a_text_file_and_standard_input_are_one_prompt_without_its_last_line_end
 def test_json_lines_are_a_prompt_each(tmp_path):
     prompts = ["ROMEO:", "a\nb", "", "é"]
     lines = [json.dumps({"prompt": prompt, "logprobs": [math.nan]}) for prompt in prompts]
-    (tmp_path / "prompts.jsonl").write_text("\n\n".join(lines))
+    (tmp_path / "prompts.jsonl").write_text("\ufeff" + "\n\n".join(lines))
     assert read_prompts(None, str(tmp_path / "prompts.jsonl")) == prompts
 
 

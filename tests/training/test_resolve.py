@@ -7,9 +7,10 @@ import pytest
 
 from moe_jax.errors import UserError
 from moe_jax.prepare.cache import find_or_prepare
+from moe_jax.runs.checkpoint.record import Record, Saved
 from moe_jax.runs.checkpoint.seal import seal
 from moe_jax.runs.layout import RunDirectory
-from moe_jax.training.train import resolve
+from moe_jax.training.train import _progress_of, resolve
 from tests.oracles.texts import VERSE
 from tests.tiny import CONFIG, change, write_run
 
@@ -125,3 +126,20 @@ def test_what_needs_no_text_is_checked_before_one_is_prepared(monkeypatch, folde
     monkeypatch.chdir(folder)
     with pytest.raises(UserError):
         resolve(change(HERE, **sections), lambda: pytest.fail("the text was prepared"), folder / "begun")
+
+
+@pytest.mark.parametrize("progress", [
+    {},
+    {"data_fingerprint": 3},
+    {"data_fingerprint": "0", "next_batch": "3"},
+    {"data_fingerprint": "0", "next_batch": -1},
+    {"data_fingerprint": "0", "skipped_steps": 2**70},
+    {"data_fingerprint": "0", "interval": 3},
+    {"data_fingerprint": "0", "interval": {"loss": "much"}},
+    {"data_fingerprint": "0", "interval": {"loss": [["much"]]}},
+    {"data_fingerprint": "0", "interval": {"load": [[1.0], [1.0, 2.0]]}},
+    {"data_fingerprint": "0", "interval": [1] * 7},
+])  # fmt: skip
+def test_a_made_up_record_is_no_start(tmp_path, progress):
+    with pytest.raises(UserError, match=f"the record of {tmp_path} is not one of a training .*; put a copy"):
+        _progress_of(Saved(tmp_path, Record(step=1, progress=progress), {}))

@@ -1,14 +1,16 @@
 """Which checkpoints a run has, whether they are sound, and what each remembers beside its arrays. Imports no jax."""
 
-import json
+import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from moe_jax.errors import UserError
+from moe_jax.files import MOST_BYTES, decode_json, read_bytes
 from moe_jax.runs.checkpoint.seal import find_damage
 from moe_jax.runs.layout import saved_steps
 
@@ -16,6 +18,7 @@ FORMAT_VERSION = 2
 """1 had no version, no settings and no state of the data in it."""
 
 Which = Literal["best", "newest"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,7 @@ class Record:
     """What a checkpoint remembers beside its arrays: a file of JSON in it."""
 
     format_version: int = FORMAT_VERSION
-    step: int
+    step: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
     val_loss: float | None = None
     """None: not evaluated, or not finite, and so never among the best."""
     for_good: bool = False
@@ -36,6 +39,14 @@ class Record:
     """The key that all random keys are made from, and what is drawn with it."""
     config: dict[str, Any] = field(default_factory=dict)
     """``Config.to_dict`` of the run."""
+    tokenizer: str | None = None
+    """``fingerprint`` of the run's tokenizer; None in checkpoints of before."""
+
+    @property
+    def most_bytes(self) -> int:
+        """More than any file of the checkpoint can have: what its arrays take, in the widest type, and room."""
+        sizes = [re.findall(r"\d+", text.partition("[")[2]) for text in self.shapes.values()]
+        return 8 * sum(math.prod(map(int, size)) for size in sizes) + (64 << 20)
 
 
 @dataclass(frozen=True)
@@ -65,9 +76,9 @@ class Found:
     def check(self, items: Iterable[str]) -> None:
         """UserError where one of ``items`` is damaged; each is read and hashed once."""
         unchecked = set(items) - self._sound
-        damage = find_damage(self.folder, unchecked)
+        damage = find_damage(self.folder, unchecked, most_bytes=self.record.most_bytes)
         if damage is not None:
-            raise _damaged(self.which, self.folders, damage, unchecked)
+            raise _damaged(self.which, self.folders, damage, unchecked, self.record.most_bytes)
         self._sound.update(unchecked)
 
 
@@ -80,7 +91,7 @@ def newest_sound(folder: Path) -> Saved | None:
     for step in reversed(saved_steps(folder)):
         step_folder = folder / str(step)
         record = _checked_record(step_folder)
-        damage = record if isinstance(record, str) else find_damage(step_folder)
+        damage = record if isinstance(record, str) else find_damage(step_folder, most_bytes=record.most_bytes)
         if isinstance(record, Record) and damage is None:
             return Saved(step_folder, record, damaged)
         damaged[step_folder] = str(damage)
@@ -113,7 +124,7 @@ def find_checkpoint(folder: Path, which: Which) -> Found:
         if all((folder / str(step)).is_dir() for step in records):
             if isinstance(record, Record):
                 return Found(which, folders, record)
-            raise _damaged(which, folders, record, ()) if isinstance(record, str) else record
+            raise _damaged(which, folders, record, (), MOST_BYTES) if isinstance(record, str) else record
 
 
 def read_records(folder: Path) -> dict[int, Record | None]:
@@ -129,14 +140,14 @@ def losses_of(records: Mapping[int, Record | None]) -> dict[int, float]:
 def read_record(step_folder: Path) -> Record | None:
     """The record as it stands, None where it cannot be read."""
     try:
-        return msgspec.convert(_read(step_folder), Record)
-    except (OSError, ValueError, RecursionError):
+        return _read(step_folder, Record)
+    except (OSError, ValueError):
         return None
 
 
-def _read(step_folder: Path) -> Any:
-    # Not by msgspec: sums of metrics may not be finite, and Orbax writes such numbers as they are.
-    return json.loads((step_folder / "record" / "metadata").read_bytes())
+def _read(step_folder: Path, kind: type[T]) -> T:
+    # Sums of metrics may not be finite, and Orbax writes such numbers as they are.
+    return decode_json(read_bytes(step_folder / "record" / "metadata", MOST_BYTES), kind, is_lenient=True)
 
 
 class _Version(msgspec.Struct):
@@ -147,13 +158,15 @@ def _checked_record(step_folder: Path) -> Record | str:
     """The record of a step, or what is damaged in it. UserError where it was written by another version."""
     version = 1  # its record was called progress
     if (step_folder / "record").exists() or not (step_folder / "progress").is_dir():
-        damage = find_damage(step_folder, ["record"])
+        damage = find_damage(step_folder, ["record"], most_bytes=MOST_BYTES)
         if damage is not None:
             return damage
-        values = _read(step_folder)
-        version = msgspec.convert(values, _Version).format_version
-        if version == FORMAT_VERSION:
-            return msgspec.convert(values, Record)
+        try:
+            version = _read(step_folder, _Version).format_version
+            if version == FORMAT_VERSION:
+                return _read(step_folder, Record)
+        except ValueError as error:
+            return f"record/metadata: {error}"
     remedy = (
         "use the older moe_jax that wrote it, or start a new run in another --workdir"
         if version < FORMAT_VERSION
@@ -162,12 +175,19 @@ def _checked_record(step_folder: Path) -> Record | str:
     raise UserError(f"{step_folder} must have checkpoint format {FORMAT_VERSION}, got {version}; {remedy}")
 
 
-def _damaged(which: Which, folders: Mapping[Which, Path], damage: str, items: Iterable[str]) -> UserError:
-    others = [name for name, folder in folders.items() if find_damage(folder, ("record", *items)) is None]
-    remedy, folder = "start a new run in another --workdir", folders[which].parent
+def _is_sound(step_folder: Path, record: Record | None) -> bool:
+    return record is not None and find_damage(step_folder, most_bytes=record.most_bytes) is None
+
+
+def _damaged(
+    which: Which, folders: Mapping[Which, Path], damage: str, items: Iterable[str], most_bytes: int
+) -> UserError:
+    items, folder = ("record", *items), folders[which].parent
+    others = [name for name, each in folders.items() if find_damage(each, items, most_bytes=most_bytes) is None]
+    remedy = "start a new run in another --workdir"
     if others:
         remedy = f"use --checkpoint {others[0]}"
-    elif any(find_damage(folder / str(step)) is None for step in saved_steps(folder)):
+    elif any(_is_sound(folder / str(step), record) for step, record in read_records(folder).items()):
         remedy = "train on: the same train.py command goes on from the newest sound one"
     return UserError(
         f"the {which} checkpoint {folders[which]} is damaged ({damage}); put a copy of it back, or {remedy}"

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 
 from moe_jax.axes import PyTree
 from moe_jax.errors import EnvironmentFault, UserError
-from moe_jax.files import plain_name
+from moe_jax.files import plain_name, refuse_link
 from moe_jax.runs.checkpoint.faults import check_space, quiet_libraries, reason
 from moe_jax.runs.checkpoint.record import Record, Saved, losses_of, read_records
 from moe_jax.runs.checkpoint.restore import restore_items, shapes_of
@@ -81,6 +81,8 @@ class Checkpoints:
 
     def _clean(self) -> None:
         """Moves damaged checkpoints away, and removes what a process that was killed left."""
+        for folder in (self._unfinished, self._folder.parent / "damaged"):  # what is in them is removed
+            refuse_link(folder)
         for damaged, damage in ({} if self._saved is None else self._saved.damaged).items():
             aside = self._folder.parent / "damaged" / damaged.name
             shutil.rmtree(aside, ignore_errors=True)

@@ -10,9 +10,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-import msgspec
-
-from moe_jax.files import atomic_write_text
+from moe_jax.errors import UserError
+from moe_jax.files import atomic_write_text, open_regular, read_json
 
 SUMS = "SHA256SUMS.json"
 
@@ -28,17 +27,24 @@ def seal(folder: Path) -> None:
     atomic_write_text(folder / SUMS, json.dumps(sums, indent=1) + "\n")
 
 
-def find_damage(folder: Path, items: Iterable[str] | None = None) -> str | None:
-    """What is wrong with the files of ``folder``, or of these folders in it; None where all are as when sealed."""
+def find_damage(folder: Path, items: Iterable[str] | None = None, *, most_bytes: int | None = None) -> str | None:
+    """What is wrong with the files of ``folder``, or of these folders in it; None where all are as when sealed.
+
+    A file of more than ``most_bytes`` is not read at all.
+    """
     try:
-        sums = msgspec.json.decode((folder / SUMS).read_bytes(), type=dict[str, str])
+        sums = read_json(folder / SUMS, dict[str, str], "")
     except FileNotFoundError:
         return f"{SUMS} is missing"
-    except (ValueError, RecursionError):
+    except UserError:
         return f"{SUMS} cannot be read"
     except OSError as error:
         return _damage_of(SUMS, error)
     starts = ("",) if items is None else tuple(f"{item}/" for item in items)
+    for file in (file for start in starts for file in (folder / start).rglob("*") if not file.is_dir()):
+        name = str(file.relative_to(folder))
+        if name not in sums and name != SUMS and not file.name.startswith("."):  # Orbax would read it
+            return f"{name} is not in {SUMS}"
     for start in starts:
         if not any(name.startswith(start) for name in sums):
             return f"{start or 'everything'} is missing from {SUMS}"
@@ -46,11 +52,16 @@ def find_damage(folder: Path, items: Iterable[str] | None = None) -> str | None:
         if not name.startswith(starts):
             continue
         try:
-            with open(folder / name, "rb") as opened:
+            with open_regular(folder / name) as opened:
+                size = os.fstat(opened.fileno()).st_size
+                if most_bytes is not None and size > most_bytes:
+                    return f"{name} must have at most {most_bytes:,} bytes, and has {size:,}"
                 if hashlib.file_digest(opened, "sha256").hexdigest() != value:
                     return f"{name} has changed"
         except OSError as error:
             return _damage_of(name, error)
+        except UserError:
+            return f"{name} is no regular file"
     return None
 
 
