@@ -80,13 +80,14 @@ class HeldOut:
                 continue
             kept = self.cut[1] - seen
             seen += len(piece.text)
-            if kept >= len(piece.text):
-                yield "train", piece._replace(is_last=kept == len(piece.text))
+            left = kept - len(piece.text)
+            if left >= 0:
+                yield "train", piece._replace(is_last=left == 0, after=piece.after[:left])
             elif kept <= 0:
-                yield "val", piece._replace(is_first=kept == 0)
+                yield "val", piece._replace(is_first=kept == 0, before=piece.before[kept:] if kept else "")
             else:
-                yield "train", piece._replace(text=piece.text[:kept], is_last=True)
-                yield "val", piece._replace(text=piece.text[kept:], is_first=True)
+                yield "train", piece._replace(text=piece.text[:kept], is_last=True, after="")
+                yield "val", piece._replace(text=piece.text[kept:], is_first=True, before="")
 
 
 def hold_out(scan: InputScan, val_fraction: float, val_documents: int | None, corpus: str) -> HeldOut:

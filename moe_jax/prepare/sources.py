@@ -234,6 +234,10 @@ def _file(name: str, file: Path, *, is_chosen: bool = False) -> Source:
     return Source(name, path, is_chosen)
 
 
+_AROUND = 256
+"""Characters of the pieces before and after that a piece has with it."""
+
+
 class Piece(NamedTuple):
     """A document, or a part of a long one."""
 
@@ -244,6 +248,9 @@ class Piece(NamedTuple):
     text: str
     is_first: bool
     is_last: bool
+    before: str = ""
+    after: str = ""
+    """Some text of the document around the piece."""
 
 
 class Documents:
@@ -267,11 +274,12 @@ class Documents:
                     continue
                 # The only document of a file has the file's name.
                 name = f"{source.name}#{in_source}" if in_source else source.name
-                is_first = True
+                around, is_first = "", True
                 for piece in pieces:
-                    yield Piece(index, name, before, is_first, False)
-                    before, is_first = piece, False
-                yield Piece(index, name, before, is_first, True)
+                    yield Piece(index, name, before, is_first, False, around, piece[:_AROUND].rstrip())
+                    # A tokenizer may treat white space at an end otherwise.
+                    around, before, is_first = before[-_AROUND:].lstrip(), piece, False
+                yield Piece(index, name, before, is_first, True, around)
                 index, in_source = index + 1, in_source + 1
             if not in_source:
                 self.empty_sources.append(source)
