@@ -121,10 +121,11 @@ def to_hugging_face(tokenizer: BpeTokenizer) -> dict[str, Any]:
     def visible(token: bytes) -> str:
         return "".join(text_of[byte] for byte in token)
 
-    merges = []
+    merges, lengths = [], set(map(len, ranks))
     for token in tokenizer.by_rank():
-        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [half for half in halves if half[0] in ranks and half[1] in ranks]
+        # Tokens of long runs of one character have tens of thousands of divisions, nearly all into no tokens.
+        cuts = [cut for cut in lengths if len(token) - cut in lengths]
+        known = [(token[:cut], token[cut:]) for cut in cuts if token[:cut] in ranks and token[cut:] in ranks]
         known.sort(key=lambda half: (ranks[half[0]], ranks[half[1]]))
         merges += [[visible(first), visible(second)] for first, second in known]
     split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}

@@ -4,6 +4,7 @@ import glob
 import hashlib
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -308,8 +309,9 @@ def _unless_blank(pieces: Iterator[str]) -> Iterator[str]:
     """``pieces``, unless all are white space; those before the first that is not are held back until it comes."""
     held = []
     for piece in pieces:
-        held.append(piece)
         if piece.strip():
-            yield from held
+            yield from (zlib.decompress(blank).decode() for blank in held)
+            yield piece
             yield from pieces
             return
+        held.append(zlib.compress(piece.encode(), 1))  # there may be gigabytes of it

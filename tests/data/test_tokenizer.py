@@ -1,6 +1,7 @@
 """Tokenizers: round trips, special text, folders, published ones."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -138,6 +139,19 @@ def test_the_exported_tokenizer_of_a_large_vocabulary():
     exported = tokenizers.Tokenizer.from_str(json.dumps(to_hugging_face(gpt2)))
     text = " ".join(TEXTS) + HARD.replace("<|endoftext|>", "") + "antidisestablishmentarianism 0xdeadbeef ... !!! "
     assert exported.encode(text).ids == gpt2.encode(text).tolist()
+
+
+def test_tokens_of_long_runs_are_exported_in_little_memory():
+    text = "A" * 8000
+    tokenizer = build_tokenizer("bpe:300", [text])
+    assert max(map(len, tokenizer.ranks)) > 4000
+    tracemalloc.start()
+    exported = to_hugging_face(tokenizer)
+    assert tracemalloc.get_traced_memory()[1] < 10e6, "every division of the longest token has 80 MB"
+    tracemalloc.stop()
+    same = tokenizers.Tokenizer.from_str(json.dumps(exported))
+    for part in (text, text[:3001]):
+        assert same.encode(part).ids == tokenizer.encode(part).tolist()
 
 
 def test_a_foreign_tokenizer_without_an_end_of_text_is_refused(folder, tmp_path):

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+import tracemalloc
 from unittest.mock import Mock
 
 import datasets
@@ -211,6 +212,30 @@ def test_what_is_broken_is_refused_with_its_place(tmp_path, name, content, words
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=words):
         read(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("a.jsonl", b'{"text": "a"}\n' + b"x" * 99 + b"\n", r"a.jsonl, line 2: a line must have at most 60 bytes"),
+    ("a.csv", b"id,text\n1,a\n2," + b"x" * 99, r"a.csv, line 3: a line must have at most 60 bytes; divide it"),
+    ("a.csv", b'id,text\n1,a\n2,"' + b"x\n" * 40 + b'"', r"a.csv, line 3: field larger than field limit \(60\)"),
+])  # fmt: skip
+def test_what_has_to_be_read_whole_has_a_bound(tmp_path, monkeypatch, name, content, words):
+    monkeypatch.setattr(formats, "_CHUNK", 16)
+    monkeypatch.setattr(formats, "_LONGEST", 60)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read(tmp_path / name)
+
+
+def test_a_small_file_that_becomes_a_large_text_takes_little_memory(tmp_path):
+    content = zstandard.compress(b" " * (1 << 27)) + zstandard.compress(b"end")
+    (tmp_path / "a.txt.zst").write_bytes(content)
+    assert len(content) < 10_000
+    tracemalloc.start()
+    sizes = sum(len(text) for text, _ in formats.read_text(tmp_path / "a.txt.zst", ReadOptions()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (sizes, peak < 100e6) == ((1 << 27) + 3, True)
 
 
 def test_bytes_that_are_no_text_are_replaced_when_asked(tmp_path):
