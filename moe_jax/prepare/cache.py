@@ -21,11 +21,14 @@ from moe_jax.prepare.tokenizer import build_tokenizer, file_of_spec, spec_by_con
 log = logging.getLogger("moe_jax")
 
 
-def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "endoftext") -> Dataset:
+def find_or_prepare(
+    data: DataConfig, cache: Path, delimiters: Delimiters = "endoftext", *, or_nothing: bool = False
+) -> Dataset:
     """The prepared folder that ``data`` names, or that of a text, made in ``cache`` unless it is there.
 
     ``delimiters`` are those of a text's documents; a prepared folder has its own. UserError where the text or the
-    tokenizer does not exist, before any work, or where the folder was prepared with other settings.
+    tokenizer does not exist, before any work, where the folder was prepared with other settings, or where the text is
+    too short to hold something out, unless ``or_nothing`` may be held out of it.
     """
     if data.path is not None and Path(data.path).is_dir() and is_dataset(Path(data.path)):
         found = open_dataset(Path(data.path))
@@ -48,7 +51,7 @@ def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "end
             return open_dataset(folder)
         except UserError as error:  # damaged, but the text to make it from is there
             log.debug(f"{folder} is made again: {error}")
-    return prepare_folder(config, is_cache=True)
+    return prepare_folder(config, is_cache=True, or_nothing=or_nothing)
 
 
 def _check_matches(data: DataConfig, found: Dataset) -> None:

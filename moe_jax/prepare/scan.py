@@ -90,12 +90,15 @@ class HeldOut:
                 yield "val", piece._replace(text=piece.text[kept:], is_first=True, before="")
 
 
-def hold_out(scan: InputScan, val_fraction: float, val_documents: int | None, corpus: str) -> HeldOut:
+def hold_out(
+    scan: InputScan, val_fraction: float, val_documents: int | None, corpus: str, *, or_nothing: bool = False
+) -> HeldOut:
     """What is held out of the documents in ``scan``: the same whatever the order of files.
 
     Whole documents, in the order of the hashes of their names: ``val_documents`` of them, or each that brings the
     share of characters nearer to ``val_fraction``, never all. Where that does not come within a factor of two of it,
-    as with a single document, the longest one is cut instead and its end held out.
+    as with a single document, the longest one is cut instead and its end held out. UserError where it is too short
+    to be cut, unless it may be ``or_nothing``.
     """
     sizes, order = scan.sizes, scan.order
     is_val = np.zeros(len(sizes), bool)
@@ -121,6 +124,8 @@ def hold_out(scan: InputScan, val_fraction: float, val_documents: int | None, co
     longest = int(order[np.argmax(sizes[order])])  # of documents of the same length the first in the order
     size = int(sizes[longest])
     if not 0 < round(wanted) < size:
+        if or_nothing:
+            return HeldOut(is_val)
         raise UserError(
             f"the fraction {val_fraction} to validate on leaves nothing to train on or to validate in the {size} "
             f"characters of the longest document of {corpus}; give more text or change the fraction"
@@ -188,7 +193,9 @@ def _shown(pieces: Iterable[Piece], bar: Progress) -> Iterator[Piece]:
             bar.update(done, f"{done / 1e6:,.0f} M characters")
 
 
-def scan_corpus(corpus: CorpusSources, config: PrepareConfig, bar: Progress) -> CorpusPlan:
+def scan_corpus(
+    corpus: CorpusSources, config: PrepareConfig, bar: Progress, *, or_nothing: bool = False
+) -> CorpusPlan:
     """The first pass over a corpus. UserError where something in it cannot be read or has no text."""
     stamps = corpus.stamps()
     train, val = InputScan(config.seed), InputScan(config.seed)
@@ -214,7 +221,7 @@ def scan_corpus(corpus: CorpusSources, config: PrepareConfig, bar: Progress) -> 
     if corpus.val:
         held_out = HeldOut(np.zeros(train.num_documents, bool))
     else:
-        held_out = hold_out(train, config.val_fraction, config.val_documents, corpus.name)
+        held_out = hold_out(train, config.val_fraction, config.val_documents, corpus.name, or_nothing=or_nothing)
     return CorpusPlan(corpus, stamps, train, val, held_out)
 
 
