@@ -10,7 +10,6 @@ import jax
 import optax
 
 from moe_jax.config import MeshConfig
-from moe_jax.data.batches import check_data
 from moe_jax.data.dataset import Dataset, is_dataset
 from moe_jax.data.tokenizer_file import fingerprint
 from moe_jax.errors import UserError
@@ -41,7 +40,21 @@ def score(opened: OpenedRun, path: str | None, split: Split) -> dict[str, Any]:
     if not is_causal(config.model.moe):
         print("note: experts that choose have seen later tokens too, and drop some", file=sys.stderr)
     dataset = _dataset(opened, path)
-    check_data(dataset, config.data, config.model.context_length)
+    names = ("train", "val") if split == "all" else (split,)
+    splits = [part for name in names for part in dataset.splits(name)]
+    # The first token of a stream is scored by none. Rules of training, such as whole windows, are none of scoring.
+    if all(part.num_tokens < 2 for part in splits):
+        raise UserError(
+            f"{path or config.data.path} has no token to score in {' and '.join(names)}; give more text"
+            f"{'' if split == 'all' else ', or set --split all'}"
+        )
+    if path is not None:
+        scored, every = (
+            sum(part.num_tokens for part in parts)
+            for parts in (splits, [*dataset.splits("train"), *dataset.splits("val")])
+        )
+        which = f"the {split} split, {scored:,} of {every:,} tokens" if scored < every else "all of it"
+        print(f"note: scoring {path}: {which}", file=sys.stderr)
     if config.train.compile_cache:
         enable_compile_cache()
     # The devices here need not be those of the training.
@@ -66,11 +79,14 @@ def score(opened: OpenedRun, path: str | None, split: Split) -> dict[str, Any]:
                 context_length=config.model.context_length,
                 batch_size=batch_size,
             )
-            for name in (("train", "val") if split == "all" else (split,))
+            for name in names
         ]
-    by_corpus = {corpus: joined(part[corpus] for part in by_split) for corpus in by_split[0]}
+    by_corpus = {
+        corpus.name: joined(parts)
+        for corpus in dataset.corpora
+        if (parts := [part[corpus.name] for part in by_split if corpus.name in part])
+    }
     found = joined(by_corpus.values())
-    splits = [part for name in (("train", "val") if split == "all" else (split,)) for part in dataset.splits(name)]
     values: dict[str, Any] = {
         "loss": found.loss,
         "perplexity": found.perplexity,
@@ -100,7 +116,8 @@ def _dataset(opened: OpenedRun, path: str | None) -> Dataset:
         )
     try:
         # The run may be somebody else's: nothing is fetched for what its config.json says.
-        found = find_or_prepare(data, cache_folder("data"), tokenizer.delimiters, may_fetch=path is not None)
+        may_fetch = path is not None
+        found = find_or_prepare(data, cache_folder("data"), tokenizer.delimiters, may_fetch=may_fetch, or_nothing=True)
     except UserError as error:
         raise UserError(str(error).replace("data.path=", "--data ") if path is not None else str(error)) from None
     if path is None:

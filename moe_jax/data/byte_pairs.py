@@ -12,7 +12,7 @@ from moe_jax.data.tokenizer import REPLACEMENT, Delimiters, decode_bytes
 class BpeTokenizer:
     """Byte-pair encoding: an id below the special ones is the rank of its merge, and every byte has one."""
 
-    unknown_id, is_lossless = None, True
+    unknown_id = None
 
     def __init__(
         self, name: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int], delimiters: Delimiters

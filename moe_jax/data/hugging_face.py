@@ -27,7 +27,6 @@ class HuggingFaceTokenizer:
     """
 
     name = "huggingface"
-    is_lossless = False  # normalizers and vocabularies without all bytes lose text, and no flag of the file says so
 
     def __init__(self, content: str, delimiters: Delimiters, source: str):
         """Raises UserError where ``content``, read from ``source``, is not a tokenizer or has no end of text."""
@@ -43,28 +42,69 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None):  # of merges, in training: another result each time
+            self._tokenizer.model.dropout = None
         self.content, self.delimiters = content, delimiters
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.specials: dict[str, int] = {}
+        self.spellings: dict[str, int] = {}
         for name, candidates in _NAMES.items():
-            found = [vocabulary[candidate] for candidate in candidates if candidate in vocabulary]
-            if found:
-                self.specials[name] = found[0]
+            found = next((candidate for candidate in candidates if candidate in vocabulary), None)
+            if found is not None:
+                self.specials[name] = self.spellings[found] = vocabulary[found]
         if END_OF_TEXT not in self.specials:
             raise UserError(
                 f"{source} has none of the tokens {', '.join(_NAMES[END_OF_TEXT])}, one of which ends a text; "
                 "add one to its added_tokens, or use another tokenizer"
             )
         added = self._tokenizer.get_added_tokens_decoder()
-        self.spellings = {token.content: index for index, token in added.items() if token.special}
-        self.spellings = self.spellings or dict(self.specials)
+        for index in {*self.specials.values()} & added.keys():
+            if not added[index].special:  # it would be found in texts, as a word of its own
+                added[index].special = True
+                self._tokenizer.add_special_tokens([added[index]])
+        self.spellings |= {token.content: index for index, token in added.items() if token.special}
         model = json.loads(content)["model"]
         # Unigram models name the id, the others the token.
         self.unknown_id: int | None = model.get("unk_id", vocabulary.get(model.get("unk_token") or ""))
+        self._reserved = set(self.spellings.values()) - {self.unknown_id}
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+        return self._as_text(self._encoding(text).ids)
+
+    def encode_within(self, before: str, text: str, after: str) -> tuple[np.ndarray, bool]:
+        """The ids of ``text`` as those of its document have them, and whether it would come back as it was.
+
+        ``before`` and ``after`` are text of the same document around it: what a tokenizer adds to or takes from the
+        ends of a text, it does not do here. A token belongs to the part in which it begins.
+        """
+        around = before + text + after
+        encoding = self._encoding(around)
+        ids = self._as_text(encoding.ids)
+        comes_back = self.decode(ids.tolist()) == around
+        if before or after:
+            place = range(len(before), len(before) + len(text))
+            starts = [start for start, _ in encoding.offsets]
+            ids = self._as_text([index for index, at in zip(encoding.ids, starts, strict=True) if at in place])
+        return ids, comes_back
+
+    def _encoding(self, text: str) -> Any:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # noqa: BLE001 - the library raises bare Exception, as where it has no unknown token
+            raise UserError(f"the tokenizer cannot encode a text ({error}); use another tokenizer") from None
+
+    def _as_text(self, ids: list[int]) -> np.ndarray:
+        """``ids`` of a text, in which a model has a special token only because the text has its spelling."""
+        if not self._reserved.isdisjoint(ids):
+            ids = [index for each in ids for index in (self._spelled(each) if each in self._reserved else [each])]
+        return np.asarray(ids, np.uint32)
+
+    def _spelled(self, special: int) -> list[int]:
+        """The ids that the model has for the characters of a special token; perhaps none."""
+        name = self._tokenizer.id_to_token(special) or ""
+        ids = [token.id for part in (name[:1], name[1:]) if part for token in self._tokenizer.model.tokenize(part)]
+        return [index for index in ids if index not in self._reserved]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=False)
@@ -81,10 +121,11 @@ def to_hugging_face(tokenizer: BpeTokenizer) -> dict[str, Any]:
     def visible(token: bytes) -> str:
         return "".join(text_of[byte] for byte in token)
 
-    merges = []
+    merges, lengths = [], set(map(len, ranks))
     for token in tokenizer.by_rank():
-        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        known = [half for half in halves if half[0] in ranks and half[1] in ranks]
+        # Tokens of long runs of one character have tens of thousands of divisions, nearly all into no tokens.
+        cuts = [cut for cut in lengths if len(token) - cut in lengths]
+        known = [(token[:cut], token[cut:]) for cut in cuts if token[:cut] in ranks and token[cut:] in ranks]
         known.sort(key=lambda half: (ranks[half[0]], ranks[half[1]]))
         merges += [[visible(first), visible(second)] for first, second in known]
     split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}

@@ -1,9 +1,15 @@
 """Long documents in pieces that are tokenized one by one. Imports no jax."""
 
+import re
 from collections.abc import Iterable, Iterator
 
 PIECE = 1 << 18
 """Characters in a piece, at most. The regular expressions of tokenizers run out of stack on longer runs of spaces."""
+
+
+_SAFE = re.compile(r"[ \n](?<=\S[ \n])(?=\S)")
+_STRETCH = 1 << 12
+"""Characters that are searched at a time, from the end."""
 
 
 def in_pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
@@ -31,13 +37,11 @@ def in_pieces(chunks: Iterable[str], size: int = PIECE) -> Iterator[str]:
 
 def _last_cut(text: str, start: int, end: int) -> int:
     """The last safe place in (start, end] to cut ``text`` at; ``end`` where there is none."""
-    place = end + 1
-    while place > start + 1:
-        space, line_end = text.rfind(" ", start + 1, place), text.rfind("\n", start + 1, place)
-        place = max(space, line_end)
-        if place < 0:
-            return end
-        cut = place if place == space else place + 1
-        if cut <= end and not text[place - 1].isspace() and not text[place + 1].isspace():
-            return cut
+    for stop in range(end, start, -_STRETCH):
+        places = _SAFE.finditer(text, max(start + 1, stop - _STRETCH + 1), stop + 2)
+        cuts = [place.start() if place[0] == " " else place.end() for place in places]
+        if cuts and cuts[-1] > end:
+            cuts.pop()
+        if cuts:
+            return cuts[-1]
     return end

@@ -45,11 +45,6 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def is_lossless(self) -> bool:
-        """Whether text without an unknown token is known to come back as it was."""
-        ...
-
-    @property
     def delimiters(self) -> Delimiters:
         """What surrounds a document: <|endoftext|> before it, or <|im_start|> before and <|im_end|> after it."""
         ...
@@ -66,7 +61,7 @@ class Tokenizer(Protocol):
 class CharTokenizer:
     """One token a character of the training text; any other character is unknown."""
 
-    name, is_lossless = "char", True
+    name = "char"
 
     def __init__(self, characters: str, delimiters: Delimiters):
         self.characters, self.delimiters = characters, delimiters
@@ -93,7 +88,7 @@ _BYTES = (*(bytes([byte]) for byte in range(256)), *(name.encode() for name in S
 class ByteTokenizer:
     """One token a byte of UTF-8."""
 
-    name, is_lossless = "byte", True
+    name = "byte"
     unknown_id = None
 
     def __init__(self, delimiters: Delimiters):
@@ -136,15 +131,11 @@ def encode_with_specials(tokenizer: Tokenizer, text: str) -> np.ndarray:
     """
     parts = [
         np.array([tokenizer.spellings[part]]) if index % 2 else tokenizer.encode(part)
-        for index, part in enumerate(re.split(_any_special(tokenizer), text))
+        for index, part in enumerate(split_specials(tokenizer, text))
     ]
     return np.concatenate([part.astype(np.uint32) for part in parts])
 
 
-def without_specials(tokenizer: Tokenizer, text: str) -> str:
-    """``text`` without the spellings of special tokens."""
-    return re.sub(_any_special(tokenizer), "", text)
-
-
-def _any_special(tokenizer: Tokenizer) -> str:
-    return "(" + "|".join(re.escape(name) for name in sorted(tokenizer.spellings, key=len, reverse=True)) + ")"
+def split_specials(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The parts of ``text`` between the spellings of special tokens, with each of those between its neighbours."""
+    return re.split("(" + "|".join(map(re.escape, sorted(tokenizer.spellings, key=len, reverse=True))) + ")", text)

@@ -22,13 +22,19 @@ log = logging.getLogger("moe_jax")
 
 
 def find_or_prepare(
-    data: DataConfig, cache: Path, delimiters: Delimiters = "endoftext", *, may_fetch: bool = True
+    data: DataConfig,
+    cache: Path,
+    delimiters: Delimiters = "endoftext",
+    *,
+    may_fetch: bool = True,
+    or_nothing: bool = False,
 ) -> Dataset:
     """The prepared folder that ``data`` names, or that of a text, made in ``cache`` unless it is there.
 
     ``delimiters`` are those of a text's documents; a prepared folder has its own. UserError where the text or the
-    tokenizer does not exist, before any work, or where the folder was prepared with other settings; without
-    ``may_fetch`` also where a data set of the hub is not in ``cache``.
+    tokenizer does not exist, before any work, where the folder was prepared with other settings, or where the text is
+    too short to hold something out, unless ``or_nothing`` may be held out of it; without ``may_fetch`` also where a
+    data set of the hub is not in ``cache``.
     """
     if data.path is not None and Path(data.path).is_dir() and is_dataset(Path(data.path)):
         found = open_dataset(Path(data.path))
@@ -56,7 +62,7 @@ def find_or_prepare(
             f"the run's text is {data.path}, which is not on this machine and is fetched only for who names it; "
             f"add --data {data.path}"
         )
-    return prepare_folder(config, is_cache=True)
+    return prepare_folder(config, is_cache=True, or_nothing=or_nothing)
 
 
 def _check_matches(data: DataConfig, found: Dataset) -> None:

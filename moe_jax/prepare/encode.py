@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from moe_jax.data.tokenizer import Tokenizer, document_end, document_start, encode_with_specials, without_specials
+from moe_jax.data.hugging_face import HuggingFaceTokenizer
+from moe_jax.data.tokenizer import Tokenizer, document_end, document_start, split_specials
 from moe_jax.data.tokenizer_file import load_tokenizer
 from moe_jax.prepare.sources import Piece
 
@@ -59,16 +60,14 @@ def encode(task: Task, tokenizer: Tokenizer, dtype: np.dtype, *, parse_specials:
     is_chat = tokenizer.delimiters == "chat"
     arrays, lengths, num_bytes, num_lost = [], [0], 0, 0
     for piece in pieces:
-        ids = encode_with_specials(tokenizer, piece.text) if parse_specials else tokenizer.encode(piece.text)
+        ids, plain_bytes, lost = _encode_piece(piece, tokenizer, parse_specials=parse_specials)
         before, after = int(piece.is_first), int(piece.is_last and is_chat)
         arrays += [start] * before + [ids] + [end] * after
         lengths[-1] += len(ids) + before + after
         if piece.is_last:
             lengths.append(0)
-        # The spelling of a special token is no text to predict.
-        plain = without_specials(tokenizer, piece.text) if parse_specials else piece.text
-        num_bytes += len(plain.encode())
-        num_lost += not tokenizer.is_lossless and tokenizer.decode(ids.tolist()) != piece.text
+        num_bytes += plain_bytes
+        num_lost += lost
     ids = np.concatenate(arrays).astype(dtype)
     unknown = tokenizer.unknown_id
     return Encoded(
@@ -78,6 +77,30 @@ def encode(task: Task, tokenizer: Tokenizer, dtype: np.dtype, *, parse_specials:
         num_bytes=num_bytes,
         num_unknown=num_lost + (0 if unknown is None else int(np.count_nonzero(ids == unknown))),
     )
+
+
+def _encode_piece(piece: Piece, tokenizer: Tokenizer, *, parse_specials: bool) -> tuple[np.ndarray, int, int]:
+    """(ids, bytes of text, parts that would not come back as they were) of ``piece``."""
+    if parse_specials:
+        parts = split_specials(tokenizer, piece.text)
+        before, after = split_specials(tokenizer, piece.before)[-1], split_specials(tokenizer, piece.after)[0]
+    else:
+        parts, before, after = [piece.text], piece.before, piece.after
+    arrays, num_bytes, num_lost = [], 0, 0
+    for index, part in enumerate(parts):
+        if index % 2:  # the spelling of a special token, which is no text to predict
+            arrays.append(np.array([tokenizer.spellings[part]], np.uint32))
+            continue
+        num_bytes += len(part.encode())
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            # Normalizers and vocabularies without all bytes lose text, and nothing in the file says so.
+            around = before if index == 0 else "", after if index == len(parts) - 1 else ""
+            ids, comes_back = tokenizer.encode_within(around[0], part, around[1])
+            num_lost += not comes_back
+        else:
+            ids = tokenizer.encode(part)
+        arrays.append(ids.astype(np.uint32, copy=False))
+    return np.concatenate(arrays) if len(arrays) > 1 else arrays[0], num_bytes, num_lost
 
 
 def encode_all(

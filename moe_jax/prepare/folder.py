@@ -76,10 +76,11 @@ class _Unfinished:
         atomic_write_text(progress_file(out), json.dumps(msgspec.to_builtins(self)))
 
 
-def prepare_folder(config: PrepareConfig, *, is_cache: bool = False) -> Dataset:
+def prepare_folder(config: PrepareConfig, *, is_cache: bool = False, or_nothing: bool = False) -> Dataset:
     """Makes or completes the prepared folder ``config.out``. UserError on bad input, before anything is written.
 
     If another process works in it, or it is damaged, raises UserError; a cache waits, and is made again.
+    ``or_nothing``: a text too short to hold something out, which can be scored but not trained on, is prepared too.
     """
     out = Path(config.out)
     _check_out(out)
@@ -88,7 +89,7 @@ def prepare_folder(config: PrepareConfig, *, is_cache: bool = False) -> Dataset:
     if not needs_texts(config.tokenizer):
         tokenizer = build_tokenizer(config.tokenizer, (), config.delimiters)
     with Progress(Console(stderr=True)) as bar:
-        plans = [scan_corpus(corpus, config, bar) for corpus in sources]
+        plans = [scan_corpus(corpus, config, bar, or_nothing=or_nothing) for corpus in sources]
         origin = made_from(config, plans)
         with locked_folder(out, "--out", "preparing", wait=is_cache):
             for leftover in _leftovers(out):  # of a kill while a file was written

@@ -8,46 +8,41 @@ import csv
 import gzip
 import itertools
 import json
-import sys
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from moe_jax.errors import Interrupted, UserError
+from moe_jax.errors import UserError
+from moe_jax.prepare.options import Part, ReadOptions, column_index
 from moe_jax.prepare.plays import render_play
-
-Part = tuple[str, bool]
+from moe_jax.prepare.tables import read_parquet
 
 _CHUNK = 1 << 20
 """Bytes read at a time."""
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    text_key: str = "text"
-    """Column or key that holds a document."""
-    separator: str | None = None
-    """Text between two documents of one text file; None: a text file is one document."""
-    errors: Literal["strict", "replace"] = "strict"
-    """What to do with bytes that are not UTF-8 and the like: raise UserError, or put U+FFFD in their place."""
+_LONGEST = 1 << 27
+"""Bytes of a line of JSON, or characters of a line or field of CSV, at most: they are read whole."""
+_COMPRESSED = (".gz", ".zst")
 
 
 def read_text(file: Path, options: ReadOptions) -> Iterator[Part]:
     """A text file: one document, or as many as ``separator`` divides it into."""
-    held, separator = "", options.separator
+    held, separator, is_one = "", options.separator, True
     for chunk in _texts(file, options):
         held += chunk
         safe = len(held)
         if separator is not None:
             *documents, held = held.split(separator)
+            is_one = is_one and not documents
             yield from ((document, True) for document in documents)
             # What may be the start of a separator is held back.
             safe = max(0, len(held) - len(separator) + 1)
         yield held[:safe], False
         held = held[safe:]
     yield held, True
+    if separator is not None and is_one:
+        options.notes.add(f"text files without the separator {separator!r}, each one document", str(file))
 
 
 def read_play(file: Path, options: ReadOptions) -> Iterator[Part]:
@@ -57,79 +52,41 @@ def read_play(file: Path, options: ReadOptions) -> Iterator[Part]:
 
 def read_csv(file: Path, options: ReadOptions) -> Iterator[Part]:
     """Column ``text_key`` of comma- or tab-separated rows under a header; a quoted field may hold line ends."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    delimiter = "\t" if ".tsv" in file.name.lower() else ","
-    rows = csv.reader(_lines(_texts(file, options), "\n"), delimiter=delimiter, strict=True)
+    csv.field_size_limit(_LONGEST)
+    is_tsv = format_of(file) == ".tsv"
+    rows = csv.reader(_lines(_texts(file, options), "\n", file), delimiter="\t" if is_tsv else ",", strict=True)
+    end = 0  # of the row before
     try:
         header = next(rows, [])
-        column = _column(header, options.text_key, str(file))
-        for row in filter(None, rows):
-            if len(row) != len(header):
+        column = column_index(header, options.text_key, str(file))
+        end = rows.line_num
+        for row in rows:
+            place = f"{file}, line {end + 1}"
+            if row and len(row) != len(header):
                 raise UserError(
-                    f"{file}, line {rows.line_num}: a row must have the header's {len(header)} fields, "
-                    f"got {len(row)}; correct the row"
+                    f"{place}: a row must have the header's {len(header)} fields, got {len(row)}; correct the row"
                 )
-            yield row[column], True
+            if is_tsv and row and rows.line_num > end + 1:
+                options.notes.add("rows of several lines in quotes, as a lone quote makes them of several rows", place)
+            end = rows.line_num
+            if row:
+                yield row[column], True
     except csv.Error as error:
         raise UserError(
-            f"{file}, line {rows.line_num}: {error}; correct the file, or quote its fields as CSV demands"
+            f"{file}, line {end + 1}: {error}; correct the file, or quote its fields as CSV demands"
         ) from None
 
 
 def read_jsonl(file: Path, options: ReadOptions) -> Iterator[Part]:
-    """The string under ``text_key`` of each line, a JSON object; blank lines are passed over."""
-    for number, line in enumerate(_lines(_chunks(file), b"\n"), start=1):
+    """The string under ``text_key`` of each line, a JSON object; blank lines and nulls are passed over."""
+    for number, line in enumerate(_lines(_chunks(file), b"\n", file), start=1):
         if line.strip():
-            yield _text_of_line(line, f"{file}, line {number}", options), True
-
-
-def read_parquet(file: Path, options: ReadOptions) -> Iterator[Part]:
-    """The string column ``text_key``, of which a null is an empty document."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{file} needs the package pyarrow; run pip install 'pyarrow>=20'") from None
-    try:
-        with pyarrow.parquet.ParquetFile(file) as table:
-            schema = table.schema_arrow
-            kind = schema.field(_column(schema.names, options.text_key, str(file))).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-                raise _no_text(str(file), options.text_key, kind)
-            for batch in table.iter_batches(batch_size=1024, columns=[options.text_key]):
-                yield from ((value or "", True) for value in batch.column(0).to_pylist())
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        # Arrow raises OSError without a number for damaged pages; with one it is the machine's fault.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise UserError(f"{file} is not a whole parquet file ({error}); copy or download it again") from None
-
-
-def read_hub(name: str, options: ReadOptions) -> Iterator[Part]:
-    """Column ``text_key`` of a data set NAME, NAME@CONFIG or either with :SPLIT, from the Hugging Face hub."""
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"hf:{name} needs the package datasets; run pip install 'datasets>=4'") from None
-    path, _, split = name.partition(":")
-    path, _, subset = path.partition("@")
-    datasets.disable_progress_bars()
-    try:
-        data: Any = datasets.load_dataset(path, subset or None, split=split or "train")
-    except Interrupted:
-        raise
-    except Exception as error:  # noqa: BLE001 - the library lets through whatever its readers and the network raise
-        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
-        raise UserError(
-            f"the data set hf:{name} cannot be loaded ({reason}); check "
-            "its name, its split and the network, or download its parquet files and name them"
-        ) from None
-    _column(data.column_names, options.text_key, f"hf:{name}")
-    for batch in data.select_columns([options.text_key]).iter(batch_size=1024):
-        for value in batch[options.text_key]:
-            if not isinstance(value, str | None):
-                raise _no_text(f"hf:{name}", options.text_key, type(value).__name__)
-            yield value or "", True
+            place = f"{file}, line {number}"
+            text = _text_of_line(line, place, options)
+            if text is None:
+                options.leave_out_null(place)
+            else:
+                yield text, True
 
 
 READERS: dict[str, Callable[[Path, ReadOptions], Iterator[Part]]] = {
@@ -144,14 +101,17 @@ READERS: dict[str, Callable[[Path, ReadOptions], Iterator[Part]]] = {
 """By the suffix of a file's name, before ``.gz`` or ``.zst``."""
 
 
+def format_of(file: Path) -> str:
+    """The last suffix of the file's name, in lower case, before ``.gz`` or ``.zst``."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED:
+        suffixes.pop()
+    return "".join(suffixes[-1:])
+
+
 def reader_of(file: Path) -> Callable[[Path, ReadOptions], Iterator[Part]] | None:
     """The reader of the file's format; None where its name says none that is known."""
-    suffixes = [suffix.lower() for suffix in file.suffixes]
-    if suffixes and suffixes[-1] in (".gz", ".zst"):
-        suffixes.pop()
-        if suffixes[-1:] == [".parquet"]:
-            return None
-    return READERS.get("".join(suffixes[-1:]))
+    return READERS.get(format_of(file))
 
 
 def _chunks(file: Path) -> Iterator[bytes]:
@@ -180,14 +140,18 @@ def _zstd_chunks(file: Path) -> Iterator[bytes]:
     frames, frame = zstandard.ZstdDecompressor(max_window_size=2**31), None
     with open(file, "rb") as stream:
         for data in iter(lambda: stream.read(_CHUNK >> 3), b""):
-            while data:
+            # A frame may grow by a factor of 32,000, and comes out of each call in one piece.
+            parts = deque(data[start : start + 1024] for start in range(0, len(data), 1024))
+            while parts:
                 frame = frame or frames.decompressobj()
                 try:
-                    content = frame.decompress(data)
+                    content = frame.decompress(parts.popleft())
                 except zstandard.ZstdError as error:
                     raise zlib.error(str(error)) from None
                 yield from (content[start : start + _CHUNK] for start in range(0, len(content), _CHUNK))
-                data, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+                if frame.eof:
+                    parts.extendleft(filter(None, [frame.unused_data]))
+                    frame = None
     if frame is not None:
         raise EOFError("the last frame has no end")
 
@@ -214,37 +178,24 @@ def _texts(file: Path, options: ReadOptions) -> Iterator[str]:
         place, is_first = place + len(chunk), is_first and not text
 
 
-def _lines(chunks: Iterator[Any], end: Any) -> Iterator[Any]:
-    """The lines of text or bytes that come in chunks, each with its ``end``."""
-    parts = []  # of a line that goes on, joined only once: it may be longer than many chunks
+def _lines(chunks: Iterator[Any], end: Any, file: Path) -> Iterator[Any]:
+    """The lines of text or bytes that come in chunks, each with its ``end``. UserError where one is too long."""
+    parts, size, number = [], 0, 1  # of a line that goes on, joined only once: it may be longer than many chunks
     for chunk in chunks:
         first, *others = chunk.split(end)
         parts.append(first)
+        size += len(first)
+        if size > _LONGEST:
+            raise UserError(f"{file}, line {number}: a line must have at most {_LONGEST:,} bytes; divide it")
         if others:
             yield end[:0].join(parts) + end
             yield from (line + end for line in others[:-1])
-            parts = others[-1:]
+            parts, size, number = others[-1:], len(others[-1]), number + len(others)
     if last := end[:0].join(parts):
         yield last
 
 
-def _column(names: list[str], key: str, where: str) -> int:
-    if not names:
-        raise UserError(
-            f"{where} has no column {key}, it has none at all; give it a first line that names its columns"
-        )
-    if key not in names:
-        raise UserError(
-            f"{where} has no column {key}; prepare it with --text-key and one of {', '.join(map(str, names))}"
-        )
-    return names.index(key)
-
-
-def _no_text(where: str, key: str, kind: object) -> UserError:
-    return UserError(f"{where}: the column {key} must hold text, got {kind}; set --text-key")
-
-
-def _text_of_line(line: bytes, place: str, options: ReadOptions) -> str:
+def _text_of_line(line: bytes, place: str, options: ReadOptions) -> str | None:
     # Python's json, not msgspec: it reads what Python writes, NaN and halves of surrogate pairs too.
     key = options.text_key
     try:
@@ -259,6 +210,8 @@ def _text_of_line(line: bytes, place: str, options: ReadOptions) -> str:
         keys = ", ".join(value) if isinstance(value, dict) else f"got {type(value).__name__}"
         raise UserError(f"{place} has no key {key} ({keys}); correct the line, or prepare it with another --text-key")
     text = value[key]
+    if text is None:
+        return None
     if not isinstance(text, str):
         raise UserError(f"{place}: {key} must be a string, got {type(text).__name__}; correct the line")
     try:

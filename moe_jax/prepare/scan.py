@@ -80,21 +80,25 @@ class HeldOut:
                 continue
             kept = self.cut[1] - seen
             seen += len(piece.text)
-            if kept >= len(piece.text):
-                yield "train", piece._replace(is_last=kept == len(piece.text))
+            left = kept - len(piece.text)
+            if left >= 0:
+                yield "train", piece._replace(is_last=left == 0, after=piece.after[:left])
             elif kept <= 0:
-                yield "val", piece._replace(is_first=kept == 0)
+                yield "val", piece._replace(is_first=kept == 0, before=piece.before[kept:] if kept else "")
             else:
-                yield "train", piece._replace(text=piece.text[:kept], is_last=True)
-                yield "val", piece._replace(text=piece.text[kept:], is_first=True)
+                yield "train", piece._replace(text=piece.text[:kept], is_last=True, after="")
+                yield "val", piece._replace(text=piece.text[kept:], is_first=True, before="")
 
 
-def hold_out(scan: InputScan, val_fraction: float, val_documents: int | None, corpus: str) -> HeldOut:
+def hold_out(
+    scan: InputScan, val_fraction: float, val_documents: int | None, corpus: str, *, or_nothing: bool = False
+) -> HeldOut:
     """What is held out of the documents in ``scan``: the same whatever the order of files.
 
     Whole documents, in the order of the hashes of their names: ``val_documents`` of them, or each that brings the
     share of characters nearer to ``val_fraction``, never all. Where that does not come within a factor of two of it,
-    as with a single document, the longest one is cut instead and its end held out.
+    as with a single document, the longest one is cut instead and its end held out. UserError where it is too short
+    to be cut, unless it may be ``or_nothing``.
     """
     sizes, order = scan.sizes, scan.order
     is_val = np.zeros(len(sizes), bool)
@@ -120,6 +124,8 @@ def hold_out(scan: InputScan, val_fraction: float, val_documents: int | None, co
     longest = int(order[np.argmax(sizes[order])])  # of documents of the same length the first in the order
     size = int(sizes[longest])
     if not 0 < round(wanted) < size:
+        if or_nothing:
+            return HeldOut(is_val)
         raise UserError(
             f"the fraction {val_fraction} to validate on leaves nothing to train on or to validate in the {size} "
             f"characters of the longest document of {corpus}; give more text or change the fraction"
@@ -187,7 +193,9 @@ def _shown(pieces: Iterable[Piece], bar: Progress) -> Iterator[Piece]:
             bar.update(done, f"{done / 1e6:,.0f} M characters")
 
 
-def scan_corpus(corpus: CorpusSources, config: PrepareConfig, bar: Progress) -> CorpusPlan:
+def scan_corpus(
+    corpus: CorpusSources, config: PrepareConfig, bar: Progress, *, or_nothing: bool = False
+) -> CorpusPlan:
     """The first pass over a corpus. UserError where something in it cannot be read or has no text."""
     stamps = corpus.stamps()
     train, val = InputScan(config.seed), InputScan(config.seed)
@@ -196,7 +204,7 @@ def scan_corpus(corpus: CorpusSources, config: PrepareConfig, bar: Progress) -> 
         (train, corpus.train, config.max_documents),
         (val, corpus.val, config.val_documents),
     ):
-        documents = Documents(sources, corpus.options, limit)
+        documents = Documents(sources, dataclasses.replace(corpus.options, notes=corpus.notes), limit)
         for piece in _shown(documents, bar):
             scan.add(piece)
         for source in documents.empty_sources:
@@ -208,10 +216,12 @@ def scan_corpus(corpus: CorpusSources, config: PrepareConfig, bar: Progress) -> 
             )
         if documents.empty_sources:
             print(f"{len(documents.empty_sources)} files of {corpus.name} without text are left out", file=sys.stderr)
+    if said := str(corpus.notes):
+        print(f"note: {corpus.name}: {said}", file=sys.stderr)
     if corpus.val:
         held_out = HeldOut(np.zeros(train.num_documents, bool))
     else:
-        held_out = hold_out(train, config.val_fraction, config.val_documents, corpus.name)
+        held_out = hold_out(train, config.val_fraction, config.val_documents, corpus.name, or_nothing=or_nothing)
     return CorpusPlan(corpus, stamps, train, val, held_out)
 
 

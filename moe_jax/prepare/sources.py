@@ -4,6 +4,8 @@ import glob
 import hashlib
 import os
 import re
+import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,12 @@ from typing import NamedTuple
 
 from moe_jax.data.pieces import PIECE, in_pieces
 from moe_jax.errors import UserError
-from moe_jax.prepare.formats import READERS, Part, ReadOptions, read_hub, read_play, reader_of
+from moe_jax.prepare.formats import READERS, format_of, read_play, reader_of
+from moe_jax.prepare.options import Notes, Part, ReadOptions
 from moe_jax.prepare.plays import PLAYS, find_plays
 from moe_jax.prepare.settings import PrepareConfig
+from moe_jax.prepare.tables import read_hub
+from moe_jax.prepare.walk import glob_files, walk
 
 DEFAULT_CORPUS = "text"
 HUB = "hf:"
@@ -40,6 +45,14 @@ class Source:
         # A file that was named, whatever its suffix: text unless the suffix says another format.
         return (reader_of(Path(self.path)) or READERS[".txt"])(Path(self.path), options)
 
+    def identity(self) -> tuple:
+        """Equal for two names of the same file, or of the same part of a data set."""
+        if self.path.startswith(HUB):
+            name, _, split = self.path.removeprefix(HUB).partition(":")
+            return HUB, name, split or "train"
+        found = os.stat(self.path)
+        return found.st_dev, found.st_ino
+
     def sha256(self) -> str | None:
         """Of the file's bytes; None for a data set of the hub."""
         if self.path.startswith(HUB):
@@ -57,6 +70,8 @@ class CorpusSources:
     options: ReadOptions
     weight: float | None
     """Share in training; None: by its number of tokens."""
+    notes: Notes
+    """What was left out on the way to these sources."""
 
     def stamps(self) -> list[tuple[int, int]]:
         """Size and time of change of each file."""
@@ -85,25 +100,53 @@ def find_corpora(config: PrepareConfig) -> list[CorpusSources]:
             )
     if "tokenizer" in inputs:
         raise UserError("a corpus cannot be called tokenizer, which is a folder of its own; choose another name")
-    for name, paths in inputs.items():
-        both = {os.path.realpath(path) for path in paths} & {os.path.realpath(p) for p in val_inputs.get(name, [])}
-        if both:
-            raise UserError(f"--val-input and --input of {name} both name {min(both)}; validate on other text")
     if weights and set(weights) != set(inputs):
         missing = sorted(set(inputs) - set(weights))
         raise UserError(
             f"--weights must be NAME=NUMBER for every corpus, and lacks {', '.join(missing) or 'the names'}; add them"
         )
+    notes = {name: Notes() for name in inputs}
+    keys = {name: text_keys.get(name, text_keys.get("", "text")) for name in inputs}
+    train = {name: _sources(paths, keys[name], notes[name]) for name, paths in inputs.items()}
+    val = {name: _sources(val_inputs.get(name, []), keys[name], notes[name]) for name in inputs}
+    _keep_apart(train, val, notes)
     return [
         CorpusSources(
             name=name,
-            train=_sources(paths),
-            val=_sources(val_inputs.get(name, [])),
-            options=ReadOptions(text_keys.get(name, text_keys.get("", "text")), config.separator, config.errors),
+            train=tuple(train[name].values()),
+            val=tuple(val[name].values()),
+            options=ReadOptions(keys[name], config.separator, config.errors),
             weight=_weight(name, weights[name]) if weights else None,
+            notes=notes[name],
         )
-        for name, paths in inputs.items()
+        for name in inputs
     ]
+
+
+_Sources = dict[tuple, Source]
+"""By their identities and the key of their texts: what two of them have in common is one text under two names."""
+
+
+def _keep_apart(train: dict[str, _Sources], val: dict[str, _Sources], notes: dict[str, Notes]) -> None:
+    """Takes what any corpus validates on out of what is trained on. UserError where it was named, or two share it."""
+    validated = {identity: (name, source) for name, found in val.items() for identity, source in found.items()}
+    corpus_of: dict[tuple, str] = {}
+    for name, found in train.items():
+        for identity in [identity for identity in found if identity in validated]:
+            val_name, source = validated[identity]
+            if found[identity].is_chosen or len(found) == 1:
+                raise UserError(
+                    f"--val-input and --input of {name} both name {source.path}"
+                    f"{'' if name == val_name else f' (validated on by {val_name})'}; validate on other text"
+                )
+            notes[name].add("files that are validated on, left out of training", found.pop(identity).path)
+        for identity, source in found.items():
+            other = corpus_of.setdefault(identity, name)
+            if other != name:
+                raise UserError(
+                    f"the corpora {other} and {name} both have {source.path}, so that one would train on what the "
+                    "other holds out; leave it out of one"
+                )
 
 
 def _by_corpus(inputs: Iterable[str]) -> dict[str, list[str]]:
@@ -139,16 +182,22 @@ def _weight(name: str, value: str) -> float:
     return float(value)
 
 
-def _sources(paths: Iterable[str]) -> tuple[Source, ...]:
-    found = [source for path in paths for source in _find(path)]
-    names = [source.name for source in found]
-    twice = sorted(name for name in set(names) if names.count(name) > 1)
-    if twice:
-        raise UserError(f"the inputs have two sources called {twice[0]}; name their common folder, or rename one")
-    return tuple(found)
+def _sources(paths: Iterable[str], text_key: str, notes: Notes) -> _Sources:
+    found: _Sources = {}
+    for source in (source for path in paths for source in _find(path, notes)):
+        known = found.setdefault((text_key, *source.identity()), source)
+        if known is source:
+            continue
+        if known.is_chosen and source.is_chosen and known.name == source.name:
+            raise UserError(f"the inputs have two sources called {source.name}, which are the same; leave one out")
+        notes.add("files under a second name, counted once", source.path)
+    (name, number), *_ = Counter(source.name for source in found.values()).most_common(1) or [("", 0)]
+    if number > 1:
+        raise UserError(f"the inputs have two sources called {name}; name their common folder, or rename one")
+    return found
 
 
-def _find(path: str) -> list[Source]:
+def _find(path: str, notes: Notes) -> list[Source]:
     if not path:
         raise UserError("an input is an empty name, as of a variable that is not set; name a file, a folder or a glob")
     if path == PLAYS:
@@ -156,31 +205,38 @@ def _find(path: str) -> list[Source]:
     if path.startswith(HUB):
         return [Source(path, path, True)]
     if not Path(path).exists() and glob.has_magic(path):
-        files = sorted(Path(file) for file in glob.glob(path, recursive=True) if Path(file).is_file())
+        files = sorted(glob_files(path, notes))
         if not files:
             raise UserError(f"the input {path} matches no file; change the pattern")
-        return [Source(str(file), str(file), False) for file in files]
+        return [_file(str(file), file) for file in files]
     if not Path(path).exists():
         raise UserError(f"the input {path} does not exist; name a file, a folder, a glob or hf:DATASET")
     if not Path(path).is_dir():
-        if Path(path).suffix.lower() in _NOT_TEXT:
+        if not Path(path).is_file():
+            raise UserError(
+                f"the input {path} is a pipe or a device, which cannot be read twice; write it to a file and name that"
+            )
+        if format_of(Path(path)) in _NOT_TEXT:
             raise UserError(f"the input {path} is of no known format ({', '.join(READERS)}); convert or unpack it")
-        return [Source(Path(path).name, path, True)]
-    files = sorted(file for file in _walk(Path(path)) if file.is_file() and reader_of(file))
+        return [_file(Path(path).name, Path(path), is_chosen=True)]
+    files = (place / name for place, names in walk(Path(path), notes) for name in names if reader_of(Path(name)))
+    files = sorted(file for file in files if file.is_file() or notes.add("no regular files, left out", str(file)))
     if not files:
         kinds = ", ".join(READERS)
         raise UserError(f"the input {path} holds no file of a known format ({kinds}); name a folder that has text")
-    return [Source(str(file.relative_to(path)), str(file), False) for file in files]
+    for file in filter(Path.is_symlink, files):
+        notes.add("links followed", str(file))
+    return [_file(str(file.relative_to(path)), file) for file in files]
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    """All files in ``folder``. OSError where a folder in it cannot be read, which would leave text out unseen."""
+def _file(name: str, file: Path, *, is_chosen: bool = False) -> Source:
+    """The source that is ``file``, even if it is called hf:x.txt or plays:x.txt."""
+    name, path = (f"./{text}" if text.startswith((HUB, PLAYS)) else text for text in (name, str(file)))
+    return Source(name, path, is_chosen)
 
-    def fail(error: OSError) -> None:
-        raise error
 
-    for place, _, names in os.walk(folder, onerror=fail):
-        yield from (Path(place) / name for name in names)
+_AROUND = 256
+"""Characters of the pieces before and after that a piece has with it."""
 
 
 class Piece(NamedTuple):
@@ -193,6 +249,9 @@ class Piece(NamedTuple):
     text: str
     is_first: bool
     is_last: bool
+    before: str = ""
+    after: str = ""
+    """Some text of the document around the piece."""
 
 
 class Documents:
@@ -216,11 +275,12 @@ class Documents:
                     continue
                 # The only document of a file has the file's name.
                 name = f"{source.name}#{in_source}" if in_source else source.name
-                is_first = True
+                around, is_first = "", True
                 for piece in pieces:
-                    yield Piece(index, name, before, is_first, False)
-                    before, is_first = piece, False
-                yield Piece(index, name, before, is_first, True)
+                    yield Piece(index, name, before, is_first, False, around, piece[:_AROUND].rstrip())
+                    # A tokenizer may treat white space at an end otherwise.
+                    around, before, is_first = before[-_AROUND:].lstrip(), piece, False
+                yield Piece(index, name, before, is_first, True, around)
                 index, in_source = index + 1, in_source + 1
             if not in_source:
                 self.empty_sources.append(source)
@@ -249,8 +309,9 @@ def _unless_blank(pieces: Iterator[str]) -> Iterator[str]:
     """``pieces``, unless all are white space; those before the first that is not are held back until it comes."""
     held = []
     for piece in pieces:
-        held.append(piece)
         if piece.strip():
-            yield from held
+            yield from (zlib.decompress(blank).decode() for blank in held)
+            yield piece
             yield from pieces
             return
+        held.append(zlib.compress(piece.encode(), 1))  # there may be gigabytes of it

@@ -45,12 +45,16 @@ def evaluate(
 ) -> dict[str, Evaluation]:
     """Scores every token of the ``name`` split of each corpus once, without noise, dropout or drops, by corpus.
 
+    A corpus of which there is nothing to score is not in it.
+
     Rows are those of ``evaluation_batches``. With ``max_tokens`` only about that many, of each corpus its share.
     """
     splits = data.splits(name)
     total = sum(split.num_tokens for split in splits)
     found = {}
     for corpus, split in zip(data.corpora, splits, strict=True):
+        if split.num_tokens < 2:  # the first one is scored by none
+            continue
         batches = evaluation_batches(
             split,
             data.tokenizer,

@@ -93,6 +93,25 @@ def test_a_text_is_delimited_and_split_as_the_runs_was(small, tmp_path):
     assert every["bits_per_byte"] == pytest.approx(every["loss"] * every["tokens"] / (60 * len(VERSE) * math.log(2)))
 
 
+def test_a_short_text_is_scored_and_the_part_that_is_scored_is_named(finished, tmp_path, capsys):
+    text, prepared = tmp_path / "q.txt", tmp_path / "prepared"
+    text.write_text("the lazy dog jumps over the quick fox now")
+    assert scores_of(finished, str(text), "all", "best")["tokens"] == 41
+    assert capsys.readouterr().err == f"note: scoring {text}: all of it\n"
+    scores_of(finished, str(text), "val", "best")
+    assert capsys.readouterr().err == f"note: scoring {text}: the val split, 5 of 43 tokens\n"
+    # A test set, whose training part is there only because every folder has one.
+    (tmp_path / "few.txt").write_text("a")
+    inputs = {"input": (str(tmp_path / "few.txt"),), "val_input": (str(text),), "tokenizer": str(finished.tokenizer)}
+    prepare_folder(PrepareConfig(**inputs, out=str(prepared)))
+    assert scores_of(finished, str(prepared), "val", "best")["tokens"] == 41
+    assert scores_of(finished, str(prepared), "train", "best")["tokens"] == 1
+    # Nothing can be held out of one character.
+    assert scores_of(finished, str(tmp_path / "few.txt"), "all", "best")["tokens"] == 1
+    with pytest.raises(UserError, match=r"few.txt has no token to score in val; give more text, or set --split all"):
+        scores_of(finished, str(tmp_path / "few.txt"), "val", "best")
+
+
 def test_a_text_that_has_changed_since_is_refused(finished, change, tmp_path):
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(finished.path, run.path)

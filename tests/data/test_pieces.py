@@ -1,5 +1,6 @@
 """Long documents in pieces."""
 
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -58,6 +59,14 @@ def test_the_tokens_of_pieces_are_those_of_the_whole(spec):
 ])  # fmt: skip
 def test_a_safe_cut_is_at_a_single_space_or_line_end(text, size, pieces):
     assert list(in_pieces([text], size)) == pieces
+
+
+@pytest.mark.parametrize("text", [" ", "a  ", "a\n\n", "a"])
+def test_texts_without_a_safe_place_are_cut_in_linear_time(text):
+    start = time.process_time()
+    pieces = list(in_pieces([text * ((1 << 20) // len(text) + 1)]))
+    assert len(pieces) >= 4
+    assert time.process_time() - start < 2, "a search of the whole piece from each place takes seven seconds"
 
 
 def test_runs_of_spaces_longer_than_a_regular_expression_can_take():

@@ -2,9 +2,13 @@
 
 import base64
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -132,12 +136,23 @@ def test_the_exported_tokenizer_gives_the_same_ids(folder, text):
 
 
 def test_the_exported_tokenizer_of_a_large_vocabulary():
-    import tokenizers
-
     gpt2 = build_tokenizer("gpt2", ())
     exported = tokenizers.Tokenizer.from_str(json.dumps(to_hugging_face(gpt2)))
     text = " ".join(TEXTS) + HARD.replace("<|endoftext|>", "") + "antidisestablishmentarianism 0xdeadbeef ... !!! "
     assert exported.encode(text).ids == gpt2.encode(text).tolist()
+
+
+def test_tokens_of_long_runs_are_exported_in_little_memory():
+    text = "A" * 8000
+    tokenizer = build_tokenizer("bpe:300", [text])
+    assert max(map(len, tokenizer.ranks)) > 4000
+    tracemalloc.start()
+    exported = to_hugging_face(tokenizer)
+    assert tracemalloc.get_traced_memory()[1] < 10e6, "every division of the longest token has 80 MB"
+    tracemalloc.stop()
+    same = tokenizers.Tokenizer.from_str(json.dumps(exported))
+    for part in (text, text[:3001]):
+        assert same.encode(part).ids == tokenizer.encode(part).tolist()
 
 
 def test_a_foreign_tokenizer_without_an_end_of_text_is_refused(folder, tmp_path):
@@ -161,6 +176,48 @@ def test_specials_of_a_foreign_tokenizer_are_parsed_by_its_own_spelling(folder, 
     assert found == [foreign.spellings["</s>"], foreign.spellings["<|user|>"]]
     assert document_end(foreign) == foreign.spellings["</s>"]
     assert foreign.decode(ids.tolist()) == "a</s>b<|user|><|endoftext|>"
+
+
+def foreign(folder, tokenizer):
+    """``tokenizer``, one of Hugging Face's library, as a preparation opens it."""
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    return build_tokenizer(str(folder), ())
+
+
+END = [["<unk>", 0.0], ["</s>", 0.0]]
+LETTERS = [[letter, -3.0] for letter in "▁</s>ab"]
+
+
+@pytest.mark.parametrize("special", [True, False, None])
+@pytest.mark.parametrize("model", ["pairs", "unigram"])
+def test_the_spelling_of_a_foreign_end_of_text_is_text(tmp_path, model, special):
+    if model == "pairs":
+        vocabulary = {name: index for index, (name, _) in enumerate([*END, *LETTERS])}
+        other = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], ignore_merges=True))
+    else:
+        other = tokenizers.Tokenizer(tokenizers.models.Unigram([(name, score) for name, score in END + LETTERS], 0))
+    other.decoder = tokenizers.decoders.Fuse()
+    if special is not None:
+        other.add_tokens([tokenizers.AddedToken("</s>", special=special)])
+    tokenizer = foreign(tmp_path, other)
+    for text in ("a</s>b", "</s>", "</s></s>"):
+        ids = tokenizer.encode(text).tolist()
+        assert document_end(tokenizer) not in ids
+        assert tokenizer.decode(ids) == text
+    parsed = encode_with_specials(tokenizer, "a</s>b").tolist()
+    assert parsed == [*tokenizer.encode("a"), document_end(tokenizer), *tokenizer.encode("b")]
+
+
+def test_a_foreign_tokenizer_without_an_unknown_token_says_what_it_cannot_encode(tmp_path):
+    tokenizer = foreign(tmp_path, tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "a": 1}, "none")))
+    with pytest.raises(UserError, match="the tokenizer cannot encode a text"):
+        tokenizer.encode("b")
+
+
+def test_a_foreign_tokenizer_drops_no_merges(tmp_path):
+    pairs = {"model": tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2, "</s>": 3}, [("a", "b")], dropout=0.5)}
+    tokenizer = foreign(tmp_path, tokenizers.Tokenizer(**pairs))
+    assert {tuple(tokenizer.encode("ab").tolist()) for _ in range(50)} == {(2,)}
 
 
 def test_delimiters_need_their_tokens():

@@ -14,14 +14,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
+import tokenizers.normalizers
+import tokenizers.pre_tokenizers
+import tokenizers.processors
 
 from moe_jax.config import DataConfig
 from moe_jax.data import dataset
 from moe_jax.data.dataset import open_dataset
+from moe_jax.data.pieces import in_pieces
 from moe_jax.data.tokenizer import document_start
 from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.prepare import encode, folder, shards
+from moe_jax.prepare import encode, folder, shards, sources
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.settings import PrepareConfig
@@ -395,6 +402,44 @@ def test_names_of_files_that_are_no_unicode(config, tmp_path):
     data = prepare_folder(replace(config, input=(str(tmp_path / "texts"),), val_documents=1))
     assert data.splits("train")[0].num_documents == 2
     assert find_or_prepare(DataConfig(path=str(tmp_path / "texts"), tokenizer="byte"), tmp_path / "made")
+
+
+def prefix_adding(kind):
+    """A tokenizer of Hugging Face's library that puts a space before a text."""
+    if kind == "byte level":
+        other = tokenizers.Tokenizer(
+            tokenizers.models.BPE({c: i for i, c in enumerate([*"abcĠĊ.", "Ġa", "</s>"])}, [("Ġ", "a")])
+        )
+        other.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+        other.decoder = tokenizers.decoders.ByteLevel()
+        other.post_processor = tokenizers.processors.ByteLevel()
+    else:
+        other = tokenizers.Tokenizer(
+            tokenizers.models.BPE({c: i for i, c in enumerate([*"abc▁\n.", "▁a", "</s>"])}, [("▁", "a")])
+        )
+        other.decoder = tokenizers.decoders.Metaspace()
+        if kind == "metaspace":
+            other.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+        else:
+            replace = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+            other.normalizer = tokenizers.normalizers.Sequence(replace)
+    return other
+
+
+@pytest.mark.parametrize("kind", ["byte level", "metaspace", "prepend"])
+def test_pieces_have_the_tokens_of_their_whole_document(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(sources, "PIECE", 40)
+    monkeypatch.setattr(sources, "_AROUND", 12)
+    monkeypatch.setattr(sources, "in_pieces", lambda chunks: in_pieces(chunks, 40))
+    (tmp_path / "tokenizer.json").write_text(prefix_adding(kind).to_str())
+    text = "a ba ca.\nab a\n\nbc  a\n" * 50 + "abc" * 60
+    data = made(tmp_path, text, tokenizer=str(tmp_path / "tokenizer.json"), val_fraction=0.3)
+    cut = len(text) - round(0.3 * len(text))
+    for split, part in zip(splits_of(data), (text[:cut], text[cut:]), strict=True):
+        ids = split.stream().read(1, split.num_tokens).tolist()
+        assert ids == data.tokenizer.encode(part).tolist()
+        assert split.num_bytes == len(part)
+        assert (split.num_unknown > 0) == (kind == "byte level"), "its added space stays in the text"
 
 
 UNIGRAM = {"type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["a", -1.0], ["b", -1.0]]}
