@@ -18,6 +18,7 @@ from moe_jax.runs.opened import open_run
 from moe_jax.sampling.api import load_engine
 from moe_jax.training.loop import Loop
 from moe_jax.training.observers import Observer
+from tests import tiny as runs
 from tests.oracles.texts import VERSE
 
 
@@ -86,17 +87,20 @@ def test_a_finished_run_says_so_and_can_be_extended(tiny, finished, change, tmp_
     np.testing.assert_allclose(column(run, "train/learning_rate")[36], 1e-3, rtol=1e-5)
 
 
-def test_a_finished_run_without_pictures_of_its_end_gets_them(tiny, finished, tmp_path):
+def test_a_finished_run_without_pictures_of_its_end_gets_them(tiny, finished, tmp_path, monkeypatch):
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(finished.path, run.path)
-    picture = run.loss_curve.read_bytes()
     run.loss_curve.unlink()  # as if it had been killed before it drew them
     train(tiny, run.path)
-    assert run.loss_curve.read_bytes() == picture
+    picture = run.loss_curve.read_bytes()
     run.loss_curve.write_bytes(b"of an earlier step")
     os.utime(run.loss_curve, (0, 0))
-    train(tiny, run.path)
+    ended = []
+    monkeypatch.setattr(training, "end_what_was_left", lambda *arguments: ended.append(arguments[1:]))
+    train(runs.change(tiny, train={"trackers": ("mlflow",)}), run.path)
     assert run.loss_curve.read_bytes() == picture
+    ((_, step, files),) = ended
+    assert (step, files) == (30, [run.loss_curve, run.expert_load])
 
 
 def test_a_run_stops_when_its_patience_ends(small, tmp_path, capsys):

@@ -153,6 +153,7 @@ def test_a_database_has_its_name_once_its_tables_are_there(tmp_path, monkeypatch
             self.file = Path(tracking_uri.removeprefix("sqlite:///"))
 
         def search_experiments(self, max_results):
+            assert self.file.name != database.name
             assert not database.exists()
             assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".mlflow")] == []
             self.file.write_text("tables")
