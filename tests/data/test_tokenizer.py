@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 import tokenizers.decoders
 import tokenizers.models
+import tokenizers.pre_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -195,7 +196,7 @@ def test_the_spelling_of_a_foreign_end_of_text_is_text(tmp_path, model, special)
         other = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], ignore_merges=True))
     else:
         other = tokenizers.Tokenizer(tokenizers.models.Unigram([(name, score) for name, score in END + LETTERS], 0))
-    other.decoder = tokenizers.decoders.Fuse()
+    other.pre_tokenizer, other.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
     if special is not None:
         other.add_tokens([tokenizers.AddedToken("</s>", special=special)])
     tokenizer = foreign(tmp_path, other)
