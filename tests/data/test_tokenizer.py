@@ -1,6 +1,7 @@
 """Tokenizers: round trips, special text, folders, published ones."""
 
 import json
+import os
 import tracemalloc
 
 import numpy as np
@@ -218,6 +219,12 @@ def test_a_foreign_tokenizer_drops_no_merges(tmp_path):
     pairs = {"model": tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2, "</s>": 3}, [("a", "b")], dropout=0.5)}
     tokenizer = foreign(tmp_path, tokenizers.Tokenizer(**pairs))
     assert {tuple(tokenizer.encode("ab").tolist()) for _ in range(50)} == {(2,)}
+
+
+def test_a_tokenizer_that_cannot_be_read_twice_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        build_tokenizer(str(tmp_path / "fifo"), ())
 
 
 def test_delimiters_need_their_tokens():
