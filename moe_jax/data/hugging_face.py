@@ -88,6 +88,15 @@ class HuggingFaceTokenizer:
             ids = self._as_text([index for index, at in zip(encoding.ids, starts, strict=True) if at in place])
         return ids, comes_back
 
+    def is_local(self, before: str, after: str) -> bool:
+        """Whether the tokens of ``after`` are the same wherever the text before it begins: not in long runs."""
+        found = []
+        for text in (before, before[1:]):
+            encoding, place = self._encoding(text + after), len(text)
+            tokens = zip(encoding.ids, encoding.offsets, strict=True)
+            found.append([(index, start - place) for index, (start, _) in tokens if start >= place])
+        return found[0] == found[1]
+
     def _encoding(self, text: str) -> Any:
         try:
             return self._tokenizer.encode(text, add_special_tokens=False)

@@ -17,7 +17,7 @@ import numpy as np
 from moe_jax.data.hugging_face import HuggingFaceTokenizer
 from moe_jax.data.tokenizer import Tokenizer, document_end, document_start, split_specials
 from moe_jax.data.tokenizer_file import load_tokenizer
-from moe_jax.prepare.sources import Piece
+from moe_jax.prepare.sources import AROUND, Piece
 
 _TASK_CHARACTERS = 1 << 19
 _WAITING_TASKS = 3
@@ -94,8 +94,12 @@ def _encode_piece(piece: Piece, tokenizer: Tokenizer, *, parse_specials: bool) -
         num_bytes += len(part.encode())
         if isinstance(tokenizer, HuggingFaceTokenizer):
             # Normalizers and vocabularies without all bytes lose text, and nothing in the file says so.
-            around = before if index == 0 else "", after if index == len(parts) - 1 else ""
-            ids, comes_back = tokenizer.encode_within(around[0], part, around[1])
+            left = before if index == 0 else ""
+            right = after if index == len(parts) - 1 else ""
+            # Where a cut is in a run of one character, the two pieces would not agree on the token that crosses it.
+            left = left if tokenizer.is_local(left, part[:AROUND].rstrip()) else ""
+            right = right if tokenizer.is_local(part[-AROUND:].lstrip(), right) else ""
+            ids, comes_back = tokenizer.encode_within(left, part, right)
             num_lost += not comes_back
         else:
             ids = tokenizer.encode(part)

@@ -207,7 +207,7 @@ def _text_of_line(line: bytes, place: str, options: ReadOptions) -> str | None:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place} is not JSON ({error}); every line must be one object") from None
     if not isinstance(value, dict) or key not in value:
-        keys = ", ".join(value) if isinstance(value, dict) else f"got {type(value).__name__}"
+        keys = ", ".join(itertools.islice(value, 20)) if isinstance(value, dict) else f"got {type(value).__name__}"
         raise UserError(f"{place} has no key {key} ({keys}); correct the line, or prepare it with another --text-key")
     text = value[key]
     if text is None:

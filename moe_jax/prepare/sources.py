@@ -235,7 +235,7 @@ def _file(name: str, file: Path, *, is_chosen: bool = False) -> Source:
     return Source(name, path, is_chosen)
 
 
-_AROUND = 256
+AROUND = 256
 """Characters of the pieces before and after that a piece has with it."""
 
 
@@ -277,9 +277,9 @@ class Documents:
                 name = f"{source.name}#{in_source}" if in_source else source.name
                 around, is_first = "", True
                 for piece in pieces:
-                    yield Piece(index, name, before, is_first, False, around, piece[:_AROUND].rstrip())
+                    yield Piece(index, name, before, is_first, False, around, piece[:AROUND].rstrip())
                     # A tokenizer may treat white space at an end otherwise.
-                    around, before, is_first = before[-_AROUND:].lstrip(), piece, False
+                    around, before, is_first = before[-AROUND:].lstrip(), piece, False
                 yield Piece(index, name, before, is_first, True, around)
                 index, in_source = index + 1, in_source + 1
             if not in_source:

@@ -82,6 +82,8 @@ def spec_by_content(spec: str) -> str:
 
 
 def _content(file: Path) -> bytes:
+    if file.exists() and not file.is_file():
+        raise UserError(f"the tokenizer {file} is a pipe or a device, which cannot be read twice; name a file")
     try:
         return read_bytes(file, MOST_BYTES_OF_MANY)
     except FileNotFoundError:

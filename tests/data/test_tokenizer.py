@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 import tracemalloc
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import tokenizers
 import tokenizers.decoders
 import tokenizers.models
+import tokenizers.pre_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -196,7 +198,7 @@ def test_the_spelling_of_a_foreign_end_of_text_is_text(tmp_path, model, special)
         other = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], ignore_merges=True))
     else:
         other = tokenizers.Tokenizer(tokenizers.models.Unigram([(name, score) for name, score in END + LETTERS], 0))
-    other.decoder = tokenizers.decoders.Fuse()
+    other.pre_tokenizer, other.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
     if special is not None:
         other.add_tokens([tokenizers.AddedToken("</s>", special=special)])
     tokenizer = foreign(tmp_path, other)
@@ -218,6 +220,12 @@ def test_a_foreign_tokenizer_drops_no_merges(tmp_path):
     pairs = {"model": tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2, "</s>": 3}, [("a", "b")], dropout=0.5)}
     tokenizer = foreign(tmp_path, tokenizers.Tokenizer(**pairs))
     assert {tuple(tokenizer.encode("ab").tolist()) for _ in range(50)} == {(2,)}
+
+
+def test_a_tokenizer_that_cannot_be_read_twice_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        build_tokenizer(str(tmp_path / "fifo"), ())
 
 
 def test_delimiters_need_their_tokens():

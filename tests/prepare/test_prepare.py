@@ -426,11 +426,32 @@ def prefix_adding(kind):
     return other
 
 
-@pytest.mark.parametrize("kind", ["byte level", "metaspace", "prepend"])
-def test_pieces_have_the_tokens_of_their_whole_document(tmp_path, monkeypatch, kind):
+@pytest.fixture
+def small_pieces(monkeypatch):
     monkeypatch.setattr(sources, "PIECE", 40)
-    monkeypatch.setattr(sources, "_AROUND", 12)
     monkeypatch.setattr(sources, "in_pieces", lambda chunks: in_pieces(chunks, 40))
+    for module in (sources, encode):
+        monkeypatch.setattr(module, "AROUND", 12)
+
+
+def test_pieces_of_a_run_of_one_character_have_all_of_it(tmp_path, small_pieces):
+    runs = {"=" * 2**power: power for power in range(4)} | {"a": 4, "</s>": 5}
+    merges = [(run, run) for run in list(runs)[:3]]
+    other = tokenizers.Tokenizer(tokenizers.models.BPE(runs, merges))
+    other.decoder = tokenizers.decoders.Fuse()
+    (tmp_path / "tokenizer.json").write_text(other.to_str())
+    text = "aaa" + "=" * 1001 + "a" * 100
+    data = made(tmp_path, text, tokenizer=str(tmp_path / "tokenizer.json"), val_fraction=0.02)
+    train, val = splits_of(data)
+    assert (
+        "".join([*documents_of(train, data.tokenizer), *documents_of(val, data.tokenizer)]).replace("</s>", "") == text
+    )
+    assert train.num_unknown == 0
+    assert train.num_tokens < 300
+
+
+@pytest.mark.parametrize("kind", ["byte level", "metaspace", "prepend"])
+def test_pieces_have_the_tokens_of_their_whole_document(tmp_path, small_pieces, kind):
     (tmp_path / "tokenizer.json").write_text(prefix_adding(kind).to_str())
     text = "a ba ca.\nab a\n\nbc  a\n" * 50 + "abc" * 60
     data = made(tmp_path, text, tokenizer=str(tmp_path / "tokenizer.json"), val_fraction=0.3)
