@@ -321,6 +321,29 @@ def test_a_glob_of_one_level_leaves_hidden_names_out(tangle):
     assert len(named.train) == 1
 
 
+@pytest.mark.parametrize(("pattern", "chosen"), [
+    ("d", ["a.txt"]),
+    ("d/**/*.txt", ["a.txt"]),
+    ("d/*/*.txt", None),
+    ("d/r*/g*", None),
+    ("d/run", ["generated_text.txt", "metrics.jsonl"]),
+    ("d/run/*.txt", ["generated_text.txt"]),
+])  # fmt: skip
+def test_a_run_in_a_folder_of_text_is_none(tmp_path, monkeypatch, pattern, chosen):
+    monkeypatch.chdir(tmp_path)
+    texts = ("a.txt", "run/generated_text.txt", "run/metrics.jsonl", "mlflow-artifacts/0/1/sample/1.txt")
+    for name in (*texts, "run/.lock", "mlflow.db"):
+        (tmp_path / "d" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "d" / name).write_text(name)
+    if chosen is None:
+        with pytest.raises(UserError, match="matches no file"):
+            corpora(pattern)
+        return
+    (corpus,) = corpora(pattern)
+    assert [source.path.rpartition("/")[2] for source in corpus.train] == chosen
+    assert ("in run directories or prepared folders, left out: 2 (d/" in str(corpus.notes)) == ("run" not in pattern)
+
+
 @pytest.mark.parametrize("val_input", ["d/val.txt", "d/loop/hard.txt", "d/v*.txt"])
 @pytest.mark.parametrize("pattern", ["d", "d/*.txt"])
 def test_what_is_validated_on_is_left_out_of_training(tangle, pattern, val_input):
