@@ -140,6 +140,18 @@ def test_what_looks_like_a_mistake_is_reported(tmp_path, name, content, options,
     assert re.match(words, str(notes)) if words else not str(notes)
 
 
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.parquet", parquet(["a"])),
+    ("a.txt.gz", gzip.compress(b"a")),
+    ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}')),
+])  # fmt: skip
+def test_any_name_of_a_file_will_do(tmp_path, name, content):
+    file = tmp_path / os.fsdecode(b"[\xff] \\") / os.fsdecode(b"\xff?" + name.encode())
+    file.parent.mkdir()
+    file.write_bytes(content)
+    assert read(file) == ["a"]
+
+
 def test_a_large_parquet_file_is_decoded_a_few_texts_at_a_time(tmp_path, monkeypatch):
     sizes, real = [], pyarrow.parquet.ParquetFile.iter_batches
 
