@@ -1,5 +1,6 @@
 """The documents in a parquet file or a data set of the hub, read in constant memory. Imports no jax."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ def read_parquet(file: Path, options: ReadOptions) -> Iterator[Part]:
     key = options.text_key
     try:
         # Page by page, as row groups may be larger than memory; a page is the least that Arrow reads.
-        with pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20) as table:
+        with (
+            pyarrow.OSFile(os.fsencode(file)) as opened,  # and not by its name, which need not be UTF-8
+            pyarrow.parquet.ParquetFile(opened, pre_buffer=False, buffer_size=1 << 20) as table,
+        ):
             schema, metadata = table.schema_arrow, table.metadata
             _check_text(str(file), key, schema.field(column_index(schema.names, key, str(file))).type)
             column = [metadata.schema.column(index).path for index in range(metadata.num_columns)].index(key)

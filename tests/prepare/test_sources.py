@@ -140,6 +140,18 @@ def test_what_looks_like_a_mistake_is_reported(tmp_path, name, content, options,
     assert re.match(words, str(notes)) if words else not str(notes)
 
 
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.parquet", parquet(["a"])),
+    ("a.txt.gz", gzip.compress(b"a")),
+    ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}')),
+])  # fmt: skip
+def test_any_name_of_a_file_will_do(tmp_path, name, content):
+    file = tmp_path / os.fsdecode(b"[\xff] \\") / os.fsdecode(b"\xff?" + name.encode())
+    file.parent.mkdir()
+    file.write_bytes(content)
+    assert read(file) == ["a"]
+
+
 def test_a_large_parquet_file_is_decoded_a_few_texts_at_a_time(tmp_path, monkeypatch):
     sizes, real = [], pyarrow.parquet.ParquetFile.iter_batches
 
@@ -319,6 +331,29 @@ def test_a_glob_of_one_level_leaves_hidden_names_out(tangle):
     assert "hidden names left out: 1 (d/__MACOSX/x.txt)" in str(corpus.notes)
     (named,) = corpora("d/__MACOSX/*.txt")
     assert len(named.train) == 1
+
+
+@pytest.mark.parametrize(("pattern", "chosen"), [
+    ("d", ["a.txt"]),
+    ("d/**/*.txt", ["a.txt"]),
+    ("d/*/*.txt", None),
+    ("d/r*/g*", None),
+    ("d/run", ["generated_text.txt", "metrics.jsonl"]),
+    ("d/run/*.txt", ["generated_text.txt"]),
+])  # fmt: skip
+def test_a_run_in_a_folder_of_text_is_none(tmp_path, monkeypatch, pattern, chosen):
+    monkeypatch.chdir(tmp_path)
+    texts = ("a.txt", "run/generated_text.txt", "run/metrics.jsonl", "mlflow-artifacts/0/1/sample/1.txt")
+    for name in (*texts, "run/.lock", "mlflow.db"):
+        (tmp_path / "d" / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / "d" / name).write_text(name)
+    if chosen is None:
+        with pytest.raises(UserError, match="matches no file"):
+            corpora(pattern)
+        return
+    (corpus,) = corpora(pattern)
+    assert [source.path.rpartition("/")[2] for source in corpus.train] == chosen
+    assert ("in run directories or prepared folders, left out: 2 (d/" in str(corpus.notes)) == ("run" not in pattern)
 
 
 @pytest.mark.parametrize("val_input", ["d/val.txt", "d/loop/hard.txt", "d/v*.txt"])
