@@ -214,6 +214,20 @@ def test_limits_and_given_validation_files(config, tmp_path):
     assert [split.num_documents for split in splits_of(counted)] == [293, 7]
 
 
+def test_what_was_left_out_is_told_once_in_one_line(tmp_path, capsys):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.jsonl").write_text('{"text": "some words of it"}\n{"text": null}\n' * 9)
+    (texts / ".b.txt").write_text("hidden")
+    config = PrepareConfig(input=(str(texts),), val_input=(f"{texts}/.b.txt",), out=str(tmp_path / "out"))
+    data = prepare_folder(replace(config, tokenizer="byte"))
+    assert [split.num_documents for split in splits_of(data)] == [9, 1]
+    hidden = f"hidden names left out: 1 ({texts}/.b.txt)"
+    assert capsys.readouterr().err == (
+        f"note: text: {hidden}; texts that are null, left out: 9 ({texts}/a.jsonl, line 2)\n"
+    )
+
+
 def test_specials_in_the_text_when_asked(tmp_path):
     (tmp_path / "b.txt").write_text("<|im_start|>yo<|im_end|>")
     settings = {"val_input": (str(tmp_path / "b.txt"),), "parse_specials": True}
