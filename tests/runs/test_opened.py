@@ -66,6 +66,13 @@ def test_damaged_arrays_are_found_when_they_are_asked_for(run):
         opened.restore(PARAMS)
 
 
+def test_arrays_of_another_model_are_refused(run):
+    another = {"params": {"w": jax.ShapeDtypeStruct((4,), jnp.float32)}}
+    words = r"checkpoints/1 is not of the model that .* \(\['params'\]\['w'\] is float32\[8\] there, float32\[4\] here"
+    with pytest.raises(UserError, match=words):
+        open_run(run.path, "best").restore(another)
+
+
 def test_a_checkpoint_that_a_training_has_replaced_meanwhile_is_looked_for_again(run):
     opened = open_run(run.path, "best")
     shutil.rmtree(run.checkpoints / "1")
