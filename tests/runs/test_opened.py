@@ -192,3 +192,13 @@ def test_a_checkpoint_may_be_made_of_links(run, tmp_path):
     run.checkpoints.rename(tmp_path / "store" / "checkpoints")
     run.checkpoints.symlink_to(tmp_path / "store" / "checkpoints")
     assert open_run(run.path, "newest").restore(PARAMS)["params"]["w"][0] == 2
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+def test_sealed_files_that_are_no_arrays_are_one_line(run, name):
+    (run.checkpoints / "2" / "params" / name).write_bytes(b"\xff" * 100)
+    seal(run.checkpoints / "2")
+    with pytest.raises(
+        UserError, match=r"2 cannot be restored, although its checksums are right \([^\n]*\); put a copy"
+    ):
+        open_run(run.path, "newest").restore(PARAMS)

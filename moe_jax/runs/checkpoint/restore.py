@@ -1,5 +1,6 @@
 """The arrays of a checkpoint: their shapes, and reading them."""
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import orbax.checkpoint as ocp
 
 from moe_jax.axes import PyTree
 from moe_jax.errors import UserError
+from moe_jax.runs.checkpoint.faults import quiet_libraries, reason
 from moe_jax.runs.checkpoint.record import Record
 
 
 def restore_items(step_folder: Path, record: Record, items: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The named items of a checkpoint that was found sound; no other file is read.
 
-    ``items`` gives shapes, types and shardings. UserError where they are not those of the checkpoint.
+    ``items`` gives shapes, types and shardings. UserError where they are not those of the checkpoint, or where its
+    files, though sealed, hold no arrays.
     """
     # Orbax would convert types silently.
     changes = [
@@ -27,8 +30,19 @@ def restore_items(step_folder: Path, record: Record, items: Mapping[str, PyTree]
             f"{step_folder} is not of the model that its run's config.json and tokenizer/ describe ({changes[0]}); "
             "put back the ones that it was trained with"
         )
-    with ocp.StandardCheckpointer() as checkpointer:
-        return {name: checkpointer.restore((step_folder / name).absolute(), tree) for name, tree in items.items()}
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return {name: checkpointer.restore((step_folder / name).absolute(), tree) for name, tree in items.items()}
+    except Exception as error:
+        cause = error.__cause__ or error  # Orbax wraps what tensorstore and jax raise in a bare Exception
+        if isinstance(cause, OSError | MemoryError | jax.errors.JaxRuntimeError):
+            raise
+        with quiet_libraries():  # they complain of the parts that nobody waited for
+            gc.collect()
+        raise UserError(
+            f"{step_folder} cannot be restored, although its checksums are right ({reason(cause)}); put a copy of it "
+            "back, or take another checkpoint"
+        ) from None
 
 
 def shapes_of(items: Mapping[str, PyTree]) -> dict[str, str]:
