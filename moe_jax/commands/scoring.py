@@ -116,8 +116,8 @@ def _dataset(opened: OpenedRun, path: str | None) -> Dataset:
         )
     try:
         # The run may be somebody else's: nothing is fetched for what its config.json says.
-        may_fetch = path is not None
-        found = find_or_prepare(data, cache_folder("data"), tokenizer.delimiters, may_fetch=may_fetch, or_nothing=True)
+        of_run = run.tokenizer if path is None else None
+        found = find_or_prepare(data, cache_folder("data"), tokenizer.delimiters, of_run=of_run, or_nothing=True)
     except UserError as error:
         raise UserError(str(error).replace("data.path=", "--data ") if path is not None else str(error)) from None
     if path is None:

@@ -37,7 +37,7 @@ class SplitMeta:
 
     dtype: Annotated[str, msgspec.Meta(pattern="^uint(16|32)$")]
     """Of token ids: uint16 or uint32."""
-    shard_tokens: Annotated[int, msgspec.Meta(ge=1)]
+    shard_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
     num_tokens: Natural
     num_documents: Natural
     num_bytes: Natural

@@ -16,7 +16,7 @@ from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import PLAYS
 from moe_jax.prepare.settings import PrepareConfig
 from moe_jax.prepare.sources import HUB, CorpusSources, find_corpora
-from moe_jax.prepare.tokenizer import build_tokenizer, file_of_spec, spec_by_content
+from moe_jax.prepare.tokenizer import PUBLISHED, build_tokenizer, file_of_spec, spec_by_content
 
 log = logging.getLogger("moe_jax")
 
@@ -26,15 +26,17 @@ def find_or_prepare(
     cache: Path,
     delimiters: Delimiters = "endoftext",
     *,
-    may_fetch: bool = True,
+    of_run: Path | None = None,
     or_nothing: bool = False,
 ) -> Dataset:
     """The prepared folder that ``data`` names, or that of a text, made in ``cache`` unless it is there.
 
     ``delimiters`` are those of a text's documents; a prepared folder has its own. UserError where the text or the
     tokenizer does not exist, before any work, where the folder was prepared with other settings, or where the text is
-    too short to hold something out, unless ``or_nothing`` may be held out of it; without ``may_fetch`` also where a
-    data set of the hub is not in ``cache``.
+    too short to hold something out, unless ``or_nothing`` may be held out of it.
+
+    ``of_run``: the folder of a run's tokenizer, where ``data`` is the run's and not this user's. Then nothing that is
+    not in ``cache`` is fetched: a data set of the hub is a UserError, and that tokenizer stands for a published one.
     """
     if data.path is not None and Path(data.path).is_dir() and is_dataset(Path(data.path)):
         found = open_dataset(Path(data.path))
@@ -57,7 +59,10 @@ def find_or_prepare(
             return open_dataset(folder)
         except UserError as error:  # damaged, but the text to make it from is there
             log.debug(f"{folder} is made again: {error}")
-    if not may_fetch and any(source.path.startswith(HUB) for source in corpus.train):
+    if of_run is not None and config.tokenizer in PUBLISHED:
+        data = dataclasses.replace(data, tokenizer=str(of_run))
+        return find_or_prepare(data, cache, delimiters, of_run=of_run, or_nothing=or_nothing)
+    if of_run is not None and any(source.path.startswith(HUB) for source in corpus.train):
         raise UserError(
             f"the run's text is {data.path}, which is not on this machine and is fetched only for who names it; "
             f"add --data {data.path}"

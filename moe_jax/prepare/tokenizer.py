@@ -53,7 +53,7 @@ def build_tokenizer(spec: str, texts: Iterable[str], delimiters: Delimiters = "e
     if spec.startswith("bpe:"):
         return _train_bpe(spec, texts, delimiters)
     file = file_of_spec(spec)
-    tokenizer = _PUBLISHED[spec](delimiters) if file is None else _read_tokenizer(file, delimiters)
+    tokenizer = PUBLISHED[spec](delimiters) if file is None else _read_tokenizer(file, delimiters)
     for name in (IM_START, IM_END) if delimiters == "chat" else (END_OF_TEXT,):
         if name not in tokenizer.specials:
             raise UserError(
@@ -70,7 +70,7 @@ def needs_texts(spec: str) -> bool:
 
 def file_of_spec(spec: str) -> Path | None:
     """The file that ``spec`` names; None for a name of ours, whatever lies in the working folder."""
-    if needs_texts(spec) or spec == "byte" or spec in _PUBLISHED:
+    if needs_texts(spec) or spec == "byte" or spec in PUBLISHED:
         return None
     return Path(spec) / "tokenizer.json" if Path(spec).is_dir() else Path(spec)
 
@@ -159,7 +159,7 @@ def _cl100k(delimiters: Delimiters) -> BpeTokenizer:
     return BpeTokenizer("cl100k", ranks, pattern, specials, delimiters)
 
 
-_PUBLISHED = {"gpt2": _gpt2, "cl100k": _cl100k}
+PUBLISHED = {"gpt2": _gpt2, "cl100k": _cl100k}
 """OpenAI's, from files that a package ships, or as tiktoken finds or downloads them."""
 
 

@@ -198,14 +198,17 @@ BAD_INPUT = [
     mistake("sample --workdir ''", "--workdir must name a folder, got ''"),
     mistake("sample --workdir s3://bucket/run", "--workdir must be a folder of this machine, got s3://bucket/run;"),
     mistake("sample --workdir corrupt", "corrupt/config.json is corrupt"),
-    mistake("sample --workdir deep", "deep/config.json is corrupt (maximum recursion depth exceeded"),
+    mistake("sample --workdir deep", "deep/config.json is corrupt (it is more than 64 levels deep)"),
     mistake("sample --workdir older", "there is no setting model.embd_dim; did you mean model.embed_dim?"),
     mistake("sample --workdir unfinished", "there is no checkpoint in unfinished/checkpoints"),
     mistake("sample --workdir wordless", "no tokenizer at wordless/tokenizer/tokenizer.json; train the model again"),
     mistake("sample --workdir garbled", "garbled/tokenizer/tokenizer.json is corrupt"),
     mistake("sample --workdir damaged", "the best checkpoint damaged/checkpoints/2 is damaged"),
     mistake("sample --workdir format_1", "format_1/checkpoints/2 must have checkpoint format 2, got 1; use"),
-    mistake("sample --workdir of_bytes", "of_bytes/checkpoints/2 is not of the model that its run's config.json and"),
+    mistake(
+        "sample --workdir of_bytes",
+        "the tokenizer in of_bytes/tokenizer is not the one that the checkpoint was made with",
+    ),
     mistake(
         "sample --workdir runs/tiny --prompt 'The quick brown fox'", "the prompt must fit the context of 16 tokens"
     ),
@@ -286,7 +289,7 @@ BAD_INPUT = [
     mistake(f"{PREPARE} --tokenizer bpe:100", "needs VOCAB in [300, 262144], got 100", real=True),
     mistake(f"{PREPARE} --tokenizer words", "words/tokenizer.json is corrupt (Object missing required field"),
     mistake(f"{PREPARE} --tokenizer folder", "there is no tokenizer at folder/tokenizer.json; name a tokenizer.json"),
-    mistake(f"{PREPARE} --tokenizer deep", "deep/tokenizer.json is not a tokenizer.json (maximum recursion depth"),
+    mistake(f"{PREPARE} --tokenizer deep", "deep/tokenizer.json is not a tokenizer.json (it is more than 64 levels"),
     mistake(f"{PREPARE} --tokenizer gpt2 --delimiters chat", "has no special token <|im_start|>"),
     mistake(f"{PREPARE} --text-key story", "good.jsonl, line 1 has no key story (text)"),
     mistake(f"{PREPARE} --text-key other=text", "--text-key names the corpus other, which --input does not"),

@@ -95,6 +95,7 @@ SPLIT = ("corpora", 0, "train")
     (put("int64", *SPLIT, "dtype"), "is corrupt"),
     (put("object", *SPLIT, "dtype"), "is corrupt"),
     (put(0, *SPLIT, "shard_tokens"), "is corrupt"),
+    (put(2**40, *SPLIT, "shard_tokens"), "is corrupt"),
     (put(-1, *SPLIT, "num_documents"), "is corrupt"),
     (put("6", *SPLIT, "num_tokens"), "is corrupt"),
     (put(None, *SPLIT, "num_bytes"), "is corrupt"),

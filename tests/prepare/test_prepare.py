@@ -29,6 +29,7 @@ from moe_jax.data.tokenizer import document_start
 from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.prepare import encode, folder, shards, sources
+from moe_jax.prepare import tokenizer as making
 from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.settings import PrepareConfig
@@ -334,6 +335,16 @@ def test_texts_are_prepared_once_and_found_by_their_content(stories, tmp_path):
     stories.write_text(json_lines(["Another text. " * 40]))
     assert len({first.fingerprint, other.fingerprint, find_or_prepare(data, cache).fingerprint}) == 3
     assert len(list(cache.iterdir())) == 3
+
+
+def test_a_published_tokenizer_is_not_fetched_for_a_runs_settings(stories, tmp_path, monkeypatch):
+    """The run's own copy gives the same tokens; what was prepared under the name is found under the name."""
+    data, own = DataConfig(path=str(stories), tokenizer="gpt2"), tmp_path / "own"
+    save_tokenizer(build_tokenizer("gpt2", ()), own)
+    here = find_or_prepare(data, tmp_path / "made")
+    monkeypatch.setattr(making, "PUBLISHED", {"gpt2": None})
+    assert find_or_prepare(data, tmp_path / "made", of_run=own).folder == here.folder
+    assert find_or_prepare(data, tmp_path / "other", of_run=own).fingerprint == here.fingerprint
 
 
 def test_unknown_characters_are_counted(tmp_path):

@@ -68,6 +68,13 @@ def test_damaged_arrays_are_found_when_they_are_asked_for(run):
         opened.restore(PARAMS)
 
 
+def test_arrays_of_another_model_are_refused(run):
+    another = {"params": {"w": jax.ShapeDtypeStruct((4,), jnp.float32)}}
+    words = r"checkpoints/1 is not of the model that .* \(\['params'\]\['w'\] is float32\[8\] there, float32\[4\] here"
+    with pytest.raises(UserError, match=words):
+        open_run(run.path, "best").restore(another)
+
+
 @pytest.mark.parametrize(("owner", "name"), [(Found, "check"), (restore, "restore_items")])
 def test_a_checkpoint_that_a_training_removes_meanwhile_is_chosen_anew(run, monkeypatch, owner, name):
     opened, read = open_run(run.path, "best"), getattr(owner, name)
@@ -202,3 +209,13 @@ def test_a_checkpoint_may_be_made_of_links(run, tmp_path):
     run.checkpoints.rename(tmp_path / "store" / "checkpoints")
     run.checkpoints.symlink_to(tmp_path / "store" / "checkpoints")
     assert open_run(run.path, "newest").restore(PARAMS)["params"]["w"][0] == 2
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+def test_sealed_files_that_are_no_arrays_are_one_line(run, name):
+    (run.checkpoints / "2" / "params" / name).write_bytes(b"\xff" * 100)
+    seal(run.checkpoints / "2")
+    with pytest.raises(
+        UserError, match=r"2 cannot be restored, although its checksums are right \([^\n]*\); put a copy"
+    ):
+        open_run(run.path, "newest").restore(PARAMS)

@@ -1,5 +1,6 @@
 """The arrays of a checkpoint: their shapes, and reading them."""
 
+import gc
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,14 +10,15 @@ import orbax.checkpoint as ocp
 from moe_jax.axes import PyTree
 from moe_jax.errors import UserError
 from moe_jax.files import plain_name
-from moe_jax.runs.checkpoint.faults import quiet_libraries
+from moe_jax.runs.checkpoint.faults import quiet_libraries, reason
 from moe_jax.runs.checkpoint.record import Record
 
 
 def restore_items(step_folder: Path, record: Record, items: Mapping[str, PyTree]) -> dict[str, PyTree]:
     """The named items of a checkpoint that was found sound; no other file is read.
 
-    ``items`` gives shapes, types and shardings. UserError where they are not those of the checkpoint.
+    ``items`` gives shapes, types and shardings. UserError where they are not those of the checkpoint, or where its
+    files, though sealed, hold no arrays.
     """
     # Orbax would convert types silently.
     changes = [
@@ -29,12 +31,22 @@ def restore_items(step_folder: Path, record: Record, items: Mapping[str, PyTree]
             f"{step_folder} is not of the model that its run's config.json and tokenizer/ describe ({changes[0]}); "
             "put back the ones that it was trained with"
         )
-    with (
-        quiet_libraries(is_saving=False),
-        plain_name(step_folder) as folder,
-        ocp.StandardCheckpointer() as checkpointer,
-    ):
-        return {name: checkpointer.restore(folder / name, tree) for name, tree in items.items()}
+    try:
+        with (
+            quiet_libraries(is_saving=False),
+            plain_name(step_folder) as folder,
+            ocp.StandardCheckpointer() as checkpointer,
+        ):
+            return {name: checkpointer.restore(folder / name, tree) for name, tree in items.items()}
+    except Exception as error:
+        cause = error.__cause__ or error  # Orbax wraps what tensorstore and jax raise in a bare Exception
+        if isinstance(cause, OSError | MemoryError | jax.errors.JaxRuntimeError):
+            raise
+        gc.collect()  # the parts that nobody waited for complain, while that is kept quiet
+        raise UserError(
+            f"{step_folder} cannot be restored, although its checksums are right ({reason(cause)}); put a copy of it "
+            "back, or take another checkpoint"
+        ) from None
 
 
 def shapes_of(items: Mapping[str, PyTree]) -> dict[str, str]:
