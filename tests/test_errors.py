@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,68 @@ def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
     assert str(cache_folder("data")) == "/home/someone/.cache/moe_jax/data"
+
+
+PRINTS = r"""
+import io, os, sys
+from moe_jax.errors import run, show
+
+def main():
+    if "display" in sys.argv: show("stdout")
+    opened = os.open(os.devnull, os.O_RDONLY)
+    print("f\xfcr \u2192 \udcff", "prompt" + sys.stdin.read(), flush="late" not in sys.argv)
+    print("note \u2192", opened, file=sys.stderr)
+
+run(main)
+"""
+
+
+def streams(shell, *arguments, **environment):
+    """(exit code, standard output, standard error) of a program that prints to both, started as in ``shell``."""
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {shell} "$@"', sys.executable, PRINTS, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
+    return done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "out"), [("latin-1", "f\xfcr \\u2192 \\udcff"), ("ascii", "f\\xfcr \\u2192 \\udcff")]
+)
+def test_what_the_console_cannot_show_is_escaped(encoding, out):
+    assert streams("", PYTHONIOENCODING=encoding) == (0, out + " prompt\n", "note \\u2192 3\n")
+
+
+@pytest.mark.parametrize(
+    ("closed", "has_out", "has_err"),
+    [("<&-", True, True), (">&-", False, True), ("2>&-", True, False), ("<&- >&- 2>&-", False, False)],
+)
+def test_no_file_that_is_opened_takes_the_place_of_a_closed_stream(closed, has_out, has_err):
+    out, err = "f\\xfcr \\u2192 \\udcff prompt\n" * has_out, "note \\u2192 3\n" * has_err
+    assert streams(closed, PYTHONIOENCODING="ascii") == (0, out, err)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("when", ["at once", "late"])
+def test_a_result_that_cannot_be_printed_is_reported_and_a_display_ends_nothing(when):
+    code, _, err = streams(">/dev/full", when, PYTHONUTF8="1")
+    line = "error: No space left on device; free some space and run the same command again\n"
+    assert (code, err.removeprefix("note \xe2\x86\x92 3\n")) == (1, line)
+    assert streams(">/dev/full 2>/dev/full", when, "display")[0] == 0
+
+
+def test_a_terminal_that_is_gone_ends_no_display(monkeypatch):
+    ours, theirs = pty.openpty()
+    with errors._Display(theirs, "w") as screen:
+        assert screen.write(b"seen") == 4
+        assert os.read(ours, 4) == b"seen"
+        os.close(ours)
+        with pytest.raises(OSError):
+            os.write(theirs, b"lost")
+        assert screen.write(memoryview(b"lost")) == 4
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.data.dataset import Dataset, progress_file
-from moe_jax.errors import Interrupted
+from moe_jax.errors import Interrupted, show
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.settings import parse_prepare
 
@@ -32,6 +32,7 @@ def _describe(data: Dataset, out: Path) -> Iterable[str]:
 
 def main() -> None:
     config = parse_prepare(sys.argv[1:])
+    show("stdout")
 
     def stop(signal_number: int, _: Any) -> None:
         raise Interrupted(128 + signal_number)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from moe_jax.cli import parse
 from moe_jax.config.bounds import Count, Range, RunFolder
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, show
 
 
 def _printable(name: str, text: str) -> None:
@@ -56,6 +56,7 @@ def main() -> None:
     # There is nothing to finish yet, and a process that ends while it loads or compiles in other threads may crash.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    show("stdout")
     serve(command)
 
 

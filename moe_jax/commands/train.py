@@ -12,12 +12,13 @@ from moe_jax.commands.startup import use_huge_pages
 from moe_jax.config import Config
 from moe_jax.config.bounds import LocalFolder
 from moe_jax.config.rules import check
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, show
 
 
 def main() -> None:
     config, workdir = parse_train(sys.argv[1:])
     use_huge_pages()
+    show("stdout")
 
     from moe_jax.commands.training import train
 
