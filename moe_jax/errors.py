@@ -1,11 +1,13 @@
 """The user's errors, the exit codes, and the main guard of every command. Imports no jax."""
 
+import contextlib
 import errno
 import io
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
@@ -65,6 +67,9 @@ def run(main: Callable[[], None]) -> None:
         _leave("interrupted before there was anything to save", 130)
     except BrokenPipeError:  # the reader has gone away (`python sample.py | head -1`): nothing is wrong with the run
         sys.exit(0)
+    except MemoryError as error:
+        what = f": {error}" if str(error) else ""
+        _leave(f"memory has run out{what}; free some, or raise the limit (ulimit -v)", 1)
     except OSError as error:
         if error.errno not in _REMEDIES:
             raise
@@ -76,6 +81,19 @@ def run(main: Callable[[], None]) -> None:
             sys.stdout.flush()
         except OSError:  # it is reported; Python would try once more at its end, and exit with 120
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def naming_what_helps(remedy: str) -> Iterator[None]:
+    """Within it a device with too little memory is an EnvironmentFault: the size asked for, and ``remedy``."""
+    try:
+        yield
+    except RuntimeError as error:  # jax's own is one
+        _, is_it, asked = str(error).partition("RESOURCE_EXHAUSTED: ")
+        if not is_it:
+            raise
+        asked = re.sub(r"(\d{6,}) bytes", lambda size: f"{int(size[1]) / 2**20:,.0f} MiB", asked.split("\n")[0])
+        raise EnvironmentFault(f"a device has too little memory: {asked.rstrip('. ')}; {remedy}") from None
 
 
 def _open_streams() -> None:
@@ -126,4 +144,5 @@ def _leave(message: str, exit_code: int) -> NoReturn:
 
 def tell_error(message: str) -> None:
     """Prints ``message`` as one line on standard error."""
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    one_line = re.sub(r"\s*[\n\r]\s*", " ", message.strip())  # names of files keep their spaces
+    print("error: " + one_line, file=sys.stderr, flush=True)

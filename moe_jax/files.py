@@ -198,3 +198,13 @@ def cache_folder(name: str) -> Path:
     """The folder ``name`` under this user's cache folder (``$XDG_CACHE_HOME/moe_jax`` or ``~/.cache/moe_jax``)."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(root) / "moe_jax" / name
+
+
+def make_writable(folder: Path) -> Path:
+    """``folder``, made where it is not there. OSError, which names it, where it cannot be written."""
+    if str(folder).startswith("~"):  # cache_folder's, of a user without a home
+        raise FileNotFoundError(errno.ENOENT, "this user has no home", str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    return folder

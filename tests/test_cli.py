@@ -80,10 +80,18 @@ def test_a_wrong_flag_is_refused_by_its_name(parser, flags, words):
 @pytest.mark.parametrize(
     ("parser", "flags", "words"),
     [
-        (parse_prepare, ["--input", "a b", "--input=c", "--out", "o"], "--input is given twice, as --input 'a b' and "),
+        (
+            parse_prepare,
+            ["--input", "a b", "--input=c", "--out", "o"],
+            "--input is given twice, as --input 'a b' and ",
+        ),
         (parse_prepare, ["--out", "o", "--input", "x", "--out", "o"], "--out is given twice, as --out o and --out o;"),
         (parse_train, ["--config=none.py", "--config", MOE], "--config is given twice, as --config=none.py and --con"),
-        (parse_train, ["--config", MOE, "--data.batch-size", "1", "--data.batch_size", "2"], "and --data.batch_size 2"),
+        (
+            parse_train,
+            ["--config", MOE, "--data.batch-size", "1", "--data.batch_size", "2"],
+            "and --data.batch_size 2",
+        ),
         (parse_train, ["--config", MOE, "--train.no-keep-epochs", "--train.keep-epochs"], "--train.keep-epochs is gi"),
         (parse_sample, ["--stop", "a", "--seed", "1", "--stop", "b"], "as --stop a and --stop b; give it once, with"),
         (EvaluateCommand, ["--split", "val", "--split=all"], "--split is given twice, as --split val and --split=all"),

@@ -4,6 +4,7 @@ import errno
 import os
 import platform
 import pty
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax import errors
-from moe_jax.commands.startup import use_huge_pages
+from moe_jax.commands.startup import check_limits, use_huge_pages
 from moe_jax.files import cache_folder
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,12 @@ def run(error, capsys):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (errors.UserError("a rule,\n got a value"), 2, "error: a rule, got a value\n"),
+        (errors.UserError("a rule,\n got 'a  value'\n"), 2, "error: a rule, got 'a  value'\n"),
+        (
+            MemoryError("no 8 GiB"),
+            1,
+            "error: memory has run out: no 8 GiB; free some, or raise the limit (ulimit -v)\n",
+        ),
         (
             OSError(errno.ENOSPC, "No space left on device", "f"),
             1,
@@ -66,6 +72,68 @@ def test_no_command_imports_what_windows_lacks_before_that(module):
     name = f"{module}.__main__" if (ROOT / module.replace(".", "/")).is_dir() else module
     program = f"import sys, {name}; assert not {{'fcntl', 'moe_jax.files'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes.", "Out of memory allocating 2,048 MiB"),
+        (
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8.00GiB.\n  more",
+            "Out of memory while trying to ",
+        ),
+        (
+            "XLA:TPU: RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.10G of 15.48G hbm.",
+            "Used 17.1",
+        ),
+    ],
+)
+def test_a_device_without_memory_is_one_line_with_the_size_and_what_helps(text, asked):
+    with pytest.raises(errors.EnvironmentFault) as caught, errors.naming_what_helps("lower it"):
+        raise RuntimeError(text)
+    line = str(caught.value)
+    assert line.startswith("a device has too little memory: ")
+    assert asked in line
+    assert line.endswith("; lower it")
+    assert "\n" not in line
+    with pytest.raises(RuntimeError, match="INTERNAL"), errors.naming_what_helps("lower it"):
+        raise RuntimeError("INTERNAL: a fault of ours")
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """The limits of this process, {"RLIMIT_NOFILE": [soft, hard], ...}, which a test may change."""
+    found = {resource.RLIMIT_NOFILE: (1024, 4096), resource.RLIMIT_AS: (-1, -1)}
+    monkeypatch.setattr(resource, "getrlimit", lambda name: found[name])
+    monkeypatch.setattr(resource, "setrlimit", lambda name, both: found.__setitem__(name, both))
+    return found
+
+
+def test_a_low_limit_of_open_files_is_raised_where_that_is_allowed(limits):
+    check_limits()
+    assert limits[resource.RLIMIT_NOFILE] == (1024, 4096)
+    for hard in (4096, -1):
+        limits[resource.RLIMIT_NOFILE] = (24, hard)
+        check_limits()
+        assert limits[resource.RLIMIT_NOFILE] == (128, hard)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "line"),
+    [
+        ("RLIMIT_NOFILE", 24, "a process may open 24 files here, and needs 128; raise the limit (ulimit -n 1024)"),
+        (
+            "RLIMIT_AS",
+            500 << 20,
+            "a process may have 500 MiB of addresses here, and jax needs more than 1024; raise the",
+        ),
+    ],
+)
+def test_a_limit_that_rules_out_jax_is_told_before_it_is_loaded(limits, name, limit, line):
+    limits[getattr(resource, name)] = (limit, limit)
+    with pytest.raises(errors.EnvironmentFault) as caught:
+        check_limits()
+    assert str(caught.value).startswith(line)
 
 
 def test_success_returns():

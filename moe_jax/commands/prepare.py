@@ -1,5 +1,6 @@
 """python -m moe_jax.prepare: parse the flags, prepare, print what was made."""
 
+import shlex
 import signal
 import sys
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ def _describe(data: Dataset, out: Path) -> Iterable[str]:
         if len(data.corpora) > 1:
             yield f"{corpus.name}: {corpus.weight:.1%} of the training rows"
     yield f"tokenizer: {data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens; fingerprint {data.fingerprint}"
-    yield f"train on it: python train.py --config configs/moe.py --data.path {out}"
+    yield f"train on it: python train.py --config configs/moe.py --data.path {shlex.quote(str(out))}"
 
 
 def main() -> None:

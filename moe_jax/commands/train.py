@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from moe_jax.cli import given_flags, load_recipe
-from moe_jax.commands.startup import use_huge_pages
+from moe_jax.commands.startup import check_limits, use_huge_pages
 from moe_jax.config import Config
 from moe_jax.config.bounds import LocalFolder
 from moe_jax.config.rules import check
@@ -17,6 +17,7 @@ from moe_jax.errors import UserError, show
 
 def main() -> None:
     config, workdir = parse_train(sys.argv[1:])
+    check_limits()
     use_huge_pages()
     show("stdout")
 

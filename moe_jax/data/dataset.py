@@ -20,7 +20,7 @@ import numpy as np
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokenizer_file import fingerprint, load_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.files import atomic_write_text, cache_folder
+from moe_jax.files import atomic_write_text, cache_folder, make_writable
 
 # Raise it when the same text and settings would give other files.
 FORMAT_VERSION = 3
@@ -265,10 +265,8 @@ def remember_checked(fingerprint: str, corpora: Iterable[Corpus]) -> None:
     """Notes on this machine that the files are now as they were made, so that ``open_dataset`` need not read them."""
     files = [file for corpus in corpora for split in (corpus.train, corpus.val) for file, _ in split.files()]
     known = _checked(fingerprint) | {str(file.resolve()): file.stat().st_mtime_ns for file in files}
-    cache = cache_folder("checked")
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a reading of the files at each start
-        cache.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(cache / f"{fingerprint}.json", json.dumps(known))
+        atomic_write_text(make_writable(cache_folder("checked")) / f"{fingerprint}.json", json.dumps(known))
 
 
 def file_sha256(file: Path) -> str:

@@ -11,7 +11,8 @@ from moe_jax.config import DataConfig
 from moe_jax.data.dataset import FORMAT_VERSION, Dataset, is_dataset, meta_file, open_dataset
 from moe_jax.data.tokenizer import Delimiters
 from moe_jax.data.tokenizer_file import fingerprint
-from moe_jax.errors import UserError
+from moe_jax.errors import EnvironmentFault, UserError
+from moe_jax.files import make_writable
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import PLAYS
 from moe_jax.prepare.settings import PrepareConfig
@@ -25,7 +26,8 @@ def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "end
     """The prepared folder that ``data`` names, or that of a text, made in ``cache`` unless it is there.
 
     ``delimiters`` are those of a text's documents; a prepared folder has its own. UserError where the text or the
-    tokenizer does not exist, before any work, or where the folder was prepared with other settings.
+    tokenizer does not exist, before any work, or where the folder was prepared with other settings; EnvironmentFault
+    where ``cache`` cannot be written.
     """
     if data.path is not None and Path(data.path).is_dir() and is_dataset(Path(data.path)):
         found = open_dataset(Path(data.path))
@@ -48,6 +50,13 @@ def find_or_prepare(data: DataConfig, cache: Path, delimiters: Delimiters = "end
             return open_dataset(folder)
         except UserError as error:  # damaged, but the text to make it from is there
             log.debug(f"{folder} is made again: {error}")
+    try:
+        make_writable(cache)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{cache}, where the tokens of a text are kept, cannot be written ({error.strerror}); set XDG_CACHE_HOME "
+            "to a folder that can, or prepare the text with python -m moe_jax.prepare and name its folder"
+        ) from None
     return prepare_folder(config, is_cache=True)
 
 

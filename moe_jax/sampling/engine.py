@@ -80,9 +80,20 @@ class Engine:
         if wrong is not None:
             raise UserError(f"{name} must be in [0, {V - 1}], got {wrong}; take those of this model's tokenizer")
 
-    def begin_all(self, prompts: Sequence[str], sample: SampleConfig) -> list[Text]:
-        """``sample.num_samples`` texts that continue the first prompt, then those of the next. Raises UserError."""
-        return [self.begin(prompt, sample, number) for prompt in prompts for number in range(sample.num_samples)]
+    def begin_all(self, prompts: Sequence[str], sample: SampleConfig, places: Sequence[str] = ()) -> list[Text]:
+        """``sample.num_samples`` texts that continue the first prompt, then those of the next.
+
+        Raises UserError, which begins with the prompt's own of ``places``, where they are given and it is not empty.
+        """
+        self.check_stop_tokens(sample)
+        texts = []
+        for index, prompt in enumerate(prompts):
+            try:
+                texts += [self.begin(prompt, sample, number) for number in range(sample.num_samples)]
+            except UserError as error:
+                where = f"{places[index]}: " if places and places[index] else ""
+                raise UserError(f"{where}{error}") from None
+        return texts
 
     def finish(
         self, variables: Variables, texts: Sequence[Text], is_stopped: Callable[[], bool] = lambda: False

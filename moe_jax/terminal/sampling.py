@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ from moe_jax.training.signals import catch_signals
 def print_samples(
     engine: Engine,
     variables: Variables,
-    prompts: Sequence[str],
+    prompts: Mapping[str, str],
     sample: SampleConfig,
     file: Path,
     *,
     load_seconds: float | None = None,
 ) -> None:
-    """Prints continuations of ``prompts`` and writes them to ``file``.
+    """Prints continuations of ``prompts``, by their places as of ``read_prompts``, and writes them to ``file``.
 
     A signal ends all texts where they are; what there is of them is printed and written, and Interrupted raised.
     With ``load_seconds``, those in which the model was loaded, prints a line of JSON for each text: prompt, text,
@@ -42,7 +42,7 @@ def print_samples(
     compilation included.
     """
     start = time.perf_counter()
-    texts = engine.begin_all(prompts, sample)
+    texts = engine.begin_all(list(prompts.values()), sample, list(prompts))
     with catch_signals(b"stopping after these tokens; a second signal ends the program at once\n") as request:
         samples = engine.finish(variables, texts, lambda: request.exit_code is not None)
     if samples:

@@ -138,10 +138,10 @@ def test_a_signal_among_many_prompts_loses_no_text(rotary, tmp_path, monkeypatch
     monkeypatch.setattr(sampling_engine, "Batch", TwoRows)
     texts = [rotary.engine.begin(prompt, SETTINGS) for prompt in ("b", "c", "d", "e")]
     texts[0].sample = dataclasses.replace(SETTINGS, max_new_tokens=2)
-    monkeypatch.setattr(rotary.engine, "begin_all", lambda prompts, sample: texts)
+    monkeypatch.setattr(rotary.engine, "begin_all", lambda prompts, sample, places: texts)
     file = tmp_path / "generated_text.txt"
     with pytest.raises(errors.Interrupted) as caught:
-        terminal.print_samples(*rotary[:2], [], SETTINGS, file, load_seconds=1.0 if is_json else None)
+        terminal.print_samples(*rotary[:2], {}, SETTINGS, file, load_seconds=1.0 if is_json else None)
     assert caught.value.exit_code == 130
     assert file.read_text() == "baa\n\n---\n\ncaaaaaa\n\n---\n\ndaaa\n"
     out, err = capsys.readouterr()
@@ -152,6 +152,15 @@ def test_a_signal_among_many_prompts_loses_no_text(rotary, tmp_path, monkeypatch
     else:
         assert out == file.read_text()
     assert err == "interrupted: 1 of 4 texts are whole, 2 end where they were stopped, 1 were not begun\n"
+
+
+def test_an_error_about_one_prompt_of_many_names_its_line(rotary, tmp_path):
+    prompts = {"p.jsonl:1": "a", "p.jsonl:3": "a" * 17}
+    with pytest.raises(errors.UserError, match=r"^p\.jsonl:3: the prompt must fit the context of 16 tokens, got 17"):
+        terminal.print_samples(*rotary[:2], prompts, SETTINGS, tmp_path / "generated_text.txt")
+    wrong = dataclasses.replace(SETTINGS, stop_tokens=(999,))
+    with pytest.raises(errors.UserError, match=r"^each of stop_tokens must be"):
+        terminal.print_samples(*rotary[:2], prompts, wrong, tmp_path / "generated_text.txt")
 
 
 @pytest.mark.parametrize(
