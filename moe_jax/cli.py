@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import runpy
+import shlex
 import traceback
 from pathlib import Path
 from typing import TypeVar
@@ -23,8 +24,32 @@ def parse(command: type[Command], arguments: list[str], prog: str | None = None)
 
     Exits with the parser's box where a flag does not exist or cannot be read.
     """
+    given_flags(arguments)
     flags = tyro.cli(command, args=arguments, prog=prog)
     return check_fields(flags, lambda name: "--" + name.split(".")[-1].replace("_", "-"))
+
+
+def given_flags(arguments: list[str]) -> dict[str, list[str]]:
+    """Each flag by its name, with its values, as it is written. UserError for one that is given twice.
+
+    The parser would keep the last, and lose what the first one named.
+    """
+    given: list[list[str]] = []
+    for argument in arguments:
+        # The parser takes what begins so as a flag too, except behind an =.
+        if re.match(r"--[A-Za-z]", argument):
+            given.append([argument])
+        elif given:
+            given[-1].append(argument)
+    found: dict[str, list[str]] = {}
+    for flag in given:
+        # --train.keep_epochs, --train.keep-epochs and --train.no-keep-epochs are one.
+        name = re.sub(r"(--|\.)no-", r"\1", flag[0].partition("=")[0].replace("_", "-"))
+        if name in found:
+            both = " and ".join(map(shlex.join, (found[name], flag)))
+            raise UserError(f"{name} is given twice, as {both}; give it once, with all its values")
+        found[name] = flag
+    return found
 
 
 def load_recipe(path: Path) -> Config:

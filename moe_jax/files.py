@@ -265,18 +265,6 @@ def locked_folder(folder: Path, flag: str, what: str, *, wait: bool = False) -> 
             file.truncate(0)  # whoever is refused from now on is not given this process's number
 
 
-@contextlib.contextmanager
-def one_at_a_time(folder: Path) -> Iterator[None]:
-    """Within it no other process is within it for the same ``folder``, where the file system has locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def refuse_locked_folder(folder: Path, flag: str, what: str) -> None:
     """UserError where ``locked_folder`` would raise it now, so that no work is done in vain; creates nothing."""
     refuse_link(folder / ".lock")
@@ -316,3 +304,13 @@ def cache_folder(name: str) -> Path:
     """The folder ``name`` under this user's cache folder (``$XDG_CACHE_HOME/moe_jax`` or ``~/.cache/moe_jax``)."""
     root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(root) / "moe_jax" / name
+
+
+def make_writable(folder: Path) -> Path:
+    """``folder``, made where it is not there. OSError, which names it, where it cannot be written."""
+    if str(folder).startswith("~"):  # cache_folder's, of a user without a home
+        raise FileNotFoundError(errno.ENOENT, "this user has no home", str(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    return folder

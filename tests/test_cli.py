@@ -28,7 +28,7 @@ def test_the_command_line_changes_the_recipe():
     assert (config.model.moe.num_experts, config.data.batch_size, config.optimizer.clip_norm) == (16, 6, None)
     assert config.model.qk_norm, "what no flag names is the recipe's"
     assert workdir == Path("runs/moe")
-    _, named = parse_train(["--config=none.py", f"--config={MOE}", "--workdir", "elsewhere"])
+    _, named = parse_train([f"--config={MOE}", "--workdir", "elsewhere"])
     assert named == Path("elsewhere")
 
 
@@ -86,6 +86,33 @@ def test_many_samples_that_nobody_asked_for_are_announced(capsys, flags, number,
     ],
 )
 def test_a_wrong_flag_is_refused_by_its_name(parser, flags, words):
+    with pytest.raises(UserError) as caught:
+        parse(parser, flags) if isinstance(parser, type) else parser(flags)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parser", "flags", "words"),
+    [
+        (
+            parse_prepare,
+            ["--input", "a b", "--input=c", "--out", "o"],
+            "--input is given twice, as --input 'a b' and ",
+        ),
+        (parse_prepare, ["--out", "o", "--input", "x", "--out", "o"], "--out is given twice, as --out o and --out o;"),
+        (parse_train, ["--config=none.py", "--config", MOE], "--config is given twice, as --config=none.py and --con"),
+        (
+            parse_train,
+            ["--config", MOE, "--data.batch-size", "1", "--data.batch_size", "2"],
+            "and --data.batch_size 2",
+        ),
+        (parse_train, ["--config", MOE, "--train.no-keep-epochs", "--train.keep-epochs"], "--train.keep-epochs is gi"),
+        (parse_sample, ["--stop", "a", "--seed", "1", "--stop", "b"], "as --stop a and --stop b; give it once, with"),
+        (EvaluateCommand, ["--split", "val", "--split=all"], "--split is given twice, as --split val and --split=all"),
+        (ServerCommand, ["--port", "1", "--port", "2"], "--port is given twice"),
+    ],
+)
+def test_a_flag_twice_is_refused_and_both_are_named(parser, flags, words):
     with pytest.raises(UserError) as caught:
         parse(parser, flags) if isinstance(parser, type) else parser(flags)
     assert words in str(caught.value)

@@ -3,6 +3,8 @@
 import errno
 import os
 import platform
+import pty
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax import errors
-from moe_jax.commands.startup import use_huge_pages
+from moe_jax.commands.startup import check_limits, use_huge_pages
 from moe_jax.files import cache_folder
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +30,12 @@ def run(error, capsys):
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
-        (errors.UserError("a rule,\n got a value"), 2, "error: a rule, got a value\n"),
+        (errors.UserError("a rule,\n got 'a  value'\n"), 2, "error: a rule, got 'a  value'\n"),
+        (
+            MemoryError("no 8 GiB"),
+            1,
+            "error: memory has run out: no 8 GiB; free some, or raise the limit (ulimit -v)\n",
+        ),
         (
             OSError(errno.ENOSPC, "No space left on device", "f"),
             1,
@@ -72,6 +79,68 @@ def test_no_command_imports_what_windows_lacks_before_that(module):
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 2147483648 bytes.", "Out of memory allocating 2,048 MiB"),
+        (
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8.00GiB.\n  more",
+            "Out of memory while trying to ",
+        ),
+        (
+            "XLA:TPU: RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.10G of 15.48G hbm.",
+            "Used 17.1",
+        ),
+    ],
+)
+def test_a_device_without_memory_is_one_line_with_the_size_and_what_helps(text, asked):
+    with pytest.raises(errors.EnvironmentFault) as caught, errors.naming_what_helps("lower it"):
+        raise RuntimeError(text)
+    line = str(caught.value)
+    assert line.startswith("a device has too little memory: ")
+    assert asked in line
+    assert line.endswith("; lower it")
+    assert "\n" not in line
+    with pytest.raises(RuntimeError, match="INTERNAL"), errors.naming_what_helps("lower it"):
+        raise RuntimeError("INTERNAL: a fault of ours")
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """The limits of this process, {"RLIMIT_NOFILE": [soft, hard], ...}, which a test may change."""
+    found = {resource.RLIMIT_NOFILE: (1024, 4096), resource.RLIMIT_AS: (-1, -1)}
+    monkeypatch.setattr(resource, "getrlimit", lambda name: found[name])
+    monkeypatch.setattr(resource, "setrlimit", lambda name, both: found.__setitem__(name, both))
+    return found
+
+
+def test_a_low_limit_of_open_files_is_raised_where_that_is_allowed(limits):
+    check_limits()
+    assert limits[resource.RLIMIT_NOFILE] == (1024, 4096)
+    for hard in (4096, -1):
+        limits[resource.RLIMIT_NOFILE] = (24, hard)
+        check_limits()
+        assert limits[resource.RLIMIT_NOFILE] == (128, hard)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "line"),
+    [
+        ("RLIMIT_NOFILE", 24, "a process may open 24 files here, and needs 128; raise the limit (ulimit -n 1024)"),
+        (
+            "RLIMIT_AS",
+            500 << 20,
+            "a process may have 500 MiB of addresses here, and jax needs more than 1024; raise the",
+        ),
+    ],
+)
+def test_a_limit_that_rules_out_jax_is_told_before_it_is_loaded(limits, name, limit, line):
+    limits[getattr(resource, name)] = (limit, limit)
+    with pytest.raises(errors.EnvironmentFault) as caught:
+        check_limits()
+    assert str(caught.value).startswith(line)
+
+
 def test_success_returns():
     calls = []
     errors.run(lambda: calls.append("main"))
@@ -84,6 +153,68 @@ def test_the_cache_folder_is_the_users(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
     assert str(cache_folder("data")) == "/home/someone/.cache/moe_jax/data"
+
+
+PRINTS = r"""
+import io, os, sys
+from moe_jax.errors import run, show
+
+def main():
+    if "display" in sys.argv: show("stdout")
+    opened = os.open(os.devnull, os.O_RDONLY)
+    print("f\xfcr \u2192 \udcff", "prompt" + sys.stdin.read(), flush="late" not in sys.argv)
+    print("note \u2192", opened, file=sys.stderr)
+
+run(main)
+"""
+
+
+def streams(shell, *arguments, **environment):
+    """(exit code, standard output, standard error) of a program that prints to both, started as in ``shell``."""
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -c "$1" {shell} "$@"', sys.executable, PRINTS, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
+    return done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "out"), [("latin-1", "f\xfcr \\u2192 \\udcff"), ("ascii", "f\\xfcr \\u2192 \\udcff")]
+)
+def test_what_the_console_cannot_show_is_escaped(encoding, out):
+    assert streams("", PYTHONIOENCODING=encoding) == (0, out + " prompt\n", "note \\u2192 3\n")
+
+
+@pytest.mark.parametrize(
+    ("closed", "has_out", "has_err"),
+    [("<&-", True, True), (">&-", False, True), ("2>&-", True, False), ("<&- >&- 2>&-", False, False)],
+)
+def test_no_file_that_is_opened_takes_the_place_of_a_closed_stream(closed, has_out, has_err):
+    out, err = "f\\xfcr \\u2192 \\udcff prompt\n" * has_out, "note \\u2192 3\n" * has_err
+    assert streams(closed, PYTHONIOENCODING="ascii") == (0, out, err)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("when", ["at once", "late"])
+def test_a_result_that_cannot_be_printed_is_reported_and_a_display_ends_nothing(when):
+    code, _, err = streams(">/dev/full", when, PYTHONUTF8="1")
+    line = "error: No space left on device; free some space and run the same command again\n"
+    assert (code, err.removeprefix("note \xe2\x86\x92 3\n")) == (1, line)
+    assert streams(">/dev/full 2>/dev/full", when, "display")[0] == 0
+
+
+def test_a_terminal_that_is_gone_ends_no_display(monkeypatch):
+    ours, theirs = pty.openpty()
+    with errors._Display(theirs, "w") as screen:
+        assert screen.write(b"seen") == 4
+        assert os.read(ours, 4) == b"seen"
+        os.close(ours)
+        with pytest.raises(OSError):
+            os.write(theirs, b"lost")
+        assert screen.write(memoryview(b"lost")) == 4
 
 
 @pytest.fixture

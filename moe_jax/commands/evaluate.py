@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from moe_jax.cli import parse
-from moe_jax.commands.startup import use_huge_pages
+from moe_jax.commands.startup import check_limits, use_huge_pages
 from moe_jax.config.bounds import LocalInput, RunFolder
 
 
 def main() -> None:
     arguments = parse(EvaluateCommand, sys.argv[1:], "python -m moe_jax.evaluate")
+    check_limits()
     use_huge_pages()
 
     from moe_jax.runs.metrics_file import finite

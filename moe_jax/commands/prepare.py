@@ -1,5 +1,6 @@
 """python -m moe_jax.prepare: parse the flags, prepare, print what was made."""
 
+import shlex
 import signal
 import sys
 from collections.abc import Iterable
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.data.dataset import Dataset, progress_file
-from moe_jax.errors import Interrupted
+from moe_jax.errors import Interrupted, show
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.settings import parse_prepare
 
@@ -27,11 +28,12 @@ def _describe(data: Dataset, out: Path) -> Iterable[str]:
         if len(data.corpora) > 1:
             yield f"{corpus.name}: {corpus.weight:.1%} of the training rows"
     yield f"tokenizer: {data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens; fingerprint {data.fingerprint}"
-    yield f"train on it: python train.py --config configs/moe.py --data.path {out}"
+    yield f"train on it: python train.py --config configs/moe.py --data.path {shlex.quote(str(out))}"
 
 
 def main() -> None:
     config = parse_prepare(sys.argv[1:])
+    show("stdout")
 
     def stop(signal_number: int, _: Any) -> None:
         raise Interrupted(128 + signal_number)

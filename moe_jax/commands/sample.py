@@ -11,13 +11,15 @@ from typing import Annotated, Literal
 import tyro
 
 from moe_jax.cli import parse
+from moe_jax.commands.startup import check_limits
 from moe_jax.config import SampleConfig
 from moe_jax.config.bounds import LocalPath, RunFolder, Utf8
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, naming_what_helps
 
 
 def main() -> None:
     command = parse_sample(sys.argv[1:])
+    check_limits()
 
     from moe_jax.runs.opened import open_run
     from moe_jax.terminal.prompts import read_prompts
@@ -27,22 +29,22 @@ def main() -> None:
         print(f"note: sampling from {opened.directory.path}, the run that changed last", file=sys.stderr)
     sample = command.sample_config(opened.config.sample)
     command.note_what_takes_long(sample)
-    prompts = [] if command.interactive else read_prompts(command.prompt, command.prompt_file)
+    prompts = {} if command.interactive else read_prompts(command.prompt, command.prompt_file)
 
     from moe_jax.sampling.api import load_engine
-    from moe_jax.sharding.startup import enable_compile_cache
+    from moe_jax.sharding.startup import start_jax
     from moe_jax.terminal.sampling import converse, print_samples
 
     start = time.perf_counter()
-    if opened.config.train.compile_cache:
-        enable_compile_cache()
-    engine, variables = load_engine(opened, command.dtype)
+    start_jax(compile_cache=opened.config.train.compile_cache)
     file = opened.directory.generated_text
-    if command.interactive:
-        converse(engine, variables, sample, file)
-    else:
-        load_seconds = time.perf_counter() - start if command.jsonl else None
-        print_samples(engine, variables, prompts, sample, file, load_seconds=load_seconds)
+    with naming_what_helps("give --dtype bfloat16, a lower --num-samples or fewer prompts, or set JAX_PLATFORMS=cpu"):
+        engine, variables = load_engine(opened, command.dtype)
+        if command.interactive:
+            converse(engine, variables, sample, file)
+        else:
+            load_seconds = time.perf_counter() - start if command.jsonl else None
+            print_samples(engine, variables, prompts, sample, file, load_seconds=load_seconds)
 
 
 SampleFlags: type[SampleConfig] = dataclasses.make_dataclass(

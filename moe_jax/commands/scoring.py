@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import optax
 from moe_jax.config import MeshConfig
 from moe_jax.data.dataset import Dataset, is_dataset
 from moe_jax.data.tokenizer_file import fingerprint
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, naming_what_helps
 from moe_jax.files import cache_folder
 from moe_jax.model.decoder import Decoder, Variables
 from moe_jax.model.machine import this_machine
@@ -22,7 +23,7 @@ from moe_jax.prepare.cache import find_or_prepare
 from moe_jax.runs.opened import OpenedRun
 from moe_jax.runs.resume import check_same_text
 from moe_jax.sharding.mesh import make_mesh, use_mesh
-from moe_jax.sharding.startup import enable_compile_cache
+from moe_jax.sharding.startup import start_jax
 from moe_jax.training.evaluate import bits_per_byte, evaluate, joined
 from moe_jax.training.metrics import routing_by_layer, routing_summary
 from moe_jax.training.state import abstract_state
@@ -55,8 +56,7 @@ def score(opened: OpenedRun, path: str | None, split: Split) -> dict[str, Any]:
         )
         which = f"the {split} split, {scored:,} of {every:,} tokens" if scored < every else "all of it"
         print(f"note: scoring {path}: {which}", file=sys.stderr)
-    if config.train.compile_cache:
-        enable_compile_cache()
+    start_jax(compile_cache=config.train.compile_cache)
     # The devices here need not be those of the training.
     devices = jax.device_count()
     batch_size = -(-config.data.batch_size // (config.optimizer.accumulation_steps * devices)) * devices
@@ -64,7 +64,7 @@ def score(opened: OpenedRun, path: str | None, split: Split) -> dict[str, Any]:
     num_tokens = batch_size * config.model.context_length
     model = for_machine(config.model, num_tokens, train=False, machine=this_machine(), as_set=False)
     decoder = Decoder(model, tokenizer.vocab_size)
-    with use_mesh(mesh):
+    with naming_what_helps("set JAX_PLATFORMS=cpu, for the memory of the machine"), use_mesh(mesh):
         items = abstract_state(decoder, optax.identity(), mesh).variables.to_items()
         variables = Variables.from_items(opened.restore(items))
         step = jax.jit(functools.partial(eval_step, decoder))
@@ -125,6 +125,6 @@ def _dataset(opened: OpenedRun, path: str | None) -> Dataset:
     elif fingerprint(found.tokenizer) != fingerprint(tokenizer):
         raise UserError(
             f"{path} has tokens of another tokenizer ({found.tokenizer.name}) than {run.path} ({tokenizer.name}); "
-            f"prepare it with --tokenizer {run.tokenizer} --delimiters {tokenizer.delimiters}"
+            f"prepare it with --tokenizer {shlex.quote(str(run.tokenizer))} --delimiters {tokenizer.delimiters}"
         )
     return found

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from moe_jax.cli import parse
+from moe_jax.commands.startup import check_limits
 from moe_jax.config.bounds import Count, LocalPath, Range, RunFolder
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, naming_what_helps, show
 
 
 def _printable(name: str, text: str) -> None:
@@ -56,6 +57,8 @@ def main() -> None:
     # There is nothing to finish yet, and a process that ends while it loads or compiles in other threads may crash.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    show("stdout")
+    check_limits()
     serve(command)
 
 
@@ -72,7 +75,7 @@ def serve(command: ServerCommand) -> None:
     from moe_jax.server.requests import Limits
     from moe_jax.server.serve import KEY_VARIABLE, Server, listen, own_names, read_key
     from moe_jax.server.worker import Worker
-    from moe_jax.sharding.startup import enable_compile_cache
+    from moe_jax.sharding.startup import start_jax
 
     api_key = read_key(command.api_key_file)
     listener = listen(command.host or "127.0.0.1", command.port)
@@ -81,9 +84,11 @@ def serve(command: ServerCommand) -> None:
     if api_key is None and names is None:
         what = f"anyone who reaches {host} may use this server"
         print(f"warning: {what}; give --api-key-file, or {KEY_VARIABLE} in the environment", file=sys.stderr)
-    if opened.config.train.compile_cache:
-        enable_compile_cache()
-    engine, variables = load_engine(opened, command.dtype)
+    start_jax(compile_cache=opened.config.train.compile_cache)
+    with naming_what_helps("lower --max-batch, give --dtype bfloat16, or set JAX_PLATFORMS=cpu"):
+        engine, variables = load_engine(opened, command.dtype)
+        worker = Worker(engine, variables, batch_sizes(command.max_batch), command.max_queue)
+        worker.start()
     limits = Limits(
         model=command.name or opened.directory.name,
         vocab_size=opened.tokenizer.vocab_size,
@@ -92,8 +97,6 @@ def serve(command: ServerCommand) -> None:
         max_texts=command.max_queue,
         max_body_bytes=command.max_body_bytes,
     )
-    worker = Worker(engine, variables, batch_sizes(command.max_batch), command.max_queue)
-    worker.start()
     shown = f"[{host}]" if ":" in host else host
     greeting = f"serving {opened.directory.path} as {limits.model} at http://{shown}:{port}"
     try:

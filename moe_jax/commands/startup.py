@@ -1,9 +1,35 @@
-"""Huge pages for XLA's scratch memory: set up before jax is loaded."""
+"""The limits of this process and huge pages for XLA's scratch memory: set up before jax is loaded."""
 
 import os
 import platform
 import sys
 from pathlib import Path
+
+from moe_jax.errors import EnvironmentFault
+
+_OPEN_FILES = 128
+"""A save of a small model takes some forty, and each connection of a server one."""
+_ADDRESSES = 2**30
+"""Bytes; with less XLA ends the process by a signal, before it could be told why."""
+
+
+def check_limits() -> None:
+    """Raises the limit of open files where it is low, as 256 on macOS. EnvironmentFault where one rules out jax."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < _OPEN_FILES:  # infinity is -1
+        if 0 <= hard < _OPEN_FILES:
+            raise EnvironmentFault(
+                f"a process may open {hard} files here, and needs {_OPEN_FILES}; raise the limit (ulimit -n 1024)"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, hard))
+    size = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if 0 <= size < _ADDRESSES:
+        raise EnvironmentFault(
+            f"a process may have {size >> 20} MiB of addresses here, and jax needs more than {_ADDRESSES >> 20}; "
+            "raise the limit (ulimit -v unlimited)"
+        )
 
 
 def use_huge_pages() -> None:

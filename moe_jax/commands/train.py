@@ -1,6 +1,5 @@
 """train.py: parse the flags, compose, train."""
 
-import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,17 +7,19 @@ from typing import Annotated
 
 import tyro
 
-from moe_jax.cli import load_recipe
-from moe_jax.commands.startup import use_huge_pages
+from moe_jax.cli import given_flags, load_recipe
+from moe_jax.commands.startup import check_limits, use_huge_pages
 from moe_jax.config import Config
 from moe_jax.config.bounds import LocalFolder
 from moe_jax.config.rules import check
-from moe_jax.errors import UserError
+from moe_jax.errors import UserError, show
 
 
 def main() -> None:
     config, workdir = parse_train(sys.argv[1:])
+    check_limits()
     use_huge_pages()
+    show("stdout")
 
     from moe_jax.commands.training import train
 
@@ -41,9 +42,8 @@ class TrainCommand:
 
 def parse_train(arguments: list[str]) -> tuple[Config, Path]:
     """The checked configuration and the run directory that ``train.py``'s arguments ask for. Raises UserError."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", nargs="?")
-    recipe = parser.parse_known_args(arguments)[0].config  # its values are the defaults of the other flags
+    flag, *values = given_flags(arguments).get("--config", [""])
+    recipe = flag.partition("=")[2] or "".join(values[:1])  # its values are the defaults of the other flags
     if not recipe and not {"-h", "--help"} & set(arguments):
         raise UserError("--config is required: name a recipe, such as --config configs/moe.py")
     base = load_recipe(Path(recipe)) if recipe else Config()

@@ -1,6 +1,7 @@
 """What train.py does: open or prepare the data, make the observers, call the three acts of a run."""
 
 import logging
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -10,7 +11,7 @@ from clu import parameter_overview
 
 from moe_jax.config import Config
 from moe_jax.data.tokenizer_file import save_tokenizer
-from moe_jax.errors import Interrupted, UserError
+from moe_jax.errors import Interrupted, UserError, naming_what_helps
 from moe_jax.files import cache_folder, remove_leftovers
 from moe_jax.model.moe.routing import is_causal
 from moe_jax.prepare.cache import find_or_prepare
@@ -22,7 +23,7 @@ from moe_jax.runs.metrics_file import MetricsFile
 from moe_jax.sampling.engine import Engine
 from moe_jax.sharding.mesh import use_mesh
 from moe_jax.sharding.processes import is_first_process
-from moe_jax.sharding.startup import enable_compile_cache
+from moe_jax.sharding.startup import start_jax
 from moe_jax.trackers.alarms import Alarms
 from moe_jax.trackers.console import Console
 from moe_jax.trackers.mlflow import MLflow, check_mlflow, end_what_was_left
@@ -40,6 +41,11 @@ from moe_jax.training.train import Progress, Setup, Start, resolve, restore_or_i
 
 log = logging.getLogger("moe_jax")
 
+_LESS_MEMORY = (
+    "raise --optimizer.accumulation-steps or lower --data.batch-size, save memory with --model.remat full or "
+    "--model.dtype bfloat16, or make the model or its context smaller"
+)
+
 
 def train(config: Config, workdir: Path) -> None:
     """Trains ``config`` in the run directory ``workdir`` until it is done, out of patience or interrupted.
@@ -47,9 +53,8 @@ def train(config: Config, workdir: Path) -> None:
     Raises UserError before anything is written, and Interrupted once a signal's checkpoint is on disk.
     """
     run = RunDirectory(workdir)
+    start_jax(compile_cache=config.train.compile_cache)
     run.check_unlocked()
-    if config.train.compile_cache:
-        enable_compile_cache()
     if "mlflow" in config.train.trackers:
         check_mlflow(config.train, run)
     setup = resolve(config, lambda: find_or_prepare(config.data, cache_folder("data")), workdir)
@@ -58,7 +63,13 @@ def train(config: Config, workdir: Path) -> None:
     if is_causal(config.model.moe):  # no text can be sampled from experts that choose among later tokens too
         engine = Engine(config, dataset.tokenizer, setup.machine)
         engine.check_stop_tokens(config.sample)
-    with run.lock(), start_log(run.log_file), use_mesh(setup.mesh), catch_signals() as request:
+    with (
+        naming_what_helps(_LESS_MEMORY),
+        run.lock(),
+        start_log(run.log_file),
+        use_mesh(setup.mesh),
+        catch_signals() as request,
+    ):
         retention = Retention(newest=config.train.keep_checkpoints, best=config.train.keep_best)
         with Checkpoints(run.checkpoints, setup.saved, retention) as checkpoints:
             start = restore_or_init(setup, checkpoints)
@@ -221,4 +232,4 @@ def _conclude(setup: Setup, step: int, progress: Progress, exit_code: int | None
     elif step < setup.config.train.num_steps:
         log.info(f"stopped early: {progress.evaluations_without_gain} evaluations without a lower validation loss")
     if is_causal(setup.config.model.moe):
-        log.info(f"sample from it: python sample.py --workdir {setup.run.path}")
+        log.info(f"sample from it: python sample.py --workdir {shlex.quote(str(setup.run.path))}")

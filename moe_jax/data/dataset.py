@@ -21,7 +21,14 @@ import numpy as np
 from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokenizer_file import fingerprint, load_tokenizer
 from moe_jax.errors import UserError
-from moe_jax.files import MOST_BYTES_OF_MANY, atomic_write_text, cache_folder, open_regular, read_json
+from moe_jax.files import (
+    MOST_BYTES_OF_MANY,
+    atomic_write_text,
+    cache_folder,
+    make_writable,
+    open_regular,
+    read_json,
+)
 
 # Raise it when the same text and settings would give other files.
 FORMAT_VERSION = 3
@@ -290,10 +297,8 @@ def remember_checked(fingerprint: str, corpora: Iterable[Corpus]) -> None:
     """Notes on this machine that the files are now as they were made, so that ``open_dataset`` need not read them."""
     files = [file for corpus in corpora for split in (corpus.train, corpus.val) for file, _ in split.files()]
     known = _checked(fingerprint) | {str(file.resolve()): file.stat().st_mtime_ns for file in files}
-    cache = cache_folder(_CHECKED)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs a reading of the files at each start
-        cache.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(cache / f"{fingerprint}.json", json.dumps(known))
+        atomic_write_text(make_writable(cache_folder(_CHECKED)) / f"{fingerprint}.json", json.dumps(known))
 
 
 def file_sha256(file: Path) -> str:

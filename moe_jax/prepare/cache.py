@@ -11,7 +11,8 @@ from moe_jax.config import DataConfig
 from moe_jax.data.dataset import FORMAT_VERSION, Dataset, is_dataset, meta_file, open_dataset
 from moe_jax.data.tokenizer import Delimiters
 from moe_jax.data.tokenizer_file import fingerprint
-from moe_jax.errors import UserError
+from moe_jax.errors import EnvironmentFault, UserError
+from moe_jax.files import make_writable
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import PLAYS
 from moe_jax.prepare.settings import PrepareConfig
@@ -33,7 +34,8 @@ def find_or_prepare(
 
     ``delimiters`` are those of a text's documents; a prepared folder has its own. UserError where the text or the
     tokenizer does not exist, before any work, where the folder was prepared with other settings, or where the text is
-    too short to hold something out, unless ``or_nothing`` may be held out of it.
+    too short to hold something out, unless ``or_nothing`` may be held out of it; EnvironmentFault where ``cache``
+    cannot be written.
 
     ``of_run``: the folder of a run's tokenizer, where ``data`` is the run's and not this user's. Then nothing that is
     not in ``cache`` is fetched: a data set of the hub is a UserError, and that tokenizer stands for a published one.
@@ -67,6 +69,13 @@ def find_or_prepare(
             f"the run's text is {data.path}, which is not on this machine and is fetched only for who names it; "
             f"add --data {data.path}"
         )
+    try:
+        make_writable(cache)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{cache}, where the tokens of a text are kept, cannot be written ({error.strerror}); set XDG_CACHE_HOME "
+            "to a folder that can, or prepare the text with python -m moe_jax.prepare and name its folder"
+        ) from None
     return prepare_folder(config, is_cache=True, or_nothing=or_nothing)
 
 

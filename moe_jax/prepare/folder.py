@@ -174,7 +174,7 @@ def _write_corpus(
     out, name = Path(config.out), plan.sources.name
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     done = unfinished.done.setdefault(name, Done())
-    processes = config.processes or len(os.sched_getaffinity(0))
+    processes = config.processes or _available_cores()
     if config.processes is None and plan.num_characters < _PARALLEL_CHARACTERS:
         processes = 1
     bar.start(f"tokenizing {name}", plan.num_characters)
@@ -201,6 +201,11 @@ def _write_corpus(
     if done.train.num_documents + done.val.num_documents != num_documents or plan.sources.stamps() != plan.stamps:
         raise changed(name)
     return Corpus(name, 1.0, writers["train"].sealed(), writers["val"].sealed())
+
+
+def _available_cores() -> int:
+    """Those that this process may run on, where the machine tells, as Linux does; else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _with_weights(corpora: Iterable[Corpus], plans: list[CorpusPlan]) -> list[Corpus]:

@@ -1,7 +1,9 @@
 """Where text comes from: files, folders, globs and data sets, grouped into named corpora. Imports no jax."""
 
+import contextlib
 import glob
 import hashlib
+import math
 import os
 import re
 import zlib
@@ -177,9 +179,10 @@ def _settings(flag: str, items: Iterable[str]) -> dict[str, str]:
 
 
 def _weight(name: str, value: str) -> float:
-    if not re.fullmatch(r"\d*\.?\d+", value) or float(value) <= 0:
-        raise UserError(f"--weights {name}={value} must be a number above 0, such as {name}=2; change it")
-    return float(value)
+    with contextlib.suppress(ValueError):
+        if 0 < float(value) < math.inf:
+            return float(value)
+    raise UserError(f"--weights {name}={value} must be a number above 0, such as {name}=2; change it")
 
 
 def _sources(paths: Iterable[str], text_key: str, notes: Notes) -> _Sources:

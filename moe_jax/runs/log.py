@@ -2,8 +2,6 @@
 
 import contextlib
 import logging
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,27 +15,7 @@ class _ConsoleHandler(logging.Handler):
     """Prints to what sys.stdout is at the time: a live progress bar puts itself there, to stay below the lines."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        encoding = sys.stdout.encoding or "utf-8"
-        try:
-            # A sampled text may hold what the console cannot show.
-            print(self.format(record).encode(encoding, "backslashreplace").decode(encoding), flush=True)
-        except BrokenPipeError:
-            # The reader went away (`python train.py ... | head`): the run goes on, and train.log has the rest.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except OSError:
-            # The console is a file on a full disk: the run goes on, and train.log has what is dropped here.
-            _drop_what_cannot_be_printed()
-
-
-def _drop_what_cannot_be_printed() -> None:
-    """Empties Python's buffer of standard output, which would fail again at the next line and at the very end."""
-    number = sys.stdout.fileno()
-    console, nowhere = os.dup(number), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, number)
-    sys.stdout.flush()
-    os.dup2(console, number)
-    os.close(console)
-    os.close(nowhere)
+        print(self.format(record), flush=True)
 
 
 class _FileHandler(logging.Handler):
@@ -70,7 +48,7 @@ class _FileHandler(logging.Handler):
 def start_log(file: Path) -> Iterator[None]:
     """Within it, log messages go to the console and, with their time, to the end of ``file``.
 
-    Where either is on a full disk the run goes on, with what the other one has. Of several processes only the first
+    Where the file is on a full disk the run goes on, with what the console has. Of several processes only the first
     writes the file, and the others print nothing but warnings.
     """
     is_first = is_first_process()

@@ -21,6 +21,7 @@ from moe_jax.model.moe.backends import for_machine
 from moe_jax.runs.opened import OpenedRun, open_run
 from moe_jax.sampling.engine import Dtype, Engine
 from moe_jax.sampling.text import Sample
+from moe_jax.sharding.startup import start_jax
 
 
 class Settings(TypedDict, total=False):
@@ -54,9 +55,10 @@ class Model:
         sample = _with_settings(self._defaults, settings)
         if not isinstance(prompts, list | tuple):
             raise UserError(f"prompts must be a list of texts, got {prompts!r}; write generate([text])")
-        for index, prompt in enumerate(prompts):
-            check_type(f"prompts[{index}]", Utf8, prompt)
-        return self._engine.finish(self._variables, self._engine.begin_all(prompts, sample))
+        places = [f"prompts[{index}]" for index in range(len(prompts))]
+        for place, prompt in zip(places, prompts, strict=True):
+            check_type(place, Utf8, prompt)
+        return self._engine.finish(self._variables, self._engine.begin_all(prompts, sample, places))
 
 
 def _with_settings(defaults: SampleConfig, settings: Settings) -> SampleConfig:
@@ -73,10 +75,11 @@ def _with_settings(defaults: SampleConfig, settings: Settings) -> SampleConfig:
 
 
 def load_model(workdir: str | Path, checkpoint: Literal["best", "newest"], dtype: Dtype | None) -> Model:
-    """The model of ``moe_jax.load``. Raises UserError."""
+    """The model of ``moe_jax.load``. Raises UserError, and EnvironmentFault where jax finds no device."""
     check_type("checkpoint", Literal["best", "newest"], checkpoint)
     check_type("dtype", Dtype | None, dtype)
     opened = open_run(Path(workdir), checkpoint)
+    start_jax(compile_cache=False)
     return Model(*load_engine(opened, dtype), opened.config.sample)
 
 

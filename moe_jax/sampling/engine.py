@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import jax
@@ -80,21 +80,37 @@ class Engine:
         if wrong is not None:
             raise UserError(f"{name} must be in [0, {V - 1}], got {wrong}; take those of this model's tokenizer")
 
-    def begin_all(self, prompts: Sequence[str], sample: SampleConfig) -> list[Text]:
-        """``sample.num_samples`` texts that continue the first prompt, then those of the next. Raises UserError."""
-        return [self.begin(prompt, sample, number) for prompt in prompts for number in range(sample.num_samples)]
+    def begin_all(self, prompts: Sequence[str], sample: SampleConfig, places: Sequence[str] = ()) -> list[Text]:
+        """``sample.num_samples`` texts that continue the first prompt, then those of the next.
 
-    def finish(self, variables: Variables, texts: Sequence[Text]) -> list[Sample]:
+        Raises UserError, which begins with the prompt's own of ``places``, where they are given and it is not empty.
+        """
+        self.check_stop_tokens(sample)
+        texts = []
+        for index, prompt in enumerate(prompts):
+            try:
+                texts += [self.begin(prompt, sample, number) for number in range(sample.num_samples)]
+            except UserError as error:
+                where = f"{places[index]}: " if places and places[index] else ""
+                raise UserError(f"{where}{error}") from None
+        return texts
+
+    def finish(
+        self, variables: Variables, texts: Sequence[Text], is_stopped: Callable[[], bool] = lambda: False
+    ) -> list[Sample]:
         """Generates begun ``texts`` to their ends, of any lengths, many at a time.
 
         What is drawn for one depends on the others by nothing but rounding. ``variables`` are those of ``prepare``.
+        Once ``is_stopped``, texts end where they are, and those without a token are left out.
         """
         size = min(_BATCH, 1 << (max(1, len(texts)) - 1).bit_length())
         batch, waiting = Batch(self.programs, variables, [size]), deque(texts)
-        while waiting or batch.texts:
+        while (waiting or batch.texts) and not is_stopped():
             batch.admit([waiting.popleft() for _ in range(min(batch.num_free, len(waiting)))])
             batch.advance()
-        return [text.result() for text in texts]
+        for text in batch.texts:
+            text.interrupt()
+        return [text.result() for text in texts if text.finish_reason]
 
     def generate(self, variables: Variables, prompt: str, sample: SampleConfig) -> list[Sample]:
         """``sample.num_samples`` continuations of ``prompt``, or texts from nothing where it is empty.

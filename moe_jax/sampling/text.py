@@ -107,7 +107,7 @@ class Sample:
     logprobs: list[float]
     """Of each token, the natural logarithm of its probability under the model, before temperature and what follows."""
     finish_reason: str
-    """"stop": the end of a document, or a stop; "length": max_new_tokens."""
+    """"stop": the end of a document, or a stop; "length": max_new_tokens; "interrupted": a signal, in sample.py."""
 
 
 class Text:
@@ -135,7 +135,7 @@ class Text:
         self.experts: list[np.ndarray] = []
         """[MoE layers, E] bool for each token, where the batch reports them."""
         self.finish_reason: str | None = None
-        """None while the text goes on; "stop": the end of a document, or a stop; "length": max_new_tokens."""
+        """None while the text goes on, then as ``Sample.finish_reason``."""
         self.num_read = 0
         """Tokens that the model had read, prompt included, when it drew the last one."""
         self.window_start = 0
@@ -182,6 +182,11 @@ class Text:
             has_ended = has_ended or self._shown.is_stopped
             self._pieces.append(self._shown.finish())
             self.finish_reason = "stop" if has_ended else "length"
+
+    def interrupt(self) -> None:
+        """Ends the text where it is."""
+        self._pieces += [self._shown.add(self._text.finish()), self._shown.finish()]
+        self.finish_reason = "interrupted"
 
     def take(self) -> str:
         """The text that has become certain since the last call: whole characters, before any stop."""

@@ -9,13 +9,16 @@ from moe_jax.errors import UserError
 from moe_jax.files import decode_json
 
 
-def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
-    """The prompts that sample.py is asked to continue; one empty text where there is none. Raises UserError."""
+def read_prompts(prompt: str | None, prompt_file: str | None) -> dict[str, str]:
+    """The prompts that sample.py is asked to continue; one empty text where there is none. Raises UserError.
+
+    Each by the place that an error about it names: FILE:LINE, or nothing where it is the only one.
+    """
     if prompt_file is not None:
         return _from_file(Path(prompt_file))
     if prompt == "-":
-        return [_without_line_end(as_text(sys.stdin.buffer.read(), "--prompt -"))]
-    return [(prompt or "").removeprefix(BYTE_ORDER_MARK)]
+        return {"": _without_line_end(as_text(sys.stdin.buffer.read(), "--prompt -"))}
+    return {"": (prompt or "").removeprefix(BYTE_ORDER_MARK)}
 
 
 BYTE_ORDER_MARK = "\N{ZERO WIDTH NO-BREAK SPACE}"
@@ -26,22 +29,22 @@ class _Line(msgspec.Struct):
     prompt: str
 
 
-def _from_file(file: Path) -> list[str]:
+def _from_file(file: Path) -> dict[str, str]:
     """A whole text without its last line end, or of a .jsonl file the ``prompt`` of each line."""
     try:
         text = as_text(file.read_bytes(), f"--prompt-file {file}")
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise UserError(f"--prompt-file must be a file, got {file}; name one that exists") from None
     if file.suffix != ".jsonl":
-        return [_without_line_end(text)]
-    prompts = []
+        return {"": _without_line_end(text)}
+    prompts = {}
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 # sample.py --jsonl, too, writes log-probabilities that are not finite.
                 prompt = decode_json(line.encode(), _Line, is_lenient=True).prompt
                 prompt.encode()  # \ud800 is JSON, but not text
-                prompts.append(prompt)
+                prompts[f"{file}:{number}"] = prompt
             except ValueError as error:
                 raise UserError(
                     f'{file}:{number} must be a JSON object with a text as "prompt" ({error}); correct the line'

@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +16,51 @@ from moe_jax.config import SampleConfig
 from moe_jax.config.bounds import Utf8
 from moe_jax.config.fields import check_type, unknown_name
 from moe_jax.config.rules import check_sample
-from moe_jax.errors import UserError, tell_error
+from moe_jax.errors import Interrupted, UserError, tell_error
 from moe_jax.files import atomic_write_text
 from moe_jax.model.decoder import Variables
 from moe_jax.sampling.engine import Engine
 from moe_jax.sampling.text import Text
 from moe_jax.terminal.prompts import as_text
+from moe_jax.training.signals import catch_signals
 
 
 def print_samples(
     engine: Engine,
     variables: Variables,
-    prompts: Sequence[str],
+    prompts: Mapping[str, str],
     sample: SampleConfig,
     file: Path,
     *,
     load_seconds: float | None = None,
 ) -> None:
-    """Prints continuations of ``prompts`` and writes them to ``file``.
+    """Prints continuations of ``prompts``, by their places as of ``read_prompts``, and writes them to ``file``.
 
+    A signal ends all texts where they are; what there is of them is printed and written, and Interrupted raised.
     With ``load_seconds``, those in which the model was loaded, prints a line of JSON for each text: prompt, text,
     tokens, logprobs, finish_reason and timing, those seconds and the ones in which all texts were generated,
     compilation included.
     """
     start = time.perf_counter()
-    texts = engine.begin_all(prompts, sample)
-    samples = engine.finish(variables, texts)
-    whole = "\n\n---\n\n".join(each.prompt + each.text for each in samples) + "\n"
-    if load_seconds is None:
-        sys.stdout.write(whole)
-    else:
-        seconds = {"load_seconds": load_seconds, "generate_seconds": time.perf_counter() - start}
-        timing = {"timing": {name: round(value, 3) for name, value in seconds.items()}}
-        sys.stdout.writelines(json.dumps(dataclasses.asdict(each) | timing) + "\n" for each in samples)
-    sys.stdout.flush()
-    _keep(file, whole)
+    texts = engine.begin_all(list(prompts.values()), sample, list(prompts))
+    with catch_signals(b"stopping after these tokens; a second signal ends the program at once\n") as request:
+        samples = engine.finish(variables, texts, lambda: request.exit_code is not None)
+    if samples:
+        whole = "\n\n---\n\n".join(each.prompt + each.text for each in samples) + "\n"
+        _keep(file, whole)  # before it is printed: the terminal, or who reads, may be gone
+        if load_seconds is None:
+            sys.stdout.write(whole)
+        else:
+            seconds = {"load_seconds": load_seconds, "generate_seconds": time.perf_counter() - start}
+            timing = {"timing": {name: round(value, 3) for name, value in seconds.items()}}
+            sys.stdout.writelines(json.dumps(dataclasses.asdict(each) | timing) + "\n" for each in samples)
+        sys.stdout.flush()
     _note_context(engine, texts)
+    if request.exit_code is not None:
+        num_whole = sum(each.finish_reason != "interrupted" for each in samples)
+        cut = f"{len(samples) - num_whole} end where they were stopped, {len(texts) - len(samples)} were not begun"
+        print(f"interrupted: {num_whole} of {len(texts)} texts are whole, {cut}", file=sys.stderr)
+        raise Interrupted(request.exit_code)
 
 
 def converse(engine: Engine, variables: Variables, sample: SampleConfig, file: Path) -> None:
@@ -132,14 +141,16 @@ def _value(text: str) -> int | float | str | None:
 def _answer(engine: Engine, variables: Variables, answer: Text, interruptions: Sequence[int], file: Path) -> None:
     """Prints a text piece by piece, until its end or an interruption, and writes it to ``file``."""
     text = ""
-    for piece in engine.stream(variables, answer, keep_experts=True):
-        text += piece
-        print(piece, end="", flush=True)
-        if interruptions:
-            break
-    # On a terminal the next question stands apart.
-    print(end="\n\n" if sys.stdout.isatty() else "\n", flush=True)
-    _keep(file, answer.prompt + text + "\n")
+    try:
+        for piece in engine.stream(variables, answer, keep_experts=True):
+            text += piece
+            print(piece, end="", flush=True)
+            if interruptions:
+                break
+        # On a terminal the next question stands apart.
+        print(end="\n\n" if sys.stdout.isatty() else "\n", flush=True)
+    finally:  # where the terminal, or who reads, is gone too
+        _keep(file, answer.prompt + text + "\n")
 
 
 def _keep(file: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """MLflow: a run's settings, metrics, texts and pictures, in a SQLite file or on a server. Imported when used."""
 
 import contextlib
+import fcntl
 import importlib.util
 import json
 import logging
@@ -15,7 +16,7 @@ from typing import Any
 from moe_jax.config import Config, TrainConfig
 from moe_jax.config.fields import settings
 from moe_jax.errors import UserError
-from moe_jax.files import atomic_file, atomic_write_text, one_at_a_time, plain_name, read_json, remove_leftovers
+from moe_jax.files import atomic_file, atomic_write_text, plain_name, read_json, remove_leftovers
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.trackers.tracker import Tracker
 from moe_jax.training.observers import Ending
@@ -160,6 +161,18 @@ def end_what_was_left(config: Config, run: RunDirectory, step: int, files: Seque
         MLflow(config, run, step).close("finished", files)
 
 
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Within it no other process is within it for the same ``folder``, where the file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 @dataclass(frozen=True)
 class _Saved:
     """What mlflow.json remembers."""
@@ -201,7 +214,7 @@ class _Store:
         self.database.parent.mkdir(parents=True, exist_ok=True)
         with plain_name(self.database.parent) as folder:  # an address, where ? and # have a meaning
             file = folder / self.database.name
-            with one_at_a_time(folder):
+            with _one_at_a_time(folder):
                 if not file.exists():
                     remove_leftovers(file)
                     # MLflow cannot go on with half of the tables, as a kill would leave them.

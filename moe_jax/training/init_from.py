@@ -1,5 +1,6 @@
 """A new run that begins with the parameters of another one, as fine-tuning does."""
 
+import shlex
 from pathlib import Path
 
 from moe_jax.config import Config
@@ -52,7 +53,7 @@ def open_source(config: Config, tokenizer: Tokenizer, run: RunDirectory) -> Open
     if changes:
         raise UserError(f"train.init_from {path} has another model: {'; '.join(changes)}; use its settings")
     if fingerprint(source.tokenizer) != fingerprint(tokenizer):
-        folder = source.directory.tokenizer
+        folder = shlex.quote(str(source.directory.tokenizer))
         raise UserError(
             f"train.init_from {path} has other tokens than the text here; set data.tokenizer to {folder}, or prepare "
             f"the text with --tokenizer {folder}"

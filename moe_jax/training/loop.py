@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+import shlex
 import time
 from collections.abc import Sequence
 
@@ -164,7 +165,8 @@ class Loop:
         raise EnvironmentFault(
             f"{in_a_row} steps in a row, from step {began}, had no finite loss and gradient; in step {began} {found}; "
             "start a new run with a lower optimizer.learning_rate or clip_norm, from this one's best checkpoint by "
-            f"--train.init-from {self.setup.run.path} where there is one, or raise train.max_skipped_steps"
+            f"--train.init-from {shlex.quote(str(self.setup.run.path))} where there is one, or raise "
+            "train.max_skipped_steps"
         )
 
     def _write(self, done: int, values: dict[str, float | list], load_NE: np.ndarray | None = None) -> None:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM become a request that the loop answers between two steps, once a checkpoint is safe."""
+"""SIGINT and SIGTERM become a request that a loop answers between two steps, once what it has is safe."""
 
 import contextlib
 import os
@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-_NOTE = b"stopping after this step, once a checkpoint is on disk; a second signal ends the run at once\n"
+NOTE = b"stopping after this step, once a checkpoint is on disk; a second signal ends the run at once\n"
 
 
 class StopRequest:
@@ -17,8 +17,8 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def catch_signals() -> Iterator[StopRequest]:
-    """Within it the first SIGINT or SIGTERM is noted; a second one ends the process at once."""
+def catch_signals(told: bytes = NOTE) -> Iterator[StopRequest]:
+    """Within it the first SIGINT or SIGTERM is noted, and told; a second one ends the process at once."""
     request = StopRequest()
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -28,7 +28,7 @@ def catch_signals() -> Iterator[StopRequest]:
             signal.signal(each, signal.SIG_DFL)
         # The signal may have come in the middle of a print, which no other print may enter.
         with contextlib.suppress(OSError):  # nobody reads
-            os.write(2, _NOTE)
+            os.write(2, told)
 
     for number in previous:
         signal.signal(number, note)

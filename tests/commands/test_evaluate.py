@@ -7,11 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
+from moe_jax.commands import scoring
 from moe_jax.commands.scoring import _dataset, score
 from moe_jax.commands.training import train
 from moe_jax.config import Config, DataConfig
 from moe_jax.data.tokenizer import ByteTokenizer
-from moe_jax.errors import UserError
+from moe_jax.errors import EnvironmentFault, UserError
 from moe_jax.files import cache_folder
 from moe_jax.prepare import cache
 from moe_jax.prepare.cache import find_or_prepare
@@ -41,6 +42,15 @@ def test_it_finds_the_loss_that_the_run_logged(finished):
     assert scores["moe/load"] == logged["moe/load"]
     assert scores["tokens"] == 450
     assert "loss_over_padding" not in scores
+
+
+def test_a_device_with_too_little_memory_is_one_line(finished, monkeypatch):
+    def exhausted(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8.00GiB.")
+
+    monkeypatch.setattr(scoring, "evaluate", exhausted)
+    with pytest.raises(EnvironmentFault, match=r"allocate 8\.00GiB; set JAX_PLATFORMS=cpu"):
+        scores_of(finished, None, "val", "newest")
 
 
 def test_a_run_of_another_machine_is_scored_here(finished, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax.commands import training
 from moe_jax.commands.training import train
-from moe_jax.errors import UserError
+from moe_jax.errors import EnvironmentFault, UserError
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.metrics_file import read_metrics
 from moe_jax.runs.opened import open_run
@@ -49,6 +49,15 @@ def test_the_run_directory_is_as_the_contract_says(finished, tiny):
     log = finished.log_file.read_text()
     for words in ("active for a token", "step 30: train", "sample:", "python sample.py --workdir"):
         assert words in log
+
+
+def test_a_device_with_too_little_memory_is_one_line(tiny, tmp_path, monkeypatch):
+    def exhausted(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1099511627776 bytes.")
+
+    monkeypatch.setattr(training, "restore_or_init", exhausted)
+    with pytest.raises(EnvironmentFault, match=r"1,048,576 MiB; raise --optimizer\.accumulation-steps or lower"):
+        train(tiny, tmp_path / "run")
 
 
 def test_metrics_hold_every_promised_name(finished):

@@ -159,10 +159,15 @@ def test_a_conversation_on_a_terminal(home, run):
 
 
 @pytest.mark.slow
-def test_a_reader_that_goes_away_does_not_end_the_training(home):
-    flags = ("--workdir", home / "piped", "--train.num-steps", 30, "--train.log-every", 1)
-    with start(home, "train.py", "--config", "tiny.py", *flags, stderr=None) as process:
-        process.stdout.readline()
-        process.stdout.close()
+@pytest.mark.parametrize("screen", [os.pipe, pty.openpty])
+def test_a_reader_or_a_terminal_that_goes_away_does_not_end_the_training(home, screen):
+    ours, theirs = screen()
+    workdir = home / f"gone_{screen.__name__}"
+    flags = ("--workdir", workdir, "--train.num-steps", 30, "--train.log-every", 1)
+    with start(home, "train.py", "--config", "tiny.py", *flags, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        os.read(ours, 1)
+        os.close(ours)
         assert process.wait() == 0
-    assert "step 30: train" in (home / "piped" / "train.log").read_text()
+    assert "step 30: train" in (workdir / "train.log").read_text()
+    assert (workdir / "loss_curve.png").exists()

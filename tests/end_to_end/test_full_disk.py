@@ -175,7 +175,7 @@ def test_the_console_tells_once_that_the_log_cannot_be_written(tmp_path, capsys)
         log.info("first")
         with no_file_over(30):
             log.info("second")
-            log.info("third\ud800")  # of a file's name that is no UTF-8
+            log.info("third")
         log.info("fourth")
     out, err = capsys.readouterr()
     fault = f"warning: {file} cannot be written (File too large); the run goes on, keeps what is due in memory"
@@ -183,12 +183,12 @@ def test_the_console_tells_once_that_the_log_cannot_be_written(tmp_path, capsys)
         "first",
         "second",
         " and tries again each time",
-        "third\\ud800",
+        "third",
         "fourth",
         f"{file} can be written again, and nothing of it is lost",
     ]
     assert err == ""
-    assert [line[20:] for line in file.read_text().splitlines()] == ["first", "second", "third\\ud800", "fourth"]
+    assert [line[20:] for line in file.read_text().splitlines()] == ["first", "second", "third", "fourth"]
 
 
 def test_what_the_log_lacks_is_told(tmp_path, capsys):
@@ -202,7 +202,9 @@ def test_a_console_that_goes_to_a_full_disk_ends_nothing(tmp_path):
     program = """
         import resource, sys
         from pathlib import Path
+        from moe_jax.errors import show
         from moe_jax.runs.log import log, start_log
+        show("stdout")
         with start_log(Path("train.log")):
             log.info("first")
             unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -67,7 +67,7 @@ def test_a_training_ends_well_on_a_disk_that_stays_full(home):
     assert steps_of(run.path) == list(range(1, int(first)))
     assert int(lost) == 202 - (int(first) - 1)
     assert (run.checkpoints / "200").is_dir()
-    more = train(home, workdir, *RUN, "--train.num-steps", 210)
+    more = train(home, workdir, "--train.num-steps", 210, *RUN[2:])
     assert (more.returncode, more.stderr) == (0, "")
     assert steps_of(run.path) == [*range(1, int(first)), *range(201, 211), 210]
 

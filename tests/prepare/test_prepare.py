@@ -27,7 +27,7 @@ from moe_jax.data.dataset import open_dataset
 from moe_jax.data.pieces import in_pieces
 from moe_jax.data.tokenizer import document_start
 from moe_jax.data.tokenizer_file import save_tokenizer
-from moe_jax.errors import UserError
+from moe_jax.errors import EnvironmentFault, UserError
 from moe_jax.prepare import encode, folder, shards, sources
 from moe_jax.prepare import tokenizer as making
 from moe_jax.prepare.cache import find_or_prepare
@@ -385,6 +385,20 @@ def test_a_cache_folder_that_cannot_be_written_costs_only_time(config, tmp_path,
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "in the way"))
     data = prepare_folder(config)
     assert open_dataset(data.folder).fingerprint == data.fingerprint
+
+
+def test_without_a_place_for_a_texts_tokens_there_is_one_line(stories, tmp_path):
+    (tmp_path / "in the way").write_text("")
+    cache = tmp_path / "in the way" / "data"
+    words = rf"{cache}, where the tokens of a text are kept, cannot be written \(Not a directory\); set XDG_CACHE_HOME"
+    with pytest.raises(EnvironmentFault, match=words):
+        find_or_prepare(DataConfig(path=str(stories), tokenizer="byte"), cache)
+
+
+def test_nothing_of_linux_alone_is_needed(config, monkeypatch):
+    for name in ("sched_getaffinity", "posix_fadvise", "posix_fallocate", "copy_file_range", "fdatasync", "pipe2"):
+        monkeypatch.delattr(os, name)
+    assert prepare_folder(config).corpora
 
 
 @pytest.mark.parametrize("change", ["longer", "same length", "gone"])

@@ -285,10 +285,10 @@ def test_files_folders_globs_and_named_corpora(tmp_path):
     assert read(tmp_path / "odd") == ["text"]
     odd = tmp_path / "odd"
     inputs = (f"news={tmp_path / 'b.txt'}", f"verse={tmp_path / 'sub'}", f"news={odd}")
-    settings = {"weights": ("news=1", "verse=2.5"), "text_key": ("verse=line",), "val_input": (f"verse={odd}",)}
+    settings = {"weights": ("news=1e-3", "verse=2.5"), "text_key": ("verse=line",), "val_input": (f"verse={odd}",)}
     news, verse = corpora(*inputs, **settings)
     assert [source.name for source in news.train] == ["b.txt", "odd"]
-    assert (news.weight, verse.weight) == (1.0, 2.5)
+    assert (news.weight, verse.weight) == (0.001, 2.5)
     assert (news.options.text_key, verse.options.text_key) == ("text", "line")
     assert (news.val, [source.name for source in verse.val]) == ((), ["odd"])
 
@@ -405,6 +405,7 @@ def test_many_files_are_listed_in_linear_time(monkeypatch):
     ({"input": ("a=x.text", "b=x.text"), "weights": ("b=1",)}, "--weights must be NAME=NUMBER .* lacks a"),
     ({"input": ("a=x.text",), "weights": ("a=0",)}, "--weights a=0 must be a number above 0"),
     ({"input": ("a=x.text",), "weights": ("a=no",)}, "--weights a=no must be a number above 0"),
+    ({"input": ("a=x.text",), "weights": ("a=inf",)}, "--weights a=inf must be a number above 0"),
     ({"input": ("x.text", "x.text")}, "two sources called x.text"),
     ({"input": ("x.text",), "text_key": ("a=b",)}, "--text-key names the corpus a"),
     ({"input": ("",)}, "an input is an empty name"),

@@ -12,9 +12,9 @@ from moe_jax.terminal.prompts import read_prompts
 
 
 def test_nothing_is_one_empty_prompt_and_a_text_is_itself():
-    assert read_prompts(None, None) == [""]
-    assert read_prompts("ROMEO:\n", None) == ["ROMEO:\n"]
-    assert read_prompts("\ufeffROMEO:", None) == ["ROMEO:"]
+    assert read_prompts(None, None) == {"": ""}
+    assert read_prompts("ROMEO:\n", None) == {"": "ROMEO:\n"}
+    assert read_prompts("\ufeffROMEO:", None) == {"": "ROMEO:"}
 
 
 @pytest.mark.parametrize(
@@ -25,16 +25,18 @@ def test_a_text_file_and_standard_input_are_one_prompt_without_its_last_line_end
     tmp_path, monkeypatch, content, prompt
 ):
     (tmp_path / "prompt.txt").write_bytes(content.encode())
-    assert read_prompts(None, str(tmp_path / "prompt.txt")) == [prompt]
+    assert read_prompts(None, str(tmp_path / "prompt.txt")) == {"": prompt}
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
-    assert read_prompts("-", None) == [prompt]
+    assert read_prompts("-", None) == {"": prompt}
 
 
 def test_json_lines_are_a_prompt_each(tmp_path):
     prompts = ["ROMEO:", "a\nb", "", "é"]
     lines = [json.dumps({"prompt": prompt, "logprobs": [math.nan]}) for prompt in prompts]
-    (tmp_path / "prompts.jsonl").write_text("\ufeff" + "\n\n".join(lines))
-    assert read_prompts(None, str(tmp_path / "prompts.jsonl")) == prompts
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("\ufeff" + "\n\n".join(lines))
+    places = [f"{file}:{number}" for number in (1, 3, 5, 7)]
+    assert read_prompts(None, str(file)) == dict(zip(places, prompts, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,16 @@ import io
 import json
 import signal
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from moe_jax import errors
 from moe_jax.config import SampleConfig
 from moe_jax.model.decoder import Tokens, forward
+from moe_jax.sampling import engine as sampling_engine
 from moe_jax.sampling.text import Text
 from moe_jax.terminal import sampling as terminal
 from tests.sampling.tiny import CONFIG, TOKENIZER, make
@@ -100,6 +103,64 @@ def test_ctrl_c_ends_the_text_and_not_the_conversation(converse):
     assert out == "one two \none two three\n"
     assert (err, written) == ("", "abcone two three\n")
     assert signal.getsignal(signal.SIGINT) is before
+
+
+class TwoRows:
+    """A batch of two whose texts get three letters a turn; its user presses Ctrl-C while the second turn is made."""
+
+    def __init__(self, programs, variables, sizes):
+        self.texts, self.turns = [], 0
+
+    @property
+    def num_free(self):
+        return 2 - len(self.texts)
+
+    def admit(self, texts):
+        self.texts += texts
+
+    def advance(self):
+        drawn = types.SimpleNamespace(
+            tokens_BS=np.full((2, 3), TOKENIZER.encode("a")[0]),
+            logprobs_BS=np.zeros((2, 3)),
+            top_tokens_BSK=np.zeros((2, 3, 0)),
+            chosen_BSNE=None,
+        )
+        for row, text in enumerate(self.texts):
+            text.add(drawn, row, 3)
+        self.texts = [text for text in self.texts if text.finish_reason is None]
+        self.turns += 1
+        if self.turns == 2:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("is_json", [False, True])
+def test_a_signal_among_many_prompts_loses_no_text(rotary, tmp_path, monkeypatch, capsys, is_json):
+    monkeypatch.setattr(sampling_engine, "Batch", TwoRows)
+    texts = [rotary.engine.begin(prompt, SETTINGS) for prompt in ("b", "c", "d", "e")]
+    texts[0].sample = dataclasses.replace(SETTINGS, max_new_tokens=2)
+    monkeypatch.setattr(rotary.engine, "begin_all", lambda prompts, sample, places: texts)
+    file = tmp_path / "generated_text.txt"
+    with pytest.raises(errors.Interrupted) as caught:
+        terminal.print_samples(*rotary[:2], {}, SETTINGS, file, load_seconds=1.0 if is_json else None)
+    assert caught.value.exit_code == 130
+    assert file.read_text() == "baa\n\n---\n\ncaaaaaa\n\n---\n\ndaaa\n"
+    out, err = capsys.readouterr()
+    if is_json:
+        lines = [json.loads(line) for line in out.splitlines()]
+        assert [line["text"] for line in lines] == ["aa", "aaaaaa", "aaa"]
+        assert [line["finish_reason"] for line in lines] == ["length", "interrupted", "interrupted"]
+    else:
+        assert out == file.read_text()
+    assert err == "interrupted: 1 of 4 texts are whole, 2 end where they were stopped, 1 were not begun\n"
+
+
+def test_an_error_about_one_prompt_of_many_names_its_line(rotary, tmp_path):
+    prompts = {"p.jsonl:1": "a", "p.jsonl:3": "a" * 17}
+    with pytest.raises(errors.UserError, match=r"^p\.jsonl:3: the prompt must fit the context of 16 tokens, got 17"):
+        terminal.print_samples(*rotary[:2], prompts, SETTINGS, tmp_path / "generated_text.txt")
+    wrong = dataclasses.replace(SETTINGS, stop_tokens=(999,))
+    with pytest.raises(errors.UserError, match=r"^each of stop_tokens must be"):
+        terminal.print_samples(*rotary[:2], prompts, wrong, tmp_path / "generated_text.txt")
 
 
 @pytest.mark.parametrize(
