@@ -52,6 +52,7 @@ class Model:
         bounds, and for prompts that are not a list of texts or too long.
         """
         sample = _with_settings(self._defaults, settings)
+        prompts = _plain(prompts)
         if not isinstance(prompts, list | tuple):
             raise UserError(f"prompts must be a list of texts, got {prompts!r}; write generate([text])")
         for index, prompt in enumerate(prompts):
@@ -59,9 +60,16 @@ class Model:
         return self._engine.finish(self._variables, self._engine.begin_all(prompts, sample))
 
 
+def _plain(value: Any) -> Any:
+    """``value`` with numbers, texts and arrays of numpy as Python's own."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _with_settings(defaults: SampleConfig, settings: Settings) -> SampleConfig:
     kinds = {"stop": "texts", "stop_tokens": "token ids"}
-    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    given: dict[str, Any] = {name: _plain(value) for name, value in settings.items() if value is not None}
     for name, value in given.items():
         if name not in Settings.__annotations__:
             raise UserError(unknown_name("", name, list(Settings.__annotations__)))

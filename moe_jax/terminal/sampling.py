@@ -95,7 +95,9 @@ def _experts(engine: Engine, text: Text | None) -> str:
         raise UserError("/experts shows which experts tokens used, and this model has none; sample from a sparse one")
     if not text.tokens:
         raise UserError("/experts shows the experts of the last answer, and that is empty; give another prompt")
-    names = [json.dumps(engine.tokenizer.decode([token]), ensure_ascii=False) for token in text.tokens]
+    before = [*(text.own_prompt_ids[-1:] or [None]), *text.tokens]
+    spellings = [engine.tokenizer.spell(token, previous) for token, previous in zip(text.tokens, before, strict=False)]
+    names = [json.dumps(spelling, ensure_ascii=False).replace("\\\\", "\\") for spelling in spellings]
     width = max(map(len, names))
     lines = [" " * width + "  experts, a column for each MoE layer"]
     for name, chosen_NE in zip(names, text.experts, strict=True):

@@ -62,7 +62,7 @@ def test_a_setting_that_cannot_be_is_reported_and_changes_nothing(rotary, conver
     assert err.splitlines() == [
         "error: there is no setting /temprature; did you mean /temperature?",
         "error: /temperature must be of type float, got 'hot' of type str",
-        "error: /top-p must be in [1e-06, 1.0], got 7",
+        "error: /top-p must be in [0.0, 1.0], got 7",
         "/top-k is None",
         "error: /max-new-tokens must be of type int, got 1.5 of type float",
         "error: /stop cannot be changed in a conversation; leave it, and begin another with --stop",
