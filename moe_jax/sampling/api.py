@@ -1,6 +1,7 @@
 """From a run directory to texts: ``moe_jax.load(workdir).generate(prompts)``, and the engine of an opened run."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -49,7 +50,8 @@ class Model:
         """Continuations of each prompt, in order: ``num_samples`` of the first, then of the next; "" is from nothing.
 
         Prompts of any lengths are computed together. Raises UserError for a setting that does not exist or is out of
-        bounds, and for prompts that are not a list of texts or too long.
+        bounds, and for prompts that are not a list of texts or too long. Warns of characters that the tokenizer does
+        not know.
         """
         sample = _with_settings(self._defaults, settings)
         prompts = _plain(prompts)
@@ -57,7 +59,11 @@ class Model:
             raise UserError(f"prompts must be a list of texts, got {prompts!r}; write generate([text])")
         for index, prompt in enumerate(prompts):
             check_type(f"prompts[{index}]", Utf8, prompt)
-        return self._engine.finish(self._variables, self._engine.begin_all(prompts, sample))
+        texts = self._engine.begin_all(prompts, sample)
+        unknown = self._engine.unknown_in(texts)
+        if unknown:
+            warnings.warn(unknown, stacklevel=2)
+        return self._engine.finish(self._variables, texts)
 
 
 def _plain(value: Any) -> Any:

@@ -1,7 +1,6 @@
 """The sampling engine: a model prepared once, from a prompt to its text, alone or many at a time."""
 
 import dataclasses
-import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Literal
@@ -17,8 +16,6 @@ from moe_jax.model.moe.routing import is_causal
 from moe_jax.sampling.batch import STREAM_STEPS, Batch
 from moe_jax.sampling.decode import Programs
 from moe_jax.sampling.text import Sample, Text
-
-log = logging.getLogger("moe_jax")
 
 _BATCH = 32
 """Texts generated together, at most."""
@@ -62,13 +59,7 @@ class Engine:
         """A text that continues ``prompt``, or token ids, as its sample ``number``. Raises UserError.
 
         ``index`` is the prompt's in its call: the draws of equal prompts are as independent as those of samples.
-        Characters of a text that the tokenizer does not know are told in a warning.
         """
-        text = self._begin(prompt, sample, number, index)
-        self._tell_unknown([text])
-        return text
-
-    def _begin(self, prompt: str | Sequence[int], sample: SampleConfig, number: int, index: int) -> Text:
         is_text = isinstance(prompt, str)
         ids = self.tokenizer.encode(prompt).tolist() if is_text else list(prompt)
         self._check_tokens("each token of the prompt", ids)
@@ -103,22 +94,21 @@ class Engine:
 
     def begin_all(self, prompts: Sequence[str], sample: SampleConfig) -> list[Text]:
         """``sample.num_samples`` texts that continue the first prompt, then those of the next. Raises UserError."""
-        texts = [
-            self._begin(prompt, sample, number, index)
+        return [
+            self.begin(prompt, sample, number, index)
             for index, prompt in enumerate(prompts)
             for number in range(sample.num_samples)
         ]
-        self._tell_unknown(texts)
-        return texts
 
-    def _tell_unknown(self, texts: Sequence[Text]) -> None:
+    def unknown_in(self, texts: Sequence[Text]) -> str | None:
+        """What to tell the user of characters in the prompts that the tokenizer does not know; None: there is none."""
         unknown = self.tokenizer.unknown_id
         prompts = {text.prompt for text in texts if text.prompt and unknown in text.prompt_ids}
         if unknown is None or not prompts:
-            return
+            return None
         found = [each for each in sorted(set("".join(prompts))) if unknown in self.tokenizer.encode(each)]
         what = ", ".join(map(repr, found[:20])) + (", ..." if len(found) > 20 else "") if found else "some words"
-        log.warning(f"warning: this model's tokenizer does not know {what} of the prompt and reads an unknown token")
+        return f"this model's tokenizer does not know {what} of the prompt and reads an unknown token"
 
     def finish(self, variables: Variables, texts: Sequence[Text]) -> list[Sample]:
         """Generates begun ``texts`` to their ends, of any lengths, many at a time.

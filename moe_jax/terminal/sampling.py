@@ -41,6 +41,7 @@ def print_samples(
     """
     start = time.perf_counter()
     texts = engine.begin_all(prompts, sample)
+    _note_unknown(engine, texts)
     samples = engine.finish(variables, texts)
     whole = "\n\n---\n\n".join(each.prompt + each.text for each in samples) + "\n"
     if load_seconds is None:
@@ -80,6 +81,7 @@ def converse(engine: Engine, variables: Variables, sample: SampleConfig, file: P
                     sample = _with_setting(prompt, sample)
                 else:
                     last = engine.begin(prompt.removeprefix("/"), sample)
+                    _note_unknown(engine, [last])
                     interruptions.clear()
                     _answer(engine, variables, last, interruptions, file)
                     is_noted = is_noted or _note_context(engine, [last])
@@ -189,6 +191,12 @@ def _next_line() -> str | None:
     with _on_ctrl_c(signal.default_int_handler):
         line = sys.stdin.buffer.readline()
     return as_text(line, "the prompt").rstrip("\r\n") if line else None
+
+
+def _note_unknown(engine: Engine, texts: Sequence[Text]) -> None:
+    unknown = engine.unknown_in(texts)
+    if unknown:
+        print(f"note: {unknown}", file=sys.stderr)
 
 
 def _note_context(engine: Engine, texts: Sequence[Text]) -> bool:
