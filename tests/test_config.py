@@ -83,8 +83,8 @@ def test_every_number_stands_with_its_range():
         ("train.profile", "2000:2001", "train.profile must start before train.num_steps=1000"),
         ("train.trackers", ["mlflow"], "train.trackers must be a tuple"),
         ("train.mlflow_uri", "sqlite:///x", "train.mlflow_uri is for train.trackers mlflow, got sqlite:///x with"),
-        ("sample.top_p", 0.0, "sample.top_p must be in"),
-        ("sample.temperature", 1e-4, "sample.temperature must be 0 (the most likely token) or at least 0.001"),
+        ("sample.top_p", -0.1, "sample.top_p must be in"),
+        ("sample.temperature", -1e-4, "sample.temperature must be at least 0, got -0.0001"),
         ("sample.stop", ("",), "each of sample.stop must have at least one character, got an empty text; leave"),
         ("sample.stop_tokens", tuple(range(1025)), "sample.stop_tokens must be at most 1,024, got 1,025; leave"),
         ("sample.stop", ("x",) * 10**6, "sample.stop must be at most 1,024, got 1,000,000; leave some out"),
@@ -117,7 +117,7 @@ def test_a_type_of_several_names_the_first_and_takes_the_others():
 
 
 def test_an_error_names_a_setting_of_sampling_as_it_was_given():
-    assert error_of(check_sample, SampleConfig(top_p=7), "/{}".format) == "/top_p must be in [1e-06, 1.0], got 7"
+    assert error_of(check_sample, SampleConfig(top_p=7), "/{}".format) == "/top_p must be in [0.0, 1.0], got 7"
 
 
 def test_every_router_goes_with_every_dispatch_or_is_refused_with_the_reason():

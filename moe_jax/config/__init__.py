@@ -18,7 +18,6 @@ from moe_jax.config.bounds import (
     Positive,
     Range,
     Seed,
-    Temperature,
     Text,
     TokenizerSpec,
     ValidationFraction,
@@ -224,12 +223,12 @@ class SampleConfig:
     """Tokens to generate after the prompt, at most."""
     num_samples: Annotated[int, Range(1, 2**16)] = 1
     """Continuations of the prompt."""
-    temperature: Temperature = 0.8
-    """Divides the logits: below 1 is safer, above 1 wilder; 0 always takes the most likely token."""
+    temperature: NotNegative = 0.8
+    """Divides the logits: below 1 is safer, above 1 wilder; 0, or less than 0.001, takes the most likely token."""
     top_k: Count | None = None
     """Sample only among this many of the most likely tokens; None: all."""
-    top_p: Annotated[float, Range(1e-6, 1.0)] = 0.95
-    """Sample only among the most likely tokens that together reach this probability; 1: all."""
+    top_p: Fraction = 0.95
+    """Sample only among the most likely tokens that together reach this probability; 1: all; 0: the first alone."""
     min_p: Fraction = 0.0
     """Sample only among tokens at least this many times as likely as the most likely one; 0: all."""
     repetition_penalty: Annotated[float, Range(0.01, 100.0)] = 1.0

@@ -36,14 +36,6 @@ Seed = Annotated[int, Range(0, 2**32 - 1)]
 ValidationFraction = Annotated[float, Range(0.0001, 0.9)]
 
 
-def _temperature(name: str, value: float) -> None:
-    if 0 < value < 0.001:
-        raise UserError(f"{name} must be 0 (the most likely token) or at least 0.001, got {value}")
-
-
-Temperature = Annotated[float, Range(0, math.inf), _temperature]
-
-
 def _not_empty(name: str, text: str) -> None:
     if not text:
         raise UserError(f"{name} must have at least one character, got an empty text; leave it out")

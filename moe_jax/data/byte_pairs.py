@@ -6,7 +6,7 @@ import numpy as np
 import tiktoken
 
 from moe_jax.data.pieces import in_pieces
-from moe_jax.data.tokenizer import REPLACEMENT, Delimiters, decode_bytes
+from moe_jax.data.tokenizer import REPLACEMENT, Delimiters, decode_bytes, spell_bytes
 
 
 class BpeTokenizer:
@@ -29,6 +29,12 @@ class BpeTokenizer:
         return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.uint32), *pieces])
 
     def decode(self, ids: Sequence[int]) -> str:
+        return decode_bytes(ids, self._all_pieces())
+
+    def spell(self, token: int, previous: int | None) -> str:
+        return spell_bytes(self._all_pieces()[token])
+
+    def _all_pieces(self) -> list[bytes]:
         if self._pieces is None:
             # OpenAI's encodings leave some ids unused.
             pieces = [REPLACEMENT.encode()] * self.vocab_size
@@ -37,7 +43,7 @@ class BpeTokenizer:
             for special, index in self.specials.items():
                 pieces[index] = special.encode()
             self._pieces = pieces  # once it is whole: other threads decode too
-        return decode_bytes(ids, self._pieces)
+        return self._pieces
 
     def by_rank(self) -> list[bytes]:
         """The tokens that are not special, by rank."""

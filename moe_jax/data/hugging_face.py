@@ -1,13 +1,23 @@
 """Tokenizers of Hugging Face's library ``tokenizers`` (the extra ``text``), and ours in its format. Imports no jax."""
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from moe_jax.data.byte_pairs import BpeTokenizer
-from moe_jax.data.tokenizer import END_OF_TEXT, IM_END, IM_START, PAD, UNKNOWN, Delimiters
+from moe_jax.data.tokenizer import (
+    END_OF_TEXT,
+    IM_END,
+    IM_START,
+    PAD,
+    REPLACEMENT,
+    UNKNOWN,
+    Delimiters,
+    spell_bytes,
+)
 from moe_jax.errors import UserError
 
 # What other people's tokenizers call them; the first that is there counts.
@@ -64,7 +74,9 @@ class HuggingFaceTokenizer:
                 added[index].special = True
                 self._tokenizer.add_special_tokens([added[index]])
         self.spellings |= {token.content: index for index, token in added.items() if token.special}
-        model = json.loads(content)["model"]
+        values = json.loads(content)
+        self._is_byte_level = '"ByteLevel"' in json.dumps(values.get("decoder"))
+        model = values["model"]
         # Unigram models name the id, the others the token.
         self.unknown_id: int | None = model.get("unk_id", vocabulary.get(model.get("unk_token") or ""))
         self._reserved = set(self.spellings.values()) - {self.unknown_id}
@@ -117,6 +129,18 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(index) for index in ids], skip_special_tokens=False)
+
+    def spell(self, token: int, previous: int | None) -> str:
+        # Decoders look at a token's neighbour: at the start of a text many drop a space.
+        before = [] if previous is None else [previous]
+        start, text = self.decode(before), self.decode([*before, token])
+        if REPLACEMENT in start + text:  # one of the two is part of a character
+            content = self._tokenizer.id_to_token(token) or ""
+            if re.fullmatch("<0x[0-9A-F]{2}>", content):  # byte fallback
+                return spell_bytes(bytes.fromhex(content[3:5]))
+            if self._is_byte_level and set(content) <= _BYTE_OF.keys():
+                return spell_bytes(bytes(_BYTE_OF[character] for character in content))
+        return text[len(start) :]
 
 
 def to_hugging_face(tokenizer: BpeTokenizer) -> dict[str, Any]:
@@ -171,3 +195,6 @@ def _visible_bytes() -> list[str]:
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(byte if byte in visible else next(others)) for byte in range(256)]
+
+
+_BYTE_OF = {character: byte for byte, character in enumerate(_visible_bytes())}

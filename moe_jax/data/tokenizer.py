@@ -57,6 +57,10 @@ class Tokenizer(Protocol):
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD, and special tokens their own names."""
         ...
 
+    def spell(self, token: int, previous: int | None) -> str:
+        """What ``token`` adds to a text after ``previous``, None: at its start; parts of characters as ``\\xNN``."""
+        ...
+
 
 class CharTokenizer:
     """One token a character of the training text; any other character is unknown."""
@@ -81,6 +85,9 @@ class CharTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join([self._pieces[index] for index in ids])
 
+    def spell(self, token: int, previous: int | None) -> str:
+        return self._pieces[token]
+
 
 _BYTES = (*(bytes([byte]) for byte in range(256)), *(name.encode() for name in SPECIALS))
 
@@ -102,6 +109,9 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         return decode_bytes(ids, _BYTES)
 
+    def spell(self, token: int, previous: int | None) -> str:
+        return spell_bytes(_BYTES[token])
+
 
 def own_specials(first: int) -> dict[str, int]:
     """The ids of the special tokens, from ``first`` on."""
@@ -111,6 +121,11 @@ def own_specials(first: int) -> dict[str, int]:
 def decode_bytes(ids: Sequence[int], pieces: Sequence[bytes]) -> str:
     """The text of the ``pieces`` that ``ids`` name."""
     return b"".join(pieces[index] for index in ids).decode("utf-8", errors="replace")
+
+
+def spell_bytes(piece: bytes) -> str:
+    """``piece`` with those of its bytes that are no characters as ``\\xNN``, so that different ones look different."""
+    return piece.decode("utf-8", errors="backslashreplace")
 
 
 def document_start(tokenizer: Tokenizer) -> int:

@@ -1,6 +1,7 @@
 """From a run directory to texts: ``moe_jax.load(workdir).generate(prompts)``, and the engine of an opened run."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
@@ -50,20 +51,33 @@ class Model:
         """Continuations of each prompt, in order: ``num_samples`` of the first, then of the next; "" is from nothing.
 
         Prompts of any lengths are computed together. Raises UserError for a setting that does not exist or is out of
-        bounds, and for prompts that are not a list of texts or too long.
+        bounds, and for prompts that are not a list of texts or too long. Warns of characters that the tokenizer does
+        not know.
         """
         sample = _with_settings(self._defaults, settings)
+        prompts = _plain(prompts)
         if not isinstance(prompts, list | tuple):
             raise UserError(f"prompts must be a list of texts, got {prompts!r}; write generate([text])")
         places = [f"prompts[{index}]" for index in range(len(prompts))]
         for place, prompt in zip(places, prompts, strict=True):
             check_type(place, Utf8, prompt)
-        return self._engine.finish(self._variables, self._engine.begin_all(prompts, sample, places))
+        texts = self._engine.begin_all(prompts, sample, places)
+        unknown = self._engine.unknown_in(texts)
+        if unknown:
+            warnings.warn(unknown, stacklevel=2)
+        return self._engine.finish(self._variables, texts)
+
+
+def _plain(value: Any) -> Any:
+    """``value`` with numbers, texts and arrays of numpy as Python's own."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _with_settings(defaults: SampleConfig, settings: Settings) -> SampleConfig:
     kinds = {"stop": "texts", "stop_tokens": "token ids"}
-    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
+    given: dict[str, Any] = {name: _plain(value) for name, value in settings.items() if value is not None}
     for name, value in given.items():
         if name not in Settings.__annotations__:
             raise UserError(unknown_name("", name, list(Settings.__annotations__)))

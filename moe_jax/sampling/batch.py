@@ -9,7 +9,8 @@ import numpy as np
 from moe_jax.config import SampleConfig
 from moe_jax.model.decoder import Variables
 from moe_jax.sampling.decode import MAX_STEPS, DecodeState, Drawn, Programs, Rows
-from moe_jax.sampling.text import Text
+from moe_jax.sampling.score import SCORED
+from moe_jax.sampling.text import Text, tops
 
 STREAM_STEPS = 8
 """Tokens drawn at a time for a reader: few enough to read along, many enough to hide the cost of a call."""
@@ -62,9 +63,11 @@ class Batch:
         chosen = list(zip(free, texts, strict=False))
         for start in range(0, len(chosen), _PREFILL):
             part = chosen[start : start + _PREFILL]
-            self._read([(row, text.prompt_ids, True) for row, text in part])
+            self._read([(row, text.prompt_ids, text.num_prefix) for row, text in part])
         for row, text in chosen:
             self._texts[row] = text
+            if text.scores_prompt:
+                self._score(text)
         self._rows = None
 
     def advance(self, steps: int = MAX_STEPS) -> None:
@@ -91,7 +94,8 @@ class Batch:
             self._resize(size)
             self._draw(1)
             for length in {min(_SHORTEST << power, self._context) for power in range(self._context.bit_length())}:
-                self._read([(size, [0] * length, True)])
+                self._read([(size, [0] * length, 0)])
+        self._score(None)
         self._resize(0)
 
     @property
@@ -126,22 +130,45 @@ class Batch:
         for row, text in enumerate(self._texts):
             if text is not None and text.length - text.window_start > self._context:
                 window = (text.prompt_ids + text.tokens)[-max(1, self._context // 2) :]
-                self._read([(row, window, False)])
+                self._read([(row, window, None)])
                 if text.experts:
                     # What had no position of its own is read within the new window, where nobody counts its rows.
                     text.experts[-1] = np.zeros_like(text.experts[-1])
                 text.window_start = text.length - len(window)
 
-    def _read(self, chosen: Sequence[tuple[int, list[int], bool]]) -> None:
-        """Prefills (row, tokens, whether the text is new to its row)."""
+    def _read(self, chosen: Sequence[tuple[int, list[int], int | None]]) -> None:
+        """Prefills (row, tokens, how many of them precede the text; None: the text is in its row already)."""
         P = _power_of_two(len(chosen))
         longest = max(_SHORTEST, *(len(tokens) for _, tokens, _ in chosen))
         text_PL = np.zeros((P, min(self._context, _power_of_two(longest))), np.int32)
-        length_P, row_P, is_new_P = np.ones(P, np.int32), np.full(P, len(self._texts), np.int32), np.ones(P, bool)
-        for index, (row, tokens, is_new) in enumerate(chosen):
+        length_P, row_P = np.ones(P, np.int32), np.full(P, len(self._texts), np.int32)
+        num_prefix_P, is_new_P = np.zeros(P, np.int32), np.ones(P, bool)
+        for index, (row, tokens, num_prefix) in enumerate(chosen):
             text_PL[index, : len(tokens)] = tokens
-            length_P[index], row_P[index], is_new_P[index] = len(tokens), row, is_new
-        self.state = self._programs.prefill(self._variables, self.state, text_PL, length_P, row_P, is_new_P)
+            length_P[index], row_P[index] = len(tokens), row
+            num_prefix_P[index], is_new_P[index] = num_prefix or 0, num_prefix is not None
+        self.state = self._programs.prefill(
+            self._variables, self.state, text_PL, length_P, row_P, num_prefix_P, is_new_P
+        )
+
+    def _score(self, text: Text | None) -> None:
+        """Gives ``text`` the log-probabilities of its prompt's tokens; None: compiles what that needs."""
+        ids = text.prompt_ids if text else [0, 0]
+        caches = self._programs.empty_caches(self._variables)
+        for start in range(0, len(ids) - 1, SCORED):
+            part = ids[start : start + SCORED + 1]
+            ids_L = np.zeros(SCORED + 1, np.int32)
+            ids_L[: len(part)] = part
+            size = len(part) - 1
+            scored, caches = self._programs.score(
+                self._variables, caches, ids_L, np.int32(start), np.int32(size), num_top=self._reported["num_top"]
+            )
+            if text:
+                # What is before the text, and its first token, which nothing of it stands before, has none.
+                first = max(0, text.num_prefix - start)
+                logprobs_L, top_tokens_LK, top_logprobs_LK = (each[first:size] for each in jax.device_get(scored))
+                text.prompt_logprobs += logprobs_L.tolist()
+                text.prompt_top_logprobs += tops(top_tokens_LK, top_logprobs_LK)
 
     def _resize(self, num_texts: int) -> None:
         """Gives the batch the least size that holds so many texts, a size after the other."""
@@ -158,15 +185,24 @@ class Batch:
 
 def _rows(texts: Sequence[Text | None], vocab_size: int) -> Rows:
     samples = [text.sample if text else _NOBODY for text in texts]
+    # A prompt has up to 2**16 samples, so no two texts of a call have one number, and the first prompt's are its
+    # samples'. What of it does not fit 32 bits goes into the seed.
+    numbers = [(text.index << 16) + text.number if text else 0 for text in texts]
+    seeds = [(sample.seed + (number >> 32)) % 2**32 for sample, number in zip(samples, numbers, strict=True)]
     return Rows(
-        seed_B=jnp.asarray([sample.seed for sample in samples], jnp.uint32),
-        sample_B=jnp.asarray([text.number if text else 0 for text in texts], jnp.int32),
-        temperature_B=jnp.asarray([sample.temperature for sample in samples], jnp.float32),
+        seed_B=jnp.asarray(seeds, jnp.uint32),
+        sample_B=jnp.asarray([number % 2**32 for number in numbers], jnp.uint32),
+        temperature_B=jnp.asarray([_temperature(sample) for sample in samples], jnp.float32),
         top_k_B=jnp.asarray([sample.top_k or vocab_size for sample in samples], jnp.int32),
         top_p_B=jnp.asarray([sample.top_p for sample in samples], jnp.float32),
         min_p_B=jnp.asarray([sample.min_p for sample in samples], jnp.float32),
         repetition_penalty_B=jnp.asarray([sample.repetition_penalty for sample in samples], jnp.float32),
     )
+
+
+def _temperature(sample: SampleConfig) -> float:
+    """0, the most likely token, also for what leaves no other one, or would divide the logits by next to nothing."""
+    return 0.0 if sample.temperature < 0.001 or sample.top_p < 1e-6 else sample.temperature
 
 
 def _power_of_two(number: int) -> int:

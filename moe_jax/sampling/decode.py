@@ -19,6 +19,7 @@ from moe_jax.model.decoder import Decoder, Tokens, Variables, forward
 from moe_jax.model.machine import Machine
 from moe_jax.model.moe.backends import for_machine
 from moe_jax.sampling.processors import (
+    gumbel,
     keep_min_p,
     keep_top_k,
     keep_top_k_and_p,
@@ -26,12 +27,10 @@ from moe_jax.sampling.processors import (
     penalise_repetition,
     scale_by_temperature,
 )
+from moe_jax.sampling.score import DecoderFor, score
 
 MAX_STEPS = 32
 """Tokens a row that one call of ``decode`` draws, at most."""
-
-DecoderFor = Callable[[int], Decoder]
-"""The decoder for so many tokens at a time: few are dispatched to their experts in another way than many."""
 
 
 class Rows(flax.struct.PyTreeNode):
@@ -40,8 +39,8 @@ class Rows(flax.struct.PyTreeNode):
     seed_B: Array
     """uint32."""
     sample_B: Array
-    """int32: which sample of its prompt it is. With the seed and the position it decides each draw, alone or beside
-    others."""
+    """uint32: which text of its call it is, by prompt and sample. With the seed and the position it decides each draw,
+    alone or beside others."""
     temperature_B: Array
     """0 takes the most likely token."""
     top_k_B: Array
@@ -59,7 +58,7 @@ class DecodeState(flax.struct.PyTreeNode):
     position_B: Array
     """int32: the model's position of the token that is drawn next."""
     seen_BV: Array
-    """bool: which tokens are in the text, for the repetition penalty."""
+    """bool: which tokens are in the text, for the repetition penalty; what the model reads before it is not."""
 
 
 class Drawn(flax.struct.PyTreeNode):
@@ -98,6 +97,7 @@ def prefill(
     text_PL: Array,
     length_P: Array,
     row_P: Array,
+    num_prefix_P: Array,
     is_new_P: Array,
 ) -> DecodeState:
     """Runs P texts through the model and puts each into its row, before its next token is drawn.
@@ -107,6 +107,7 @@ def prefill(
       text_PL: token ids, padded on the right; L is at most the context.
       length_P: the tokens of each text, at least 1.
       row_P: B or more for a text that is none, but fills the shape.
+      num_prefix_P: the first tokens of each that are not part of the text, such as the start of a document.
       is_new_P: False for the end of the text that is in its row already, whose earlier tokens stay seen.
     """
     P, L = text_PL.shape
@@ -121,7 +122,8 @@ def prefill(
         caches=init_caches(decoder.config, P, decoder.config.context_length),
         logits_at_B=length_P - 1,
     )
-    text_seen_PV = jnp.zeros((P, V), bool).at[jnp.arange(P)[:, None], text_PL].max(real_PL)
+    own_PL = real_PL & (index_PL >= num_prefix_P[:, None])
+    text_seen_PV = jnp.zeros((P, V), bool).at[jnp.arange(P)[:, None], text_PL].max(own_PL)
     earlier_PV = jnp.take(state.seen_BV, row_P, axis=0, mode="clip") & ~is_new_P[:, None]
 
     def put(leaf_B: Array, leaf_P: Array) -> Array:
@@ -164,7 +166,7 @@ def draw(logits_BV: Array, rows: Rows, position_B: Array, seen_BV: Array, *, by_
 
 def _draw_row(logits_V: Array, seed: Array, sample: Array, position: Array) -> Array:
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), position)
-    return jax.random.categorical(key, logits_V).astype(jnp.int32)
+    return jnp.argmax(logits_V + gumbel(key, logits_V.shape[0])).astype(jnp.int32)
 
 
 def _if_any(asked_B: Array, process: Callable[..., Array], *, branches: bool) -> Callable[..., Array]:
@@ -271,6 +273,8 @@ class Programs:
             donate_argnums=1,
             static_argnames=("num_top", "keep_experts"),
         )
+        self.score = jax.jit(functools.partial(score, self.decoder_for), donate_argnums=1, static_argnames="num_top")
+        self.empty_caches = jax.jit(lambda variables: init_caches(config, 1, config.context_length), keep_unused=True)
         self.take_rows = jax.jit(take_rows)
 
     def decoder_for(self, num_tokens: int) -> Decoder:

@@ -55,8 +55,11 @@ class Engine:
         """The variables of the training decoder as all else here takes them: unstacked, matrices in ``dtype``."""
         self.programs = Programs(model, tokenizer.vocab_size, machine, self._end)
 
-    def begin(self, prompt: str | Sequence[int], sample: SampleConfig, number: int = 0) -> Text:
-        """A text that continues ``prompt``, or token ids, as its sample ``number``. Raises UserError."""
+    def begin(self, prompt: str | Sequence[int], sample: SampleConfig, number: int = 0, index: int = 0) -> Text:
+        """A text that continues ``prompt``, or token ids, as its sample ``number``. Raises UserError.
+
+        ``index`` is the prompt's in its call: the draws of equal prompts are as independent as those of samples.
+        """
         is_text = isinstance(prompt, str)
         ids = self.tokenizer.encode(prompt).tolist() if is_text else list(prompt)
         self._check_tokens("each token of the prompt", ids)
@@ -68,7 +71,16 @@ class Engine:
             raise UserError(
                 f"the prompt must fit the context of {context} tokens, got {len(prompt_ids)}; shorten the prompt"
             )
-        return Text(self.tokenizer, prompt_ids, sample, number, self._end, prompt if is_text else "")
+        return Text(
+            self.tokenizer,
+            prompt_ids,
+            sample,
+            number,
+            self._end,
+            prompt if is_text else "",
+            index=index,
+            num_prefix=len(prompt_ids) - len(ids),
+        )
 
     def check_stop_tokens(self, sample: SampleConfig) -> None:
         """UserError unless ``sample.stop_tokens`` are tokens."""
@@ -89,11 +101,21 @@ class Engine:
         texts = []
         for index, prompt in enumerate(prompts):
             try:
-                texts += [self.begin(prompt, sample, number) for number in range(sample.num_samples)]
+                texts += [self.begin(prompt, sample, number, index) for number in range(sample.num_samples)]
             except UserError as error:
                 where = f"{places[index]}: " if places and places[index] else ""
                 raise UserError(f"{where}{error}") from None
         return texts
+
+    def unknown_in(self, texts: Sequence[Text]) -> str | None:
+        """What to tell the user of characters in the prompts that the tokenizer does not know; None: there is none."""
+        unknown = self.tokenizer.unknown_id
+        prompts = {text.prompt for text in texts if text.prompt and unknown in text.prompt_ids}
+        if unknown is None or not prompts:
+            return None
+        found = [each for each in sorted(set("".join(prompts))) if unknown in self.tokenizer.encode(each)]
+        what = ", ".join(map(repr, found[:20])) + (", ..." if len(found) > 20 else "") if found else "some words"
+        return f"this model's tokenizer does not know {what} of the prompt and reads an unknown token"
 
     def finish(
         self, variables: Variables, texts: Sequence[Text], is_stopped: Callable[[], bool] = lambda: False

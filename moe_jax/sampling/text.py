@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moe_jax.axes import Array
 from moe_jax.config import SampleConfig
 from moe_jax.data.tokenizer import REPLACEMENT, Tokenizer
 from moe_jax.sampling.decode import Drawn
@@ -18,6 +19,7 @@ class TextStream:
 
     The bytes of one character may be spread over several tokens: they are held back until it is whole, or the text
     ends. A foreign tokenizer that changes earlier text when more follows is streamed as the text first stood.
+    ``before`` are tokens that the text continues, and whose own text is not given again.
 
     >>> from moe_jax.data.tokenizer import ByteTokenizer
     >>> stream = TextStream(ByteTokenizer("endoftext"))
@@ -25,30 +27,44 @@ class TextStream:
     ['n', '', 'é']
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
         self._tokenizer = tokenizer
         # Decoded together: the last tokens of what was given, since some tokenizers decode a first token differently,
         # and those that came after them.
-        self._window: list[int] = []
-        self._given = 0
+        self._window = list(before)
+        self._given = tokenizer.decode(self._window) if before else ""
+        # The last bytes of ``before`` may be the first ones of a character, which is given once it is whole.
+        self._num_half = len(self._given) - len(self._given.rstrip(REPLACEMENT))
+        # The window's tokens since the text was last whole.
+        self._new = list(before) if self._num_half else []
 
     def add(self, tokens: Sequence[int]) -> str:
         """The text that has become certain with ``tokens``; maybe empty."""
+        text = self._tokenizer.decode([*self._window, *tokens])
+        if len(tokens) > 1 and text.endswith(REPLACEMENT):
+            return "".join([self.add([token]) for token in tokens])
         self._window += tokens
-        text = self._tokenizer.decode(self._window)
-        whole = text.rstrip(REPLACEMENT)
+        self._new += tokens
+        if text[: len(self._given)].count(REPLACEMENT) > self._given.count(REPLACEMENT):
+            # Some tokenizers decode a run of bytes as a whole, of which nothing is a text while its end is not.
+            self._window, self._given = list(self._new), ""
+            text = self._tokenizer.decode(self._window)
+        while self._num_half and text[len(self._given) - 1 : len(self._given)] != REPLACEMENT:
+            self._given, self._num_half = self._given[:-1], self._num_half - 1
         # More than an unfinished character has of them are bytes, or characters, that are no others.
-        end = max(len(whole), len(text) - _LONGEST_HALF)
-        piece, self._given = text[self._given : end], max(self._given, end)
+        end = max(len(text.rstrip(REPLACEMENT)), len(text) - _LONGEST_HALF)
+        piece = text[len(self._given) : end]
+        if piece:
+            self._given, self._num_half = text[:end], 0
         if tokens and end == len(text):
-            self._window = list(tokens)
-            self._given = len(self._tokenizer.decode(self._window))
+            self._window, self._new = self._new, []
+            self._given = self._tokenizer.decode(self._window)
         return piece
 
     def finish(self) -> str:
         """What was held back, once no more tokens come."""
-        piece, self._given = self._tokenizer.decode(self._window)[self._given :], 0
-        self._window = []
+        piece = self._tokenizer.decode(self._window)[len(self._given) :]
+        self._window, self._given, self._new, self._num_half = [], "", [], 0
         return piece
 
 
@@ -97,6 +113,12 @@ class StopStream:
         return held
 
 
+def tops(token_SK: Array, logprob_SK: Array) -> list[list[tuple[int, float]]]:
+    """(token, log-probability) of each place's most likely tokens."""
+    places = zip(token_SK.tolist(), logprob_SK.tolist(), strict=True)
+    return [list(zip(*place, strict=True)) for place in places]
+
+
 @dataclass(frozen=True)
 class Sample:
     prompt: str
@@ -121,17 +143,31 @@ class Text:
         number: int,
         end_token: int,
         prompt: str = "",
+        *,
+        index: int = 0,
+        num_prefix: int = 0,
     ):
-        """``number`` says which sample of its prompt it is; ``prompt`` the text that ``prompt_ids`` were made of."""
-        self.prompt, self.prompt_ids = prompt, list(prompt_ids)
+        """``number`` says which sample of its prompt it is, ``index`` which prompt of its call that is.
+
+        ``prompt`` is the text that ``prompt_ids`` were made of, but for the ``num_prefix`` first ones, which the model
+        reads before the text.
+        """
+        self.prompt, self.prompt_ids, self.num_prefix = prompt, list(prompt_ids), num_prefix
         self.sample = sample
-        self.number = number
+        self.number, self.index = number, index
         self.tokens: list[int] = []
         """Drawn so far, without the one that ended the text."""
         self.logprobs: list[float] = []
         """Of each token, the natural logarithm of its probability under the model itself."""
         self.top_logprobs: list[list[tuple[int, float]]] = []
         """The most likely tokens in each one's place and their log-probabilities, where the batch reports them."""
+        self.scores_prompt = False
+        """Whether the batch is to give the two that follow."""
+        self.prompt_logprobs: list[float] = []
+        """Of each token of the prompt after its first one."""
+        self.prompt_top_logprobs: list[list[tuple[int, float]]] = []
+        self.end: tuple[int, float, list[tuple[int, float]]] | None = None
+        """The token that ended the text, its log-probability and the most likely tokens in its place."""
         self.experts: list[np.ndarray] = []
         """[MoE layers, E] bool for each token, where the batch reports them."""
         self.finish_reason: str | None = None
@@ -141,8 +177,13 @@ class Text:
         self.window_start = 0
         """The place in the text of the model's position 0: moves on where learned positions are used up."""
         self._ends = {end_token, *sample.stop_tokens}
-        self._text, self._shown = TextStream(tokenizer), StopStream(sample.stop)
+        self._text, self._shown = TextStream(tokenizer, self.own_prompt_ids), StopStream(sample.stop)
         self._pieces: list[str] = []
+
+    @property
+    def own_prompt_ids(self) -> list[int]:
+        """Those that are part of the text."""
+        return self.prompt_ids[self.num_prefix :]
 
     @property
     def length(self) -> int:
@@ -172,9 +213,10 @@ class Text:
         self.tokens += tokens[:kept]
         self.logprobs += drawn.logprobs_BS[row, :kept].tolist()
         if drawn.top_tokens_BSK.shape[-1]:
-            top_SK, top_logprob_SK = drawn.top_tokens_BSK[row, :kept], drawn.top_logprobs_BSK[row, :kept]
-            tops = zip(top_SK.tolist(), top_logprob_SK.tolist(), strict=True)
-            self.top_logprobs += [list(zip(*top, strict=True)) for top in tops]
+            new = tops(drawn.top_tokens_BSK[row, : size + 1], drawn.top_logprobs_BSK[row, : size + 1])
+            self.top_logprobs += new[:kept]
+            if size < len(tokens) and kept == size:
+                self.end = tokens[size], float(drawn.logprobs_BS[row, size]), new[size]
         if drawn.chosen_BSNE is not None:
             self.experts += list(np.asarray(drawn.chosen_BSNE[row, :kept]))
         if has_ended or not self.num_left:

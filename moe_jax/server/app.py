@@ -126,16 +126,19 @@ class _Routes:
         """A text for each prompt and sample. RequestError where a prompt cannot be continued."""
         engine, texts = self._service.engine, []
         limit = min(self._service.limits.max_prompt_tokens, engine.config.context_length)
-        for prompt in wanted.prompts:
+        for index, prompt in enumerate(wanted.prompts):
             ids = engine.tokenizer.encode(prompt).tolist() if isinstance(prompt, str) else prompt
             size = self._num_added + len(ids)
             if size > limit:
                 message = f"the prompt may have {limit} tokens, got {size}; shorten it"
                 raise RequestError(message, "prompt", code="context_length_exceeded")
             try:
-                texts += [engine.begin(ids, wanted.sample, number) for number in range(wanted.sample.num_samples)]
+                new = [engine.begin(ids, wanted.sample, number, index) for number in range(wanted.sample.num_samples)]
             except UserError as error:
                 raise RequestError(str(error)[:300], "prompt") from None
+            for text in new:
+                text.scores_prompt = wanted.echo and wanted.logprobs is not None
+            texts += new
         return texts
 
 

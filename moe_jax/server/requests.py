@@ -1,9 +1,11 @@
 """From the JSON body of a request to what is to be generated, by OpenAI's completions API. Imports no jax."""
 
+import dataclasses
 import json
 import re
 import secrets
 import typing
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -68,7 +70,8 @@ class CompletionRequest:
 
 
 class _StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
-    include_usage: bool | None = None
+    include_usage: bool = False
+    include_obfuscation: bool = False
 
 
 _Text = Annotated[str, Meta(description="a string")]
@@ -99,15 +102,17 @@ class _Body(msgspec.Struct):
     min_p: _Number = 0.0
     repetition_penalty: _Number = 1.0
     stop: Annotated[
-        _Stop | Annotated[list[_Stop], Meta(max_length=4)],
-        Meta(description="a string of 1 to 1000 characters, or a list of up to 4 of them"),
+        _Stop | Annotated[list[_Stop], Meta(max_length=64)],
+        Meta(description="a string of 1 to 1000 characters, or a list of up to 64 of them"),
     ] = []
     stop_token_ids: Annotated[list[int], Meta(description="a list of token ids")] = []
     seed: Annotated[_Int64 | None, Meta(description="a whole number of 64 bits")] = None
     logprobs: Annotated[_UpTo5 | None, Meta(description="a whole number in [0, 5]")] = None
     echo: _Flag = False
     stream: _Flag = False
-    stream_options: Annotated[_StreamOptions | None, Meta(description="an object with include_usage only")] = None
+    stream_options: Annotated[
+        _StreamOptions | None, Meta(description="an object with include_usage and include_obfuscation only")
+    ] = None
     user: _Text = ""
     presence_penalty: _Nothing = 0
     frequency_penalty: _Nothing = 0
@@ -130,23 +135,38 @@ def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
         values = decode_json(body, dict[str, Any])
     except ValueError as error:
         raise RequestError(f"the body must be a JSON object in UTF-8 ({error}); correct it") from None
+    # Only this parser shows a name that is there twice, of which programs keep one or the other.
+    json.loads(body, object_pairs_hook=_unique, parse_int=len, parse_float=len)
     return _request(_fields(values, limits), limits)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> None:
+    name, count = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 1)
+    if count > 1:
+        raise RequestError(f"{_cut(name)} is given {count} times; give it once", _cut(name))
 
 
 def _fields(values: dict[str, Any], limits: Limits) -> _Body:
     known = _Body.__struct_fields__
+    values = _without_nulls(values)
     for name in map(_cut, values):
         if name not in known:
             message = unknown_name("", name, list(known)).replace("setting", "field", 1)
             raise RequestError(message, name, code="unknown_parameter")
+    if isinstance(options := values.get("stream_options"), dict):
+        values["stream_options"] = _without_nulls(options)
     # Who names no max_tokens gets the default, or less where the server allows less.
-    values = {name: value for name, value in values.items() if value is not None}
     values.setdefault("max_tokens", min(16, limits.max_output_tokens))
     try:
         return msgspec.convert(values, _Body)
     except msgspec.ValidationError as error:
         name = re.findall(r" at `\$\.(\w+)[^`]*`\Z", str(error))[0]  # at its end: what comes before may quote a client
         raise _mistake(name, _rule(name), values[name]) from None
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """A null asks for nothing, whatever its name."""
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _rule(name: str) -> str:
@@ -167,9 +187,7 @@ def _request(body: _Body, limits: Limits) -> CompletionRequest:
         )
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream=true; leave it out", "stream_options")
-    if body.logprobs is not None and body.echo:
-        raise RequestError("logprobs of an echoed prompt are not supported; leave one of them out", "logprobs")
-    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    include_usage = body.stream_options is not None and body.stream_options.include_usage
     return CompletionRequest(prompts, sample, body.logprobs, body.echo, body.stream, include_usage)
 
 
@@ -203,10 +221,13 @@ def _sample(body: _Body, limits: Limits) -> SampleConfig:
     # Programs send up to 64 bits, the sampler takes 32.
     seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32
     try:
-        Range(1, limits.max_output_tokens)("max_tokens", body.max_tokens)
+        Range(0, limits.max_output_tokens)("max_tokens", body.max_tokens)
         Range(1, limits.max_texts)("n", body.n)
         sample = SampleConfig(**settings, stop=stop, stop_tokens=stop_tokens, seed=seed)
-        return check_sample(sample, lambda setting: _FIELDS.get(setting, setting))
+        # Who asks for no tokens wants the prompt scored; a text of none is no setting of a run.
+        least = dataclasses.replace(sample, max_new_tokens=max(1, body.max_tokens))
+        check_sample(least, lambda setting: _FIELDS.get(setting, setting))
+        return sample
     except UserError as error:
         message = _cut(str(error), 300)
         raise RequestError(message if ";" in message else f"{message}; change it", message.split()[0]) from None

@@ -1,5 +1,6 @@
 """The objects that answer a completion, as OpenAI's API has them, from what its call has received."""
 
+import functools
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -24,15 +25,12 @@ def event(content: dict) -> bytes:
 DONE = b"data: [DONE]\n\n"
 
 
-class Spellings(dict[int, str]):
-    """What each token looks like by itself, decoded once: some tokenizers take long over a single one."""
+class Spellings:
+    """What tokens look like in a text, the last ones kept: some tokenizers take long over a single one."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-
-    def __missing__(self, token: int) -> str:
-        text = self[token] = self.tokenizer.decode([token])
-        return text
+        self.of = functools.lru_cache(2**16)(tokenizer.spell)
 
 
 class Completion:
@@ -87,17 +85,21 @@ class _Choice:
         self._num_logprobs = wanted.logprobs
         self._has_ended = False
         self._num_tokens = 0
-        self._echoed = ""
+        own_ids = ticket.text.own_prompt_ids
+        self._echoed, self._echoed_ids = "", own_ids if wanted.echo else []
         if wanted.echo:
             self._echoed = prompt if isinstance(prompt, str) else spellings.tokenizer.decode(prompt)
+        self._shows_end = wanted.echo
+        before = own_ids if wanted.logprobs is not None and not wanted.echo else []
+        self._previous = before[-1] if before else None
         # How many characters are certain before a token is where it begins.
-        self._offset, self._stream = len(self._echoed), TextStream(spellings.tokenizer)
+        self._offset, self._stream = 0, TextStream(spellings.tokenizer, before)
 
     def has_gained(self) -> bool:
         ticket = self._ticket
         gains_tokens = self._num_logprobs is not None and ticket.num_tokens > self._num_tokens
         ends = ticket.finish_reason is not None and not self._has_ended
-        return bool(ticket.pieces or self._echoed or gains_tokens or ends)
+        return bool(ticket.pieces or (self._echoed and ticket.has_begun) or gains_tokens or ends)
 
     def take(self) -> dict[str, Any]:
         ticket = self._ticket
@@ -109,21 +111,37 @@ class _Choice:
 
     def _logprobs(self, num_top: int) -> dict[str, list]:
         """Of the tokens that have come since the last time; offsets are into the whole text of this choice."""
-        text, new = self._ticket.text, range(self._num_tokens, self._ticket.num_tokens)
         found: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-        for place in new:
-            token, logprob = text.tokens[place], text.logprobs[place]
+        for token, logprob, tops in self._new_tokens():
+            name = self._spellings.of(token, self._previous)
             shown: dict[str, float] = {}
-            for other, value in [*text.top_logprobs[place][:num_top], (token, logprob)]:
-                # Two tokens may look the same; the likelier one comes first.
-                shown.setdefault(self._spellings[other], _number(value))
-            found["tokens"].append(self._spellings[token])
-            found["token_logprobs"].append(_number(logprob))
-            found["top_logprobs"].append(shown)
+            for other, value in [*tops[:num_top], (token, logprob)] if logprob is not None else []:
+                spelling = self._spellings.of(other, self._previous)
+                if other != token and (spelling == name or spelling in shown):
+                    spelling = f"token_id:{other}"  # as other servers name a token by its id
+                shown.setdefault(spelling, _number(value))
+            found["tokens"].append(name)
+            found["token_logprobs"].append(None if logprob is None else _number(logprob))
+            found["top_logprobs"].append(None if logprob is None else shown)
             found["text_offset"].append(self._offset)
             self._offset += len(self._stream.add([token]))
-        self._num_tokens = new.stop
+            self._previous = token
         return found
+
+    def _new_tokens(self) -> Iterator[tuple[int, float | None, Sequence[tuple[int, float]]]]:
+        """Each with its log-probability and the most likely ones; of an echoed prompt the first token has neither.
+
+        After an echo the token that ended the text comes too: who scores a prompt looks for one token after it.
+        """
+        ticket, text = self._ticket, self._ticket.text
+        yield from zip(self._echoed_ids, [None, *text.prompt_logprobs], [[], *text.prompt_top_logprobs], strict=False)
+        self._echoed_ids = []
+        for place in range(self._num_tokens, ticket.num_tokens):
+            yield text.tokens[place], text.logprobs[place], text.top_logprobs[place]
+        self._num_tokens = ticket.num_tokens
+        if self._shows_end and ticket.finish_reason is not None and text.end is not None:
+            self._shows_end = False
+            yield text.end
 
 
 def _number(logprob: float) -> float:

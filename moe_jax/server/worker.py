@@ -26,6 +26,8 @@ class Ticket:
         """Text that has not been read yet. However slowly it is read, it is no longer than the limit on output."""
         self.num_tokens = 0
         """Tokens of the text that are there to be read; the worker may be adding others."""
+        self.has_begun = False
+        """Whether the prompt has been read."""
         self.finish_reason: str | None = None
 
 
@@ -67,7 +69,7 @@ class Call:
         self._counters.generated_tokens.inc(num_tokens - ticket.num_tokens)
         if piece:
             ticket.pieces.append(piece)
-        ticket.num_tokens, ticket.finish_reason = num_tokens, finish_reason
+        ticket.num_tokens, ticket.finish_reason, ticket.has_begun = num_tokens, finish_reason, True
         if not self._has_begun:
             self._has_begun = True
             self._counters.first_token.observe(time.monotonic() - self.arrived)

@@ -43,6 +43,7 @@ def print_samples(
     """
     start = time.perf_counter()
     texts = engine.begin_all(list(prompts.values()), sample, list(prompts))
+    _note_unknown(engine, texts)
     with catch_signals(b"stopping after these tokens; a second signal ends the program at once\n") as request:
         samples = engine.finish(variables, texts, lambda: request.exit_code is not None)
     if samples:
@@ -89,6 +90,7 @@ def converse(engine: Engine, variables: Variables, sample: SampleConfig, file: P
                     sample = _with_setting(prompt, sample)
                 else:
                     last = engine.begin(prompt.removeprefix("/"), sample)
+                    _note_unknown(engine, [last])
                     interruptions.clear()
                     _answer(engine, variables, last, interruptions, file)
                     is_noted = is_noted or _note_context(engine, [last])
@@ -104,7 +106,9 @@ def _experts(engine: Engine, text: Text | None) -> str:
         raise UserError("/experts shows which experts tokens used, and this model has none; sample from a sparse one")
     if not text.tokens:
         raise UserError("/experts shows the experts of the last answer, and that is empty; give another prompt")
-    names = [json.dumps(engine.tokenizer.decode([token]), ensure_ascii=False) for token in text.tokens]
+    before = [*(text.own_prompt_ids[-1:] or [None]), *text.tokens]
+    spellings = [engine.tokenizer.spell(token, previous) for token, previous in zip(text.tokens, before, strict=False)]
+    names = [json.dumps(spelling, ensure_ascii=False).replace("\\\\", "\\") for spelling in spellings]
     width = max(map(len, names))
     lines = [" " * width + "  experts, a column for each MoE layer"]
     for name, chosen_NE in zip(names, text.experts, strict=True):
@@ -198,6 +202,12 @@ def _next_line() -> str | None:
     with _on_ctrl_c(signal.default_int_handler):
         line = sys.stdin.buffer.readline()
     return as_text(line, "the prompt").rstrip("\r\n") if line else None
+
+
+def _note_unknown(engine: Engine, texts: Sequence[Text]) -> None:
+    unknown = engine.unknown_in(texts)
+    if unknown:
+        print(f"note: {unknown}", file=sys.stderr)
 
 
 def _note_context(engine: Engine, texts: Sequence[Text]) -> bool:

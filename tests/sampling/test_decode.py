@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import Config, MoEConfig, SampleConfig
+from moe_jax.config import Config, DataConfig, MoEConfig, SampleConfig
 from moe_jax.model import decoder as decoder_module
 from moe_jax.model.machine import Machine
+from moe_jax.sampling import batch as batch_module
+from moe_jax.sampling import score
 from moe_jax.sampling.batch import Batch, _rows
 from moe_jax.sampling.engine import Engine
 from tests.sampling.tiny import CONFIG, TOKENIZER, make, make_trained, run_of
@@ -147,16 +149,41 @@ def test_a_penalty_knows_what_the_window_has_left():
     assert sample.tokens == made.greedy_loop(PROMPTS[1], 30, penalty=1.6, end=-1)
 
 
+def test_a_prompt_is_scored_in_parts(monkeypatch):
+    for module in (score, batch_module):
+        monkeypatch.setattr(module, "SCORED", 5)
+    made = make(CONFIG)
+    packed = Engine(Config(model=CONFIG, data=DataConfig(mode="packed")), TOKENIZER, Machine("cpu"))
+    for engine in (made.engine, packed):
+        for size in (1, 2, 6, 7, 15):
+            text = engine.begin(np.random.default_rng(size).integers(0, 8, size).tolist(), SampleConfig())
+            text.scores_prompt = True
+            Batch(made.engine.programs, made.variables, [1], num_top=2).admit([text])
+            padded = text.prompt_ids + [0] * (16 - len(text.prompt_ids))
+            logprobs_LV = jax.nn.log_softmax(run_of(made.decoder, made.variables)([padded])[0])
+            expected = np.asarray(logprobs_LV)[text.num_prefix : len(text.prompt_ids) - 1]
+            assert len(text.prompt_logprobs) == len(text.prompt_top_logprobs) == len(expected) == size - 1
+            for row, token, found, top in zip(
+                expected, text.own_prompt_ids[1:], text.prompt_logprobs, text.prompt_top_logprobs, strict=True
+            ):
+                np.testing.assert_allclose(found, row[token], atol=1e-5)
+                assert [index for index, _ in top] == np.argsort(-row)[:2].tolist()
+
+
 def test_what_is_warmed_up_is_not_compiled_again():
     engine = make(CONFIG)[0]
     # Where a checkpoint puts them.
     variables = jax.device_put(engine.prepare(make_trained(CONFIG)[1]), jax.devices()[0])
     batch = Batch(engine.programs, variables, [1, 2])
     programs = engine.programs
-    functions = (programs.prefill, programs.decode, programs.take_rows, programs.empty_state)
+    functions = (
+        *(programs.prefill, programs.decode, programs.take_rows, programs.empty_state),
+        *(programs.score, programs.empty_caches),
+    )
     batch.warm_up()
     before = [function._cache_size() for function in functions]
     waiting = [engine.begin([1] * length, SampleConfig(max_new_tokens=20)) for length in (1, 16, 5)]
+    waiting[1].scores_prompt = True
     while waiting or batch.texts:
         if waiting and batch.num_free:
             batch.admit([waiting.pop()])

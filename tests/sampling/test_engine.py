@@ -12,6 +12,7 @@ from moe_jax.data.tokenizer import document_start
 from moe_jax.errors import UserError
 from moe_jax.model.machine import Machine
 from moe_jax.prepare.tokenizer import build_tokenizer
+from moe_jax.sampling.batch import Batch
 from moe_jax.sampling.decode import Programs
 from moe_jax.sampling.engine import Engine
 from tests.sampling.tiny import CONFIG, END, TOKENIZER, run_of
@@ -129,6 +130,22 @@ def test_a_prompt_is_the_start_of_a_document_where_training_rows_were(rotary):
     engine = Engine(Config(model=CONFIG, data=DataConfig(mode="packed")), TOKENIZER, Machine("cpu"))
     prompt = [document_start(TOKENIZER), *TOKENIZER.encode("bad")]
     assert engine.generate(rotary.variables, "bad", greedy)[0].tokens == rotary.greedy_loop(prompt, 6)
+
+
+@pytest.mark.parametrize(
+    ("mode", "prompt", "in_the_text"), [("windows", "", ""), ("packed", "", ""), ("packed", "bad", "bad")]
+)
+def test_what_stands_before_a_text_is_not_in_it_for_the_penalty(rotary, mode, prompt, in_the_text):
+    """The start of a document is most often its end too, and a penalty must not keep texts from ending."""
+    engine = Engine(Config(model=CONFIG, data=DataConfig(mode=mode)), TOKENIZER, Machine("cpu"))
+
+    def seen(prompt):
+        batch = Batch(rotary.engine.programs, rotary.variables, [1])
+        batch.admit([engine.begin(prompt, SampleConfig())])
+        return set(np.flatnonzero(batch.state.seen_BV[0]).tolist())
+
+    assert seen(prompt) == set(TOKENIZER.encode(in_the_text).tolist())
+    assert seen([END, 3]) == {END, 3}  # who asks for it has it in the text
 
 
 def test_chat_delimiters_start_and_end_a_text(rotary):

@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.config import SampleConfig
+from moe_jax.data.tokenizer import ByteTokenizer
+from moe_jax.sampling.batch import _rows
 from moe_jax.sampling.decode import Rows, draw
 from moe_jax.sampling.processors import (
+    gumbel,
     keep_min_p,
     keep_top_k,
     keep_top_k_and_p,
@@ -14,7 +18,9 @@ from moe_jax.sampling.processors import (
     penalise_repetition,
     scale_by_temperature,
 )
+from moe_jax.sampling.text import Text
 
+BYTES = ByteTokenizer("endoftext")
 # Probabilities .1, .4, .2, .3 in this order of token ids.
 LOGITS = jnp.log(jnp.asarray([0.1, 0.4, 0.2, 0.3]))
 
@@ -194,6 +200,35 @@ def test_a_draw_depends_on_seed_sample_and_position_only():
     np.testing.assert_array_equal(tokens[8:16], drawn(rows[:8], 5, samples=jnp.arange(8, 16)))
     assert not np.array_equal(tokens, drawn(rows, 6))
     assert not np.array_equal(tokens, drawn(rows, 5, seed=1))
+
+
+def test_no_two_texts_of_a_call_share_their_draws():
+    sample = SampleConfig(seed=2**32 - 1)
+    at = [(0, 0), (0, 1), (0, 2**16 - 1), (1, 0), (2**16 - 1, 2**16 - 1), (2**16, 0), (2**17, 5)]
+    rows = _rows([Text(BYTES, [0], sample, number, -1, index=index) for index, number in at], 261)
+    found = list(zip(rows.seed_B.tolist(), rows.sample_B.tolist(), strict=True))
+    assert len(set(found)) == len(at)
+    assert found[:3] == [(2**32 - 1, number) for number in (0, 1, 2**16 - 1)]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 9e-4}, {"top_p": 0.0}, {"top_p": 1e-60}])
+def test_what_leaves_one_token_or_divides_by_next_to_nothing_is_greedy(settings):
+    sample = SampleConfig(**settings)
+    assert _rows([Text(BYTES, [0], sample, 0, -1)], 261).temperature_B.tolist() == [0.0]
+
+
+def test_noise_is_exact_where_it_is_largest(monkeypatch):
+    """By 23 of the 32 bits, none would be above 15.9, and a token of probability 1e-8 hardly ever drawn."""
+    key = jax.random.key(3)
+    found, usual = np.asarray(gumbel(key, 100_000)), np.asarray(jax.random.gumbel(key, (100_000,)))
+    most = (usual > -2) & (usual < 6)
+    np.testing.assert_allclose(found[most], usual[most], atol=1e-3)
+    bits = np.array([2**32 - 1, 2**32 - 2, 2**32 - 300, 2**32 - 2**20, 2**32 - 2**26, 2**31, 2**20, 0], np.uint32)
+    monkeypatch.setattr(jax.random, "bits", lambda *_: jnp.asarray(bits))
+    expected = -np.log(-np.log1p(-(2.0**32 - bits - 0.5) / 2.0**32))
+    assert expected[0] > 22
+    np.testing.assert_allclose(gumbel(key, 8)[:7], expected[:7], rtol=1e-5)
+    assert np.isfinite(gumbel(key, 8)[7])
 
 
 def test_each_row_is_drawn_by_its_own_settings():

@@ -1,8 +1,14 @@
 """Pieces of text as tokens come: whole characters only, and together what the whole list decodes to."""
 
+import json
+import re
+
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models
 
+from moe_jax.data.hugging_face import HuggingFaceTokenizer, to_hugging_face
 from moe_jax.data.tokenizer import REPLACEMENT
 from moe_jax.prepare.tokenizer import build_tokenizer
 from moe_jax.sampling.text import StopStream, TextStream, stop_in
@@ -66,6 +72,84 @@ class FirstWordBare:
 
 def test_a_tokenizer_that_decodes_a_first_token_differently():
     assert pieces(FirstWordBare(), [[0], [1], [2, 0]]) == ["a", " b", " c a", ""]
+
+
+def foreign(model, decoder):
+    """A tokenizer of Hugging Face's library."""
+    made = tokenizers.Tokenizer(model)
+    made.decoder = decoder
+    return HuggingFaceTokenizer(made.to_str(), "endoftext", "a test")
+
+
+WORDS = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁acnoetimup", "▁a", "▁time", "▁upon", "▁Once"]
+LLAMA_DECODER = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+)
+PIECES = ["[UNK]", "[SEP]", "once", "upon", "a", "time", "##s", "##ing", ".", "n", "'", "t"]
+
+
+@pytest.fixture(scope="module", params=["metaspace", "llama", "wordpiece", "byte level"])
+def tokenizer_and_ids(request):
+    """(tokenizer, tokens of a text): the first token of a text, or a run of bytes, is decoded in a way of its own."""
+    by_id = {word: index for index, word in enumerate(WORDS)}
+    match request.param:
+        case "metaspace":
+            model = models.Unigram([(word, 0.0) for word in WORDS], 0, False)
+            names = ["▁Once", "▁upon", "▁a", "▁time", "t"]
+            return foreign(model, decoders.Metaspace()), [by_id[name] for name in names]
+        case "llama":
+            names = ["▁Once", "<0xC3>", "<0xA9>", *["<0xE4>", "<0xBD>", "<0xA0>"] * 3, "▁a", "t", "<0x0A>", "▁time"]
+            return foreign(models.BPE(by_id, [], byte_fallback=True), LLAMA_DECODER), [by_id[name] for name in names]
+        case "wordpiece":
+            model = models.WordPiece({word: index for index, word in enumerate(PIECES)}, unk_token="[UNK]")
+            names = ["once", "upon", "a", "time", "##s", ".", "a", "##ing"]
+            return foreign(model, decoders.WordPiece("##", cleanup=True)), [PIECES.index(name) for name in names]
+    ours = build_tokenizer("bpe:300", [TEXT])
+    made = HuggingFaceTokenizer(json.dumps(to_hugging_face(ours)), "endoftext", "a test")
+    return made, made.encode(" déjà 你🙂").tolist()
+
+
+def test_a_continuation_is_what_the_whole_text_has_after_the_prompt(tokenizer_and_ids):
+    tokenizer, ids = tokenizer_and_ids
+    whole = tokenizer.decode(ids)
+    for cut in range(len(ids)):
+        before = tokenizer.decode(ids[:cut])
+        for size in (1, 3, 100):
+            stream = TextStream(tokenizer, ids[:cut])
+            text = "".join([*map(stream.add, in_chunks(ids[cut:], size)), stream.finish()])
+            # A character that the prompt has begun belongs to the continuation.
+            assert before.rstrip(REPLACEMENT) + text == whole
+
+
+def test_spellings_join_to_the_text_and_parts_of_characters_differ(tokenizer_and_ids):
+    tokenizer, ids = tokenizer_and_ids
+    names = [tokenizer.spell(token, previous) for token, previous in zip(ids, [None, *ids], strict=False)]
+    shown = "".join(names)
+    as_bytes = b"".join(
+        bytes.fromhex(part[2:]) if part.startswith("\\x") else part.encode()
+        for part in re.findall(r"\\x[0-9a-f]{2}|[^\\]", shown)
+    )
+    assert as_bytes.decode() == tokenizer.decode(ids)
+    assert REPLACEMENT not in shown
+
+
+@pytest.mark.parametrize("spec", ["byte", "bpe:300", "gpt2"])
+def test_every_byte_has_a_spelling_of_its_own(spec):
+    tokenizer = build_tokenizer(spec, [TEXT])
+    names = [tokenizer.spell(token, 65) for token in range(256)]
+    assert len(set(names)) == 256
+    assert sum(name.startswith("\\x") for name in names) == 128
+
+
+def test_a_character_that_is_unknown_in_the_prompt_is_not_given_again():
+    tokenizer = build_tokenizer("char", ["ab"])
+    unknown = tokenizer.unknown_id
+    stream = TextStream(tokenizer, [0, unknown])
+    assert [stream.add(tokens) for tokens in ([unknown], [1, unknown], [0])] == [
+        "",
+        REPLACEMENT + "b",
+        REPLACEMENT + "a",
+    ]
 
 
 def ends_at(text, stops):

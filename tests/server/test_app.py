@@ -11,6 +11,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from moe_jax.config import Config, DataConfig, SampleConfig
+from moe_jax.data.tokenizer import ByteTokenizer
 from moe_jax.model.machine import Machine
 from moe_jax.sampling.engine import Engine
 from moe_jax.sampling.text import Text
@@ -37,7 +38,7 @@ def test_a_completion_is_what_the_generator_makes_of_a_prompt_in_every_form(serv
     engine, variables = made
     status, answer = server.complete(prompt=prompt, max_tokens=12, seed=5, n=2)
     sample = SampleConfig(max_new_tokens=12, temperature=1.0, top_p=1.0, seed=5, num_samples=2)
-    expected = [each for text in texts for each in engine.generate(variables, text, sample)]
+    expected = engine.finish(variables, engine.begin_all(texts, sample))
     assert (status, answer["object"], answer["model"]) == (200, "text_completion", "tiny")
     found = [(choice["index"], choice["text"], choice["finish_reason"]) for choice in answer["choices"]]
     assert found == [(index, each.text, each.finish_reason) for index, each in enumerate(expected)]
@@ -60,7 +61,10 @@ def test_echo_shows_the_prompt_first(server):
     assert "".join(each["choices"][0]["text"] for each in chunks) == "ab" + plain["choices"][0]["text"]
 
 
-@pytest.mark.parametrize("options", [{}, {"logprobs": 3}, {"n": 3}, {"stop": ["e", "0"], "logprobs": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"logprobs": 3}, {"n": 3}, {"stop": ["e", "0"], "logprobs": 1}, {"logprobs": 2, "echo": True}],
+)
 def test_a_stream_is_the_whole_in_pieces(server, options):
     fields = {"prompt": ["ab", ""], "max_tokens": 40, "seed": 7, **options}
     _, whole = server.complete(**fields)
@@ -90,9 +94,9 @@ def test_log_probabilities(server):
     found = answer["choices"][0]["logprobs"]
     assert {len(values) for values in found.values()} == {answer["usage"]["completion_tokens"]}
     for token, logprob, top in zip(found["tokens"], found["token_logprobs"], found["top_logprobs"], strict=True):
-        # The most likely token was taken. Several bytes may look the same.
+        # The most likely token was taken.
         assert top[token] == logprob == max(top.values()) <= 0
-        assert 1 <= len(top) <= 5
+        assert len(top) == 5
     assert found["text_offset"] == sorted(found["text_offset"])
     assert found["text_offset"][0] == 0
     _, none = server.complete(prompt="ab", max_tokens=8, temperature=0, logprobs=0)
@@ -102,17 +106,37 @@ def test_log_probabilities(server):
     ]
 
 
-def test_of_tokens_that_look_the_same_the_likelier_is_shown():
-    text = Text(BYTES, [0], SampleConfig(max_new_tokens=1), 0, end_token=-1)
-    text.tokens, text.logprobs = [0x82], [-3.0]
-    text.top_logprobs = [[(0x80, -0.5), (ord("a"), -1.0), (0x81, -2.0)]]
-    spellings = Spellings(BYTES)
-    for num_top, expected in ((3, {"\ufffd": -0.5, "a": -1.0}), (1, {"\ufffd": -0.5}), (0, {"\ufffd": -3.0})):
-        ticket = SimpleNamespace(text=text, pieces=[], num_tokens=1, finish_reason="length")
+class Vowels(ByteTokenizer):
+    """Shows b and c as b."""
+
+    def spell(self, token, previous):
+        return super().spell(min(token, ord("b")), previous)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "drawn", "tops", "expected"),
+    [
+        (BYTES, 0x82, [0x80, ord("a")], [{"\\x80": -0.5, "a": -1.0, "\\x82": -3.0}, {"\\x82": -3.0}]),
+        (Vowels("endoftext"), ord("b"), [ord("c"), ord("b")], [{"token_id:99": -0.5, "b": -1.0}, {"b": -3.0}]),
+        (
+            Vowels("endoftext"),
+            ord("a"),
+            [ord("c"), ord("b")],
+            [{"b": -0.5, "token_id:98": -1.0, "a": -3.0}, {"a": -3.0}],
+        ),
+    ],
+)
+def test_tokens_that_look_the_same_stay_apart(tokenizer, drawn, tops, expected):
+    text = Text(tokenizer, [0], SampleConfig(max_new_tokens=1), 0, end_token=-1)
+    text.tokens, text.logprobs = [drawn], [-3.0]
+    text.top_logprobs = [list(zip(tops, (-0.5, -1.0), strict=True))]
+    spellings = Spellings(tokenizer)
+    for num_top, shown in zip((2, 0), expected, strict=True):
+        ticket = SimpleNamespace(text=text, pieces=[], num_tokens=1, finish_reason="length", has_begun=True)
         wanted = CompletionRequest(("",), text.sample, num_top, echo=False, stream=False, include_usage=False)
         whole = Completion(wanted, SimpleNamespace(tickets=[ticket]), spellings, "tiny").whole()
         (choice,) = whole["choices"]
-        assert choice["logprobs"]["top_logprobs"] == [expected]
+        assert choice["logprobs"]["top_logprobs"] == [shown]
         assert choice["logprobs"]["token_logprobs"] == [-3.0]
 
 

@@ -56,8 +56,8 @@ def test_the_four_forms_of_a_prompt(prompt, prompts):
 EVERY_FIELD = b"""{
   "model": "tiny", "prompt": "a", "max_tokens": 5, "n": 2, "best_of": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 7,
   "min_p": 0.1, "repetition_penalty": 1.2, "stop": ["x", "yz"], "stop_token_ids": [9, 4, 9], "logprobs": 0, "seed": 3,
-  "stream": true, "stream_options": {"include_usage": true}, "user": "someone", "presence_penalty": 0.0,
-  "frequency_penalty": 0, "logit_bias": {}, "suffix": ""
+  "stream": true, "stream_options": {"include_usage": true, "include_obfuscation": false, "x": null},
+  "user": "someone", "presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}, "suffix": ""
 }"""
 
 
@@ -69,21 +69,44 @@ def test_every_field_arrives():
     assert (wanted.logprobs, wanted.stream, wanted.include_usage) == (0, True, True)
     assert parse(top_k=-1).sample.top_k is parse(top_k=0).sample.top_k is None
     assert parse(stop="x").sample.stop == ("x",)
+    assert parse(stop=list("abcde")).sample.stop == tuple("abcde")
+    assert parse(max_tokens=0).sample.max_new_tokens == 0
+    assert (parse(temperature=1e-9).sample.temperature, parse(top_p=0).sample.top_p) == (1e-9, 0)
+
+
+def test_a_null_of_any_name_asks_for_nothing():
+    assert parse(seed=1, functions=None, tool_choice=None) == parse(seed=1)
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        (b'{"model": "tiny", "seed": 1, "n": 1, "seed": 2}', "seed"),
+        (
+            b'{"model": "tiny", "stream": true, "stream_options": {"include_usage": true, "include_usage": null}}',
+            "include_usage",
+        ),
+        (b'{"model": "tiny", "p\\u0072ompt": "a", "prompt": "b"}', "prompt"),
+    ],
+)
+def test_a_name_that_is_there_twice_is_refused(body, name):
+    message, error = refusal(body)
+    assert message == f"{name} is given 2 times; give it once"
+    assert error.content["error"]["param"] == name
 
 
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
         ({"temprature": 1}, "temprature", "there is no field temprature; did you mean temperature?"),
-        ({"max_tokens": 0}, "max_tokens", "max_tokens must be in [1, 100], got 0; change it"),
-        ({"max_tokens": 101}, "max_tokens", "max_tokens must be in [1, 100], got 101; change it"),
+        ({"max_tokens": -1}, "max_tokens", "max_tokens must be in [0, 100], got -1; change it"),
+        ({"max_tokens": 101}, "max_tokens", "max_tokens must be in [0, 100], got 101; change it"),
         ({"max_tokens": True}, "max_tokens", "max_tokens must be a whole number, got true; change it"),
         ({"max_tokens": 1.0}, "max_tokens", "max_tokens must be a whole number, got 1.0; change it"),
         ({"temperature": -0.1}, "temperature", "temperature must be a number in [0, 2], got -0.1; change it"),
         ({"temperature": 2.1}, "temperature", "temperature must be a number in [0, 2], got 2.1; change it"),
         ({"temperature": "1"}, "temperature", 'temperature must be a number in [0, 2], got "1"; change it'),
-        ({"temperature": 1e-5}, "temperature", "temperature must be 0 (the most likely token) or at least 0.001"),
-        ({"top_p": 0}, "top_p", "top_p must be in [1e-06, 1.0], got 0.0; change it"),
+        ({"top_p": -1e-9}, "top_p", "top_p must be in [0.0, 1.0], got -1e-09; change it"),
         ({"top_k": -2}, "top_k", "top_k must be at least 1, got -2"),
         ({"min_p": 1.5}, "min_p", "min_p must be in [0.0, 1.0], got 1.5"),
         ({"repetition_penalty": 0}, "repetition_penalty", "repetition_penalty must be in [0.01, 100.0], got 0"),
@@ -96,8 +119,8 @@ def test_every_field_arrives():
             for prompt in ([], [[]], ["a", 1], [True], {"a": 1}, [[1.5]])
         ),
         *(
-            ({"stop": stop}, "stop", "stop must be a string of 1 to 1000 characters, or a list of up to 4 of them")
-            for stop in (["a"] * 5, "", "a" * 1001, ["a", 1])
+            ({"stop": stop}, "stop", "stop must be a string of 1 to 1000 characters, or a list of up to 64 of them")
+            for stop in (["a"] * 65, "", "a" * 1001, ["a", 1])
         ),
         ({"stop_token_ids": [261]}, "stop_token_ids", "stop_token_ids must be token ids in [0, 260], got [261]"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "stop_token_ids must be token ids in [0, 260]"),
@@ -106,7 +129,6 @@ def test_every_field_arrives():
         ({"seed": 2**63}, "seed", "seed must be a whole number of 64 bits, got 9223372036854775808"),
         ({"logprobs": 6}, "logprobs", "logprobs must be a whole number in [0, 5], got 6"),
         ({"logprobs": True}, "logprobs", "logprobs must be a whole number in [0, 5], got true"),
-        ({"logprobs": 1, "echo": True}, "logprobs", "logprobs of an echoed prompt are not supported"),
         ({"echo": 1}, "echo", "echo must be true or false, got 1"),
         ({"stream": "yes"}, "stream", 'stream must be true or false, got "yes"'),
         ({"stream_options": {"include_usage": True}}, "stream_options", "stream_options needs stream=true"),
