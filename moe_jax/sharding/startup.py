@@ -37,10 +37,12 @@ def start_jax(*, compile_cache: bool) -> None:
         return
     try:
         folder = make_writable(cache_folder("compiled"))
-    except OSError as error:
+        str(folder).encode()  # as jax's cache needs it
+    except (OSError, UnicodeEncodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "its name is no UTF-8"
         log.warning(
             f"warning: compiled programs are not kept for the next start: {cache_folder('compiled')} cannot be "
-            f"written ({error.strerror}); set XDG_CACHE_HOME to a folder that can"
+            f"written ({reason}); set XDG_CACHE_HOME to a folder that can"
         )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
