@@ -584,7 +584,7 @@ import numpy as np
 from moe_jax.commands.training import train
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 from moe_jax.model.attention import init_caches
-from moe_jax.model.decoder import forward
+from moe_jax.model.decoder import Tokens, forward
 from moe_jax.prepare.folder import prepare_folder
 from moe_jax.prepare.plays import find_plays, render_play
 from moe_jax.prepare.settings import PrepareConfig

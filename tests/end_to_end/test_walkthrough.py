@@ -50,6 +50,9 @@ def test_its_parts_are_the_seven():
         # Its first cell of code begins with its imports: it brings all that it needs.
         assert re.search(r"^# %%\n(import|from) ", cells, flags=re.MULTILINE)
         assert "assert " in cells
+        undefined = [sys.executable, "-m", "ruff", "check", "--isolated", "--quiet", "--select", "F821", "-"]
+        done = subprocess.run(undefined, input=cells, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, "")
 
 
 @pytest.mark.slow
