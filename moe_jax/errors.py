@@ -24,8 +24,11 @@ class Terminated(BaseException):
     """SIGTERM when there is nothing to save; raised, so that what is half written is removed."""
 
 
-class Interrupted(Exception):
-    """A signal ended the run after its checkpoint was made safe; ``exit_code`` is 128 + the signal's number."""
+class Interrupted(BaseException):
+    """A signal ended the run after its checkpoint was made safe; ``exit_code`` is 128 + the signal's number.
+
+    No ``Exception``: what a signal raises within a library's call is no fault of what the call was given.
+    """
 
     def __init__(self, exit_code: int):
         super().__init__(f"interrupted, exit code {exit_code}")

@@ -4,6 +4,7 @@ import codecs
 import contextlib
 import errno
 import fcntl
+import glob
 import io
 import json
 import logging
@@ -67,6 +68,8 @@ def _checked_depth(value: T) -> T:
         children = [
             each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)
         ]
+        if not children:
+            return value
         level = [child for values in children for child in values]
     if any(isinstance(each, dict | list) for each in level):
         raise _too_deep()
@@ -295,7 +298,7 @@ def _lock(file: TextIO, folder: Path, flag: str, what: str, *, wait: bool = Fals
 
 def remove_leftovers(file: Path) -> None:
     """Removes what an ``atomic_file`` of a process that was killed left beside ``file``."""
-    for beside in file.parent.glob(f".{file.name}.*"):
+    for beside in file.parent.glob(f".{glob.escape(file.name)}.*"):
         if re.fullmatch(r"[0-9]+(-journal)?", beside.name.removeprefix(f".{file.name}.")):  # SQLite's, of a database
             beside.unlink(missing_ok=True)
 

@@ -157,6 +157,7 @@ def _end_what_was_left(setup: Setup, start: Start) -> None:
     config, run = setup.config, setup.run
     if not is_first_process():
         return
+    save_tokenizer(setup.dataset.tokenizer, run.tokenizer)  # the checkpoint's, which somebody may have changed since
     picture, metrics = run.loss_curve, run.metrics_file
     if not picture.exists() or (metrics.exists() and metrics.stat().st_mtime > picture.stat().st_mtime):
         _draw(run)

@@ -46,7 +46,7 @@ Text = Annotated[str, _not_empty]
 
 def few(name: str, values: tuple[object, ...]) -> None:
     if len(values) > 1024:
-        raise UserError(f"{name} must be at most 1,024, got {len(values):,}; leave some out")
+        raise UserError(f"{name} must have at most 1,024 values, got {len(values):,}; leave some out")
 
 
 def _utf8(name: str, text: str) -> None:

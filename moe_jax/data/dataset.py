@@ -42,7 +42,7 @@ Natural = Annotated[int, msgspec.Meta(ge=0)]
 class SplitMeta:
     """A split as meta.json has it."""
 
-    dtype: Annotated[str, msgspec.Meta(pattern="^uint(16|32)$")]
+    dtype: Annotated[str, msgspec.Meta(pattern=r"^uint(16|32)\Z")]
     """Of token ids: uint16 or uint32."""
     shard_tokens: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
     num_tokens: Natural
@@ -158,7 +158,7 @@ class TokenizerMeta(msgspec.Struct):
 
 
 class CorpusMeta(msgspec.Struct):
-    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z][\w-]*$")]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z][\w-]*\Z")]
     """That of a folder too."""
     weight: Annotated[float, msgspec.Meta(gt=0, le=1)]
     train: SplitMeta

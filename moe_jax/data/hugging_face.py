@@ -112,6 +112,8 @@ class HuggingFaceTokenizer:
     def _encoding(self, text: str) -> Any:
         try:
             return self._tokenizer.encode(text, add_special_tokens=False)
+        except MemoryError:
+            raise
         except Exception as error:  # noqa: BLE001 - the library raises bare Exception, as where it has no unknown token
             raise UserError(f"the tokenizer cannot encode a text ({error}); use another tokenizer") from None
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 from pathlib import Path
 
 from moe_jax.config import DataConfig
@@ -67,7 +68,7 @@ def find_or_prepare(
     if of_run is not None and any(source.path.startswith(HUB) for source in corpus.train):
         raise UserError(
             f"the run's text is {data.path}, which is not on this machine and is fetched only for who names it; "
-            f"add --data {data.path}"
+            f"add --data {shlex.quote(str(data.path))}"
         )
     try:
         make_writable(cache)

@@ -97,8 +97,8 @@ def _encode_piece(piece: Piece, tokenizer: Tokenizer, *, parse_specials: bool) -
             left = before if index == 0 else ""
             right = after if index == len(parts) - 1 else ""
             # Where a cut is in a run of one character, the two pieces would not agree on the token that crosses it.
-            left = left if tokenizer.is_local(left, part[:AROUND].rstrip()) else ""
-            right = right if tokenizer.is_local(part[-AROUND:].lstrip(), right) else ""
+            left = left if left and tokenizer.is_local(left, part[:AROUND].rstrip()) else ""
+            right = right if right and tokenizer.is_local(part[-AROUND:].lstrip(), right) else ""
             ids, comes_back = tokenizer.encode_within(left, part, right)
             num_lost += not comes_back
         else:

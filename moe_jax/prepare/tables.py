@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_jax.errors import Interrupted, UserError
+from moe_jax.errors import UserError
 from moe_jax.prepare.options import Part, ReadOptions, column_index
 
 _BATCH = 1 << 23
@@ -36,12 +36,12 @@ def read_parquet(file: Path, options: ReadOptions) -> Iterator[Part]:
                 size = metadata.row_group(group).column(column).total_uncompressed_size
                 per_row = max(1, size // max(1, metadata.row_group(group).num_rows))
                 for batch in table.iter_batches(max(1, min(64, _BATCH // per_row)), [group], [key]):
-                    for value in batch.column(0):
+                    for value in batch.column(0).to_pylist():
                         number += 1
-                        if value.is_valid:
-                            yield value.as_py(), True
-                        else:
+                        if value is None:
                             options.leave_out_null(f"{file}, row {number}")
+                        else:
+                            yield value, True
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         # Arrow raises OSError without a number for damaged pages; with one it is the machine's fault.
         if isinstance(error, OSError) and error.errno is not None:
@@ -61,8 +61,6 @@ def read_hub(name: str, options: ReadOptions) -> Iterator[Part]:
     datasets.disable_progress_bars()
     try:
         data: Any = datasets.load_dataset(path, subset or None, split=split or "train")
-    except Interrupted:
-        raise
     except Exception as error:  # noqa: BLE001 - the library lets through whatever its readers and the network raise
         reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
         raise UserError(

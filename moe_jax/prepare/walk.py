@@ -69,7 +69,8 @@ def walk(folder: Path, notes: Notes) -> Iterator[tuple[Path, list[str]]]:
 def _is_ours(folder: Path) -> bool:
     """Whether this package writes in ``folder``, or MLflow for it: what appears there is not the user's text."""
     artifacts = folder.name == "mlflow-artifacts" and (folder.parent / "mlflow.db").exists()
-    return artifacts or (folder / ".lock").exists()
+    ours = ("train.log", "config.json", "meta.json", "progress.json")  # others, too, have files called .lock
+    return artifacts or ((folder / ".lock").exists() and any((folder / name).exists() for name in ours))
 
 
 def _is_hidden(name: str) -> bool:

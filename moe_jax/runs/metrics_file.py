@@ -122,5 +122,6 @@ class _Line(msgspec.Struct):
 
 def _values(line: bytes) -> dict[str, Any]:
     """The step and the values of a line. Raises ValueError."""
-    decode_json(line, _Line)
-    return decode_json(line, dict)
+    values = decode_json(line, dict)
+    msgspec.convert(values, _Line)
+    return values

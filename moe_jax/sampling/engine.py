@@ -113,7 +113,9 @@ class Engine:
         prompts = {text.prompt for text in texts if text.prompt and unknown in text.prompt_ids}
         if unknown is None or not prompts:
             return None
-        found = [each for each in sorted(set("".join(prompts))) if unknown in self.tokenizer.encode(each)]
+        # To other tokenizers a character by itself may be unknown that is part of a word they know.
+        characters = sorted(set("".join(prompts))) if self.tokenizer.name == "char" else []
+        found = [each for each in characters if unknown in self.tokenizer.encode(each)]
         what = ", ".join(map(repr, found[:20])) + (", ..." if len(found) > 20 else "") if found else "some words"
         return f"this model's tokenizer does not know {what} of the prompt and reads an unknown token"
 

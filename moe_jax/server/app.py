@@ -136,8 +136,9 @@ class _Routes:
                 new = [engine.begin(ids, wanted.sample, number, index) for number in range(wanted.sample.num_samples)]
             except UserError as error:
                 raise RequestError(str(error)[:300], "prompt") from None
-            for text in new:
-                text.scores_prompt = wanted.echo and wanted.logprobs is not None
+            new[0].scores_prompt = wanted.echo and wanted.logprobs is not None
+            for text in new[1:]:  # lists that are filled once for all samples of a prompt
+                text.prompt_logprobs, text.prompt_top_logprobs = new[0].prompt_logprobs, new[0].prompt_top_logprobs
             texts += new
         return texts
 

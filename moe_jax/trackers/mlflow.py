@@ -135,6 +135,8 @@ def check_mlflow(train: TrainConfig, run: RunDirectory) -> None:
             "another, or leave mlflow out"
         ) from None
     store = _Store(train, run)
+    if (store.named_uri or "").startswith("sqlite:///~"):  # a folder called ~ would be made
+        raise UserError(f"train.mlflow_uri must be without ~, got {store.named_uri}; write the whole path")
     if store.named_uri is None and not store.default_database.exists():
         return  # it is made with the run, and not for one that something else is wrong with
     with store.faults_as_user_errors(), store.client() as client:
@@ -191,7 +193,7 @@ class _Store:
         self.named_uri = train.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or None
         self.database: Path | None = self.default_database if self.named_uri is None else None
         """The file that it is, if it is one."""
-        if self.named_uri is not None and re.fullmatch("sqlite:///[^?]+", self.named_uri):
+        if self.named_uri is not None and re.fullmatch("sqlite:///[^?~][^?]*", self.named_uri):
             # Relative to the working directory of this start.
             self.database = Path(self.named_uri.removeprefix("sqlite:///")).resolve()
             self.named_uri = f"sqlite:///{self.database}"
@@ -211,7 +213,8 @@ class _Store:
         if self.database is None:
             yield MlflowClient(tracking_uri=self.uri)
             return
-        self.database.parent.mkdir(parents=True, exist_ok=True)
+        if self.named_uri is None:
+            self.database.parent.mkdir(parents=True, exist_ok=True)
         with plain_name(self.database.parent) as folder:  # an address, where ? and # have a meaning
             file = folder / self.database.name
             with _one_at_a_time(folder):

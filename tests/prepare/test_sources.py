@@ -344,7 +344,9 @@ def test_a_glob_of_one_level_leaves_hidden_names_out(tangle):
 def test_a_run_in_a_folder_of_text_is_none(tmp_path, monkeypatch, pattern, chosen):
     monkeypatch.chdir(tmp_path)
     texts = ("a.txt", "run/generated_text.txt", "run/metrics.jsonl", "mlflow-artifacts/0/1/sample/1.txt")
-    for name in (*texts, "run/.lock", "mlflow.db"):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / ".lock").touch()  # of another program: what is beside it is text
+    for name in (*texts, "run/.lock", "run/train.log", "mlflow.db"):
         (tmp_path / "d" / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / "d" / name).write_text(name)
     if chosen is None:

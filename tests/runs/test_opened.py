@@ -68,6 +68,11 @@ def test_damaged_arrays_are_found_when_they_are_asked_for(run):
         opened.restore(PARAMS)
 
 
+def test_what_a_user_puts_beside_the_items_of_a_checkpoint_is_no_damage(run):
+    (run.checkpoints / "2" / "NOTES.md").write_text("the one of the paper")
+    assert open_run(run.path, "newest").restore(PARAMS)["params"]["w"][0] == 2
+
+
 def test_arrays_of_another_model_are_refused(run):
     another = {"params": {"w": jax.ShapeDtypeStruct((4,), jnp.float32)}}
     words = r"checkpoints/1 is not of the model that .* \(\['params'\]\['w'\] is float32\[8\] there, float32\[4\] here"
@@ -154,6 +159,7 @@ MADE_UP = [
         for value in ([], 3, "x")
     ),
     ({"progress": {"interval": [[[]]] * 3}, "random": {"a": deep(70)}}, "more than 64 levels deep"),
+    ({"shapes": {"a": f"float32[{'9' * 5000}]"}}, "record/metadata: Expected `str` of length <= 200"),
     ({"config": []}, "record/metadata: Expected `object`"),
     ({"config": {"model": 3}}, "model must be an object of settings, got 3"),
     ({"config": {"modell": {}}}, "there is no setting modell; did you mean model?"),

@@ -31,7 +31,7 @@ class Record:
     """None: not evaluated, or not finite, and so never among the best."""
     for_good: bool = False
     """Never removed."""
-    shapes: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, Annotated[str, msgspec.Meta(max_length=200)]] = field(default_factory=dict)
     """Type and shape of every array, by its place; filled in by the save."""
     progress: dict[str, Any] = field(default_factory=dict)
     """The training's counters and the state of its data."""

@@ -46,7 +46,7 @@ def restore_items(step_folder: Path, record: Record, items: Mapping[str, PyTree]
         raise UserError(
             f"{step_folder} cannot be restored, although its checksums are right ({reason(cause)}); put a copy of it "
             "back, or take another checkpoint"
-        ) from None
+        ) from error
 
 
 def shapes_of(items: Mapping[str, PyTree]) -> dict[str, str]:
