@@ -101,9 +101,9 @@ RunFolder = Annotated[str, LocalFolder("mount the bucket, or copy the run direct
 
 
 def _local_input(name: str, path: str) -> None:
-    path = re.sub(r"^[A-Za-z][\w-]*=", "", path)
-    _no_tilde(name, path)
-    if _ADDRESS.match(path):
+    place = re.sub(r"^[A-Za-z][\w-]*=", "", path)
+    _no_tilde(name, place)
+    if _ADDRESS.match(place):
         raise UserError(
             f"{name} must be a file or folder of this machine, got {path}; download it, or mount the bucket, "
             "and name the copy"

@@ -182,15 +182,11 @@ def test_the_docstring_of_a_recipe_counts_its_parameters(recipe):
         assert text is None or f"{number / 1e6:.1f}" == text
 
 
-# The others take as long, those of GPT-2's tokens longer, and are for the slow run; what they are made of has tests of
-# its own.
-DIFFERENT = ("fine_grained",)
 RECIPES = sorted(file.stem for file in (ROOT / "configs").glob("*.py"))
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=[] if name in DIFFERENT else pytest.mark.slow) for name in RECIPES]
-)
+@pytest.mark.slow  # what recipes are made of has tests of its own
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_learns_saves_goes_on_and_speaks(recipe, folder_of_stories, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

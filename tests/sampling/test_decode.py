@@ -80,7 +80,7 @@ def reference_learned(decoder, variables, texts, monkeypatch):
 REFERENCES = {"rotary": reference_rotary, "learned": reference_learned}
 CASES = [
     ("rotary", GQA | BIASED | {"qk_norm": True}),
-    ("rotary", MQA | GPT | EVERY_SECOND),
+    pytest.param("rotary", MQA | GPT | EVERY_SECOND, marks=pytest.mark.slow),
     ("learned", GQA | GPT | {"qk_norm": True}),
 ]
 EVERY = [

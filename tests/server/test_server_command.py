@@ -99,19 +99,26 @@ def test_a_signal_while_it_starts_ends_it_at_once(home, number):
         assert (process.stdout.read(), process.stderr.read()) == ("", "")
 
 
+RUN = ("--workdir", "runs/tiny")
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (("--port", 70000), 2, "error: --port must be in [0, 65535], got 70000\n"),
+        ((*RUN, "--port", 70000), 2, "error: --port must be in [0, 65535], got 70000\n"),
         (("--workdir", "nothing"), 2, "error: nothing is not a run directory (it has no config.json); train one with"),
-        (("--port", None), 1, "error: cannot listen at 127.0.0.1 port {port}: Address already in use; give another "),
+        (
+            ("--workdir", "runs/tiny", "--port", None),
+            1,
+            "error: cannot listen at 127.0.0.1 port {port}: Address already in use; give another ",
+        ),
     ],
 )
 def test_mistakes_are_one_line(home, flags, code, message):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         flags = [port if flag is None else flag for flag in flags]
-        with run_server(home, "--workdir", "runs/tiny", *flags) as process:
+        with run_server(home, *flags) as process:
             output, error = process.communicate(timeout=120)
     assert (output, process.returncode) == ("", code)
     assert error.startswith(message.format(port=port))

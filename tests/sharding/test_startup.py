@@ -22,6 +22,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compilation_cache, "zstandard", compilation_cache.zstandard)
     before = {name: getattr(jax.config, name) for name in NAMES}
+    jax.config.update("jax_compilation_cache_dir", None)
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         yield cache_folder("compiled")
