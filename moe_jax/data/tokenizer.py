@@ -1,7 +1,7 @@
 """What a tokenizer is, and two small ones: a token a character, a token a byte. Imports no jax.
 
 Byte pairs (byte_pairs.py) and those of Hugging Face's library (hugging_face.py) are the others. Text is never parsed
-for special tokens unless ``encode_with_specials`` is asked to: a user who types one gets its characters.
+for special tokens unless a preparation is told to (``split_specials``): a user who types one gets its characters.
 """
 
 import re
@@ -138,19 +138,10 @@ def document_end(tokenizer: Tokenizer) -> int:
     return tokenizer.specials[IM_END if tokenizer.delimiters == "chat" else END_OF_TEXT]
 
 
-def encode_with_specials(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    """The ids of ``text``, where the spellings of the tokenizer's special tokens stand for those tokens.
-
-    >>> encode_with_specials(ByteTokenizer("chat"), "hi<|im_end|>").tolist()
-    [104, 105, 258]
-    """
-    parts = [
-        np.array([tokenizer.spellings[part]]) if index % 2 else tokenizer.encode(part)
-        for index, part in enumerate(split_specials(tokenizer, text))
-    ]
-    return np.concatenate([part.astype(np.uint32) for part in parts])
-
-
 def split_specials(tokenizer: Tokenizer, text: str) -> list[str]:
-    """The parts of ``text`` between the spellings of special tokens, with each of those between its neighbours."""
+    """The parts of ``text`` between the spellings of special tokens, with each of those between its neighbours.
+
+    >>> split_specials(ByteTokenizer("chat"), "hi<|im_end|>")
+    ['hi', '<|im_end|>', '']
+    """
     return re.split("(" + "|".join(map(re.escape, sorted(tokenizer.spellings, key=len, reverse=True))) + ")", text)

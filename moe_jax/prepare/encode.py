@@ -60,7 +60,7 @@ def encode(task: Task, tokenizer: Tokenizer, dtype: np.dtype, *, parse_specials:
     is_chat = tokenizer.delimiters == "chat"
     arrays, lengths, num_bytes, num_lost = [], [0], 0, 0
     for piece in pieces:
-        ids, plain_bytes, lost = _encode_piece(piece, tokenizer, parse_specials=parse_specials)
+        ids, plain_bytes, lost = encode_piece(piece, tokenizer, parse_specials=parse_specials)
         before, after = int(piece.is_first), int(piece.is_last and is_chat)
         arrays += [start] * before + [ids] + [end] * after
         lengths[-1] += len(ids) + before + after
@@ -79,7 +79,7 @@ def encode(task: Task, tokenizer: Tokenizer, dtype: np.dtype, *, parse_specials:
     )
 
 
-def _encode_piece(piece: Piece, tokenizer: Tokenizer, *, parse_specials: bool) -> tuple[np.ndarray, int, int]:
+def encode_piece(piece: Piece, tokenizer: Tokenizer, *, parse_specials: bool) -> tuple[np.ndarray, int, int]:
     """(ids, bytes of text, parts that would not come back as they were) of ``piece``."""
     if parse_specials:
         parts = split_specials(tokenizer, piece.text)

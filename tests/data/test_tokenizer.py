@@ -15,14 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.data.hugging_face import to_hugging_face
-from moe_jax.data.tokenizer import SPECIALS, document_end, document_start, encode_with_specials
+from moe_jax.data.tokenizer import SPECIALS, document_end, document_start
 from moe_jax.data.tokenizer_file import fingerprint, load_tokenizer, save_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.prepare import tokenizer as making
+from moe_jax.prepare.encode import encode_piece
+from moe_jax.prepare.sources import Piece
 from moe_jax.prepare.tokenizer import build_tokenizer
 
 TEXTS = ["To be, or not to be: that is the question.\n" * 20, "Whether 'tis nobler in the mind to suffer\n" * 20]
 HARD = "<|endoftext|>\0\r\n\t 你好 🙂é <|im_start|> naïve 1234567 \u200d\ufeff  x"
+
+
+def encode_with_specials(tokenizer, text):
+    return encode_piece(Piece(0, "", text, True, True), tokenizer, parse_specials=True)[0]
 
 
 @pytest.fixture(scope="module")
