@@ -77,6 +77,7 @@ def test_every_number_stands_with_its_range():
         ("data.tokenizer", "bpe:many", "needs VOCAB in [300, 262144], got many"),
         ("data.tokenizer", " ", "data.tokenizer must name a tokenizer, got ' '"),
         ("data.batch_size", 0, "data.batch_size must be at least 1, got 0"),
+        ("model.context_length", 10**9, "the tokens of a step, must be at most 2,147,483,647, got 32,000,000,000;"),
         ("data.batch_size", 2**31, f"data.batch_size must be in [1, {MANY}], got 2147483648"),
         ("mesh.data", 0, "mesh.data must be -1 (all devices) or at least 1, got 0"),
         ("train.profile", "9:3", "train.profile must be START:STOP with START < STOP"),

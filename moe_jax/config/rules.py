@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig, TrainConfig
+from moe_jax.config.bounds import MANY
 from moe_jax.config.fields import check_fields
 from moe_jax.errors import UserError
 
@@ -135,6 +136,11 @@ def _check_groups(moe: MoEConfig) -> None:
 def _check_training(config: Config) -> None:
     data, optimizer, train = config.data, config.optimizer, config.train
     _check_divides("optimizer.accumulation_steps", optimizer.accumulation_steps, "data.batch_size", data.batch_size)
+    if data.batch_size * config.model.context_length > MANY:
+        raise UserError(
+            f"data.batch_size * model.context_length, the tokens of a step, must be at most {MANY:,}, got "
+            f"{data.batch_size * config.model.context_length:,}; lower one of them"
+        )
     decay_steps = optimizer.decay_steps or train.num_steps
     if optimizer.warmup_steps >= decay_steps:
         raise UserError(
