@@ -38,7 +38,6 @@ from moe_jax.errors import UserError, run
 from moe_jax.runs.layout import RunDirectory
 
 SHAPE = ("layers", "width", "heads", "experts", "top_k", "expert_width", "context")
-MB = 1e6
 SAMPLE = SampleConfig(temperature=0.8, top_p=0.95)
 
 
@@ -254,11 +253,11 @@ def row_of(case: Case, seconds: dict[str, float], peak: int, torch_tokens: int) 
         "bound_tokens_per_second": round(case.batch / seconds["stream"]),
         "share_of_bound": round(seconds["stream"] / step, 2),
         "share_of_the_same": round(seconds["stream_same"] / step, 2),
-        "bytes_mb": round(seconds["bytes"] / MB, 1),
+        "bytes_mb": round(seconds["bytes"] / 1e6, 1),
         "stream_gb_per_second": round(seconds["bytes"] / seconds["stream"] / 1e9, 1),
         "torch_tokens_per_second": round(case.batch / torch_step) if torch_step else None,
         "ratio_to_torch": round(torch_step / step, 1) if torch_step else None,
-        "peak_mb": round(peak / MB),
+        "peak_mb": round(peak / 1e6),
     }
 
 
@@ -300,7 +299,7 @@ def main() -> None:
         return
     case, model = chosen[0], chosen[0].config.model
     print(f"{model.num_layers} layers of width {model.embed_dim}, context {model.context_length}; ", end="")
-    print(f"{case.new_tokens} new tokens after {case.prompt_tokens}; Python and jax alone: {alone / MB:.0f} MB\n")
+    print(f"{case.new_tokens} new tokens after {case.prompt_tokens}; Python and jax alone: {alone / 1e6:.0f} MB\n")
     columns = (
         "batch",
         "prefill tokens/s",

@@ -38,7 +38,7 @@ def main() -> None:
     start = time.perf_counter()
     start_jax(compile_cache=opened.config.train.compile_cache)
     file = opened.directory.generated_text
-    with naming_what_helps("give --dtype bfloat16, a lower --num-samples or fewer prompts, or set JAX_PLATFORMS=cpu"):
+    with naming_what_helps("give --dtype bfloat16, fewer samples or prompts, or leave a GPU with JAX_PLATFORMS=cpu"):
         engine, variables = load_engine(opened, command.dtype)
         if command.interactive:
             converse(engine, variables, sample, file)

@@ -64,7 +64,7 @@ def score(opened: OpenedRun, path: str | None, split: Split) -> dict[str, Any]:
     num_tokens = batch_size * config.model.context_length
     model = for_machine(config.model, num_tokens, train=False, machine=this_machine(), as_set=False)
     decoder = Decoder(model, tokenizer.vocab_size)
-    with naming_what_helps("set JAX_PLATFORMS=cpu, for the memory of the machine"), use_mesh(mesh):
+    with naming_what_helps("leave a GPU with JAX_PLATFORMS=cpu, or free memory"), use_mesh(mesh):
         items = abstract_state(decoder, optax.identity(), mesh).variables.to_items()
         variables = Variables.from_items(opened.restore(items))
         step = jax.jit(functools.partial(eval_step, decoder))

@@ -85,7 +85,7 @@ def serve(command: ServerCommand) -> None:
         what = f"anyone who reaches {host} may use this server"
         print(f"warning: {what}; give --api-key-file, or {KEY_VARIABLE} in the environment", file=sys.stderr)
     start_jax(compile_cache=opened.config.train.compile_cache)
-    with naming_what_helps("lower --max-batch, give --dtype bfloat16, or set JAX_PLATFORMS=cpu"):
+    with naming_what_helps("lower --max-batch, give --dtype bfloat16, or leave a GPU with JAX_PLATFORMS=cpu"):
         engine, variables = load_engine(opened, command.dtype)
         worker = Worker(engine, variables, batch_sizes(command.max_batch), command.max_queue)
         worker.start()

@@ -49,7 +49,7 @@ def test_a_device_with_too_little_memory_is_one_line(finished, monkeypatch):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8.00GiB.")
 
     monkeypatch.setattr(scoring, "evaluate", exhausted)
-    with pytest.raises(EnvironmentFault, match=r"allocate 8\.00GiB; set JAX_PLATFORMS=cpu"):
+    with pytest.raises(EnvironmentFault, match=r"allocate 8\.00GiB; leave a GPU with JAX_PLATFORMS=cpu"):
         scores_of(finished, None, "val", "newest")
 
 
