@@ -88,8 +88,8 @@ class ModelConfig:
     """Rotated queries and keys (arXiv 2104.09864), or one learned vector a position."""
     rope_theta: Positive = 10000.0
     """Longest rotary wavelength, as a multiple of 2*pi tokens."""
-    attention: Literal["auto", "full", "cudnn"] = "auto"
-    """full: every score in memory; cudnn: NVIDIA's kernel, for whole rows in bfloat16. auto: cudnn where it can be."""
+    attention: Literal["auto", "full", "blocks", "cudnn"] = "auto"
+    """full: all scores in memory; blocks: a part; cudnn: NVIDIA's kernel, bfloat16. auto: the fastest."""
     qk_norm: bool = False
     """Normalise queries and keys by RMS, per head, before the rotation."""
     activation: Literal["swiglu", "gelu", "relu"] = "swiglu"

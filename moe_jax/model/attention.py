@@ -1,20 +1,37 @@
 """Causal grouped-query attention with rotary positions, over a sequence or against a cache of keys and values."""
 
+import itertools
 from typing import Literal
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.linen import initializers
 
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
 from moe_jax.errors import UserError
+from moe_jax.model.attention_blocks import BLOCK, attend_in_blocks
 from moe_jax.model.layers import dropout, matrix_init, rms_normalise
 from moe_jax.model.machine import Machine
+from moe_jax.model.rotary import Rotation, rotate
 from moe_jax.sharding.mesh import with_axes
+
+
+class Context(flax.struct.PyTreeNode):
+    """What every block of one forward pass shares."""
+
+    position_BL: Array
+    rotation: Rotation | None
+    """None: positions are learned."""
+    segment_BL: Array | None
+    mask_BLM: Array | None
+    """True where query l may see key m; None: the keys of its segment up to its own place."""
+    token_mask_BL: Array | None
+    keys_B: Array | None
+    """One random key a sequence for dropout and router noise; None: no randomness."""
+    train: bool = flax.struct.field(pytree_node=False)
 
 
 class LayerCache(flax.struct.PyTreeNode):
@@ -34,36 +51,6 @@ def init_caches(config: ModelConfig, batch_size: int, cache_length: int) -> tupl
     shape = (batch_size, J, cache_length, config.embed_dim // config.num_heads)
     zeros = jnp.zeros(shape, config.dtype)
     return tuple(LayerCache(key_BJMA=zeros, value_BJMA=zeros) for _ in range(config.num_layers))
-
-
-def rotate(x_BLHA: Array, position_BL: Array, theta: float) -> Array:
-    """Rotary position embedding (arXiv 2104.09864, eq. 34): pairs (i, i + A/2) turn by position · theta^(-2i/A).
-
-    The paper pairs neighbours; pairing halves is the same map under a permutation of the weights.
-
-    >>> x_BLHA = jnp.array([1.0, 0.0]).reshape(1, 1, 1, 2)  # one pair, (1, 0): two radians on it is (cos 2, sin 2)
-    >>> y_BLHA = rotate(x_BLHA, jnp.array([[2]]), theta=100.0)
-    >>> [round(float(each), 4) for each in y_BLHA.reshape(-1)]
-    [-0.4161, 0.9093]
-    """
-    angle_BLA = rotary_angles(position_BL, x_BLHA.shape[-1] // 2, theta)
-    cos, sin = jnp.cos(angle_BLA)[:, :, None], jnp.sin(angle_BLA)[:, :, None]
-    first, second = jnp.split(x_BLHA.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BLHA.dtype)
-
-
-def rotary_angles(position_BL: Array, num_pairs: int, theta: float) -> Array:
-    """position · theta^(-i / num_pairs) less whole turns, in radians, [B, L, pairs], to 4e-7 at every int32 position.
-
-    A float32 product would be off by 2e-5 at position 1,000, and by 2e-3 at 100,000.
-    """
-    turns_A = theta ** (-np.arange(num_pairs) / num_pairs) / (2 * np.pi)  # of one position, in float64
-    # In units of 2^-32 turns an int32 product overflows by whole turns, so the angle is what is left.
-    units_A = np.round(turns_A * 2.0**32)
-    fraction_BLA = position_BL[:, :, None] * units_A.astype(np.uint32).view(np.int32)[None, None, :]
-    rest_A = ((turns_A * 2.0**32 - units_A) * (2 * np.pi / 2.0**32)).astype(np.float32)
-    rest_BLA = position_BL[:, :, None].astype(jnp.float32) * rest_A[None, None, :]
-    return fraction_BLA.astype(jnp.float32) * np.float32(2 * np.pi / 2.0**32) + rest_BLA
 
 
 def attend(
@@ -98,24 +85,35 @@ def attend(
     return out_BJQA.reshape(B, J, H // J, L, A).transpose(0, 3, 1, 2, 4).reshape(B, L, H, A)
 
 
-def choose_attention(config: ModelConfig, *, train: bool, machine: Machine) -> Literal["full", "cudnn"]:
-    """The way of computing attention, as set or, for ``auto``, cuDNN's kernel where it takes the model.
+def choose_attention(config: ModelConfig, *, train: bool, machine: Machine) -> Literal["full", "blocks", "cudnn"]:
+    """The way of computing attention over whole rows: as set, or for ``auto`` as measured fastest.
 
-    Raises UserError where the setting names cuDNN and it cannot be.
+    Raises UserError where the setting names one that cannot be.
     """
-    obstacle = None
+    rate = config.dropout_rate if train else 0.0
+    dropout = f"has no dropout, got model.dropout_rate={rate}" if rate else None
+    obstacles = {"full": None, "blocks": dropout, "cudnn": _obstacle_to_cudnn(config, machine) or dropout}
+    if config.attention != "auto":
+        obstacle = obstacles[config.attention]
+        if obstacle is not None:
+            raise UserError(f"model.attention={config.attention} {obstacle}; set it to auto")
+        return config.attention
+    if obstacles["cudnn"] is None:
+        return "cudnn"
+    # Elsewhere blocks were not measured, and are for their memory.
+    longest_whole = BLOCK if machine.platform == "cpu" else 1024
+    return "blocks" if dropout is None and config.context_length > longest_whole else "full"
+
+
+def _obstacle_to_cudnn(config: ModelConfig, machine: Machine) -> str | None:
     A = config.embed_dim // config.num_heads
     if not machine.is_nvidia:
-        obstacle = f"needs an NVIDIA GPU, which this {machine.platform} is not"
-    elif config.dtype != "bfloat16":
-        obstacle = f"computes in bfloat16, got model.dtype={config.dtype}"
-    elif A % 8 or A > 128:
-        obstacle = f"takes heads of up to 128 channels in multiples of 8, got embed_dim / num_heads = {A}"
-    elif train and config.dropout_rate:
-        obstacle = f"has no dropout, got model.dropout_rate={config.dropout_rate}"
-    if config.attention == "cudnn" and obstacle is not None:
-        raise UserError(f"model.attention=cudnn {obstacle}; set it to auto")
-    return "full" if config.attention == "full" or obstacle is not None else "cudnn"
+        return f"needs an NVIDIA GPU, which this {machine.platform} is not"
+    if config.dtype != "bfloat16":
+        return f"computes in bfloat16, got model.dtype={config.dtype}"
+    if A % 8 or A > 128:
+        return f"takes heads of up to 128 channels in multiples of 8, got embed_dim / num_heads = {A}"
+    return None
 
 
 def causal_mask(position_BL: Array, segment_BL: Array | None = None) -> Array:
@@ -173,42 +171,53 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BLD: Array, position_BL: Array, mask_BLM: Array | None, cache: LayerCache | None, keys_B: Array | None
+        self, x_BLD: Array, context: Context, cache: LayerCache | None, keys_B: Array | None
     ) -> tuple[Array, LayerCache | None]:
         config = self.config
         H, D = config.num_heads, config.embed_dim
         J, A = config.num_kv_heads or H, D // config.num_heads
         B, L, _ = x_BLD.shape
-        query_BLHA = self._linear("query", x_BLD, H * A, ("embed", "heads")).reshape(B, L, H, A)
-        key_BLJA = self._linear("key", x_BLD, J * A, ("embed", "heads")).reshape(B, L, J, A)
-        value_BLJA = self._linear("value", x_BLD, J * A, ("embed", "heads")).reshape(B, L, J, A)
+        query_BLHA, key_BLJA, value_BLJA = (
+            y_BLD.reshape(B, L, -1, A)
+            for y_BLD in self._linears(x_BLD, {"query": H * A, "key": J * A, "value": J * A}, ("embed", "heads"))
+        )
         if config.qk_norm:
             init = with_axes(initializers.ones, ("head_dim",))
             query_BLHA = rms_normalise(query_BLHA, self.param("query_norm", init, (A,))).astype(x_BLD.dtype)
             key_BLJA = rms_normalise(key_BLJA, self.param("key_norm", init, (A,))).astype(x_BLD.dtype)
-        if config.positions == "rotary":
-            query_BLHA = rotate(query_BLHA, position_BL, config.rope_theta)
-            key_BLJA = rotate(key_BLJA, position_BL, config.rope_theta)
-        if mask_BLM is None:
+        if context.rotation is not None:
+            query_BLHA = rotate(query_BLHA, context.rotation)
+            key_BLJA = rotate(key_BLJA, context.rotation)
+        mask_BLM, segment_BL = context.mask_BLM, context.segment_BL
+        if mask_BLM is None and config.attention == "cudnn" and segment_BL is None:  # it takes no segments
             out_BLHA = jax.nn.dot_product_attention(
                 query_BLHA, key_BLJA, value_BLJA, is_causal=True, implementation="cudnn"
             )
+        elif mask_BLM is None:
+            out_BLHA = attend_in_blocks(query_BLHA, key_BLJA, value_BLJA, segment_BL)
         else:
             key_BJMA, value_BJMA = _heads_first(key_BLJA), _heads_first(value_BLJA)
             if cache is not None:
-                cache = write_cache(cache, key_BLJA, value_BLJA, position_BL)
+                cache = write_cache(cache, key_BLJA, value_BLJA, context.position_BL)
                 key_BJMA, value_BJMA = cache.key_BJMA, cache.value_BJMA
             out_BLHA = attend(query_BLHA, key_BJMA, value_BJMA, mask_BLM, config.dropout_rate, keys_B)
-        y_BLD = self._linear("out", out_BLHA.reshape(B, L, D), D, ("heads", "embed"), is_block_output=True)
+        (y_BLD,) = self._linears(out_BLHA.reshape(B, L, D), {"out": D}, ("heads", "embed"), is_block_output=True)
         return y_BLD, cache
 
-    def _linear(
-        self, name: str, x_BLD: Array, width: int, axes: tuple[str, str], is_block_output: bool = False
-    ) -> Array:
-        """The product with the matrix ``name``, whose axes are called ``axes``, and the bias if there is one."""
-        init = with_axes(matrix_init(self.config, is_block_output=is_block_output), axes)
-        y = x_BLD @ self.param(name, init, (x_BLD.shape[-1], width)).astype(x_BLD.dtype)
-        if not self.config.use_bias:
-            return y
-        bias_init = with_axes(initializers.zeros, axes[1:])
-        return y + self.param(f"{name}_bias", bias_init, (width,)).astype(x_BLD.dtype)[None, None, :]
+    def _linears(
+        self, x_BLD: Array, widths: dict[str, int], axes: tuple[str, str], is_block_output: bool = False
+    ) -> list[Array]:
+        """The products with the matrices of these names and widths, whose axes are called ``axes``, with biases."""
+        matrix = with_axes(matrix_init(self.config, is_block_output=is_block_output), axes)
+        zeros = with_axes(initializers.zeros, axes[1:])
+        D, dtype, kernels, biases = x_BLD.shape[-1], x_BLD.dtype, [], []
+        for name, width in widths.items():
+            kernels.append(self.param(name, matrix, (D, width)).astype(dtype))
+            if self.config.use_bias:
+                biases.append(self.param(f"{name}_bias", zeros, (width,)).astype(dtype)[None, None, :])
+        if x_BLD.shape[1] == 1:  # one token of a text: joining the matrices would take longer than their products
+            products = [x_BLD @ kernel for kernel in kernels]
+        else:
+            ends = list(itertools.accumulate(widths.values()))[:-1]
+            products = jnp.split(x_BLD @ jnp.concatenate(kernels, axis=1), ends, axis=-1)
+        return [y + bias for y, bias in zip(products, biases, strict=True)] if biases else products

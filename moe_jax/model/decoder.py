@@ -15,13 +15,15 @@ from flax.linen import initializers
 
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import ModelConfig
-from moe_jax.model.attention import Attention, LayerCache, cache_mask, causal_mask
+from moe_jax.model import attention_blocks
+from moe_jax.model.attention import Attention, Context, LayerCache, cache_mask, causal_mask
 from moe_jax.model.layers import Norm, dropout, float32_product, fold_in, matrix_init
 from moe_jax.model.mlp import DenseMLP, dense_width
 from moe_jax.model.moe.dispatch import PRODUCTS
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.moe.routing import ROUTERS
 from moe_jax.model.moe.statistics import MoEStatistics
+from moe_jax.model.rotary import rotation_of
 from moe_jax.sharding.mesh import constrain, with_axes
 
 
@@ -51,7 +53,8 @@ class Tokens(flax.struct.PyTreeNode):
     mask_BL: Array | None = None
     """True for real tokens; None: all are. A masked token sends no rows, takes no capacity and counts nowhere."""
     position_BL: Array | None = None
-    """int32; None: 0 to L-1. A negative one is padding."""
+    """int32, rising within a segment; None: 0 to L-1. Without caches below the context's length, or that of the row;
+    with them a negative one is padding."""
     segment_BL: Array | None = None
     """The number of a token's document, within which attention stays; None: a row is one document. Not with caches."""
 
@@ -62,18 +65,6 @@ class DecoderOutput(flax.struct.PyTreeNode):
     statistics: MoEStatistics | None
     """Leaves [MoE layers, B, ...]: each sequence is one routing group. None without MoE layers."""
     caches: tuple[LayerCache, ...] | None = None
-
-
-class Context(flax.struct.PyTreeNode):
-    """What every block of one forward pass shares."""
-
-    position_BL: Array
-    mask_BLM: Array | None
-    """True where query l may see key m; None: keys up to its own place, which cuDNN is told in a word."""
-    token_mask_BL: Array | None
-    keys_B: Array | None
-    """One random key a sequence for dropout and router noise; None: no randomness."""
-    train: bool = flax.struct.field(pytree_node=False)
 
 
 class Block(nn.Module):
@@ -94,9 +85,7 @@ class Block(nn.Module):
         config, rate = self.config, self.config.dropout_rate
         keys_B = fold_in(context.keys_B, layer)
         normed_BLD = Norm(config, name="attention_norm")(x_BLD)
-        y_BLD, cache = Attention(config, name="attention")(
-            normed_BLD, context.position_BL, context.mask_BLM, cache, fold_in(keys_B, 0)
-        )
+        y_BLD, cache = Attention(config, name="attention")(normed_BLD, context, cache, fold_in(keys_B, 0))
         x_BLD = x_BLD + dropout(y_BLD, rate, fold_in(keys_B, 1))
         normed_BLD = Norm(config, name="mlp_norm")(x_BLD)
         y_BLD, statistics = self._feed_forward(normed_BLD, context, expert_bias_E, fold_in(keys_B, 2))
@@ -165,14 +154,15 @@ class Decoder(nn.Module):
         """
         config = self.config
         position_BL, mask_BLM = tokens.position_BL, None
-        is_plain = position_BL is None and tokens.segment_BL is None
         if position_BL is None:
             position_BL = jnp.broadcast_to(jnp.arange(tokens.id_BL.shape[1]), tokens.id_BL.shape)
         if caches is not None:
             mask_BLM = cache_mask(position_BL, jnp.max(position_BL, axis=1), caches[0].key_BJMA.shape[2])
-        elif not is_plain or config.attention != "cudnn":
+        elif config.attention not in ("blocks", "cudnn"):
             mask_BLM = causal_mask(position_BL, tokens.segment_BL)
-        context = Context(position_BL, mask_BLM, tokens.mask_BL, keys_B, train)
+        # With caches a text may go on past the context.
+        rotation = rotation_of(config, tokens.id_BL.shape[1], tokens.position_BL, at_any=caches is not None)
+        context = Context(position_BL, rotation, tokens.segment_BL, mask_BLM, tokens.mask_BL, keys_B, train)
 
         embedding_init = with_axes(initializers.normal(config.init_std), ("vocab", "embed"))
         embedding_VD = self.param("embedding", embedding_init, (self.vocab_size, config.embed_dim))
@@ -315,6 +305,7 @@ def cast_matrices(variables: Variables, config: ModelConfig) -> Variables:
 def _remat_policy(remat: Literal["dots", "full"]) -> Any:
     """What the forward pass keeps for the backward pass: the matrix products' results, or only each period's input."""
     policies = jax.checkpoint_policies
-    # The products of sorted experts are in a loop, where the first policy does not see them.
-    saved = policies.save_from_both_policies(policies.dots_saveable, policies.save_only_these_names(PRODUCTS))
+    # The first policy does not see into custom_vjp functions.
+    named = policies.save_only_these_names(PRODUCTS, attention_blocks.NAME)
+    saved = policies.save_from_both_policies(policies.dots_saveable, named)
     return saved if remat == "dots" else None

@@ -52,8 +52,10 @@ def _float32_product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Arra
 
 def _float32_product_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = residuals
-    _, vjp = jax.vjp(lambda x, kernel: jnp.matmul(x, kernel), x, kernel)
-    return vjp(dy.astype(x.dtype))
+    dy = dy.astype(x.dtype)
+    # With x transposed rather than dy, which is as large as the logits.
+    dkernel = jnp.matmul(x.reshape(-1, x.shape[-1]).T, dy.reshape(-1, dy.shape[-1]))
+    return jnp.matmul(dy, kernel.T), dkernel
 
 
 float32_product.defvjp(_float32_product_forward, _float32_product_backward)

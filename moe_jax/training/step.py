@@ -148,9 +148,26 @@ def tokens_of(batch: dict[str, Array]) -> Tokens:
     return Tokens(batch["inputs"], batch.get("mask"), batch.get("positions"), batch.get("segments"))
 
 
+@jax.custom_vjp
 def cross_entropy(logits_BLV: Array, targets_BL: Array) -> Array:
     """-log softmax(logits)[target], [B, L] float32, in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, targets_BL)
+    return _cross_entropy_forward(logits_BLV, targets_BL)[0]
+
+
+def _cross_entropy_forward(logits_BLV: Array, targets_BL: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    logsumexp_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
+    target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    return logsumexp_BL - target_BL, (logits_BLV, logsumexp_BL, targets_BL)
+
+
+def _cross_entropy_backward(residuals: tuple[Array, Array, Array], dloss_BL: Array) -> tuple[Array, None]:
+    # In one pass: the gradient of a gather would be a scatter into as many zeros as there are logits.
+    logits_BLV, logsumexp_BL, targets_BL = residuals
+    is_target_BLV = jnp.arange(logits_BLV.shape[-1])[None, None, :] == targets_BL[..., None]
+    return (jnp.exp(logits_BLV - logsumexp_BL[..., None]) - is_target_BLV) * dloss_BL[..., None], None
+
+
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _moe_losses(

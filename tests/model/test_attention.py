@@ -1,12 +1,17 @@
 """Attention and its parts against naive loops."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.model.attention import LayerCache, attend, cache_mask, causal_mask, rotate, write_cache
+from moe_jax.model import attention_blocks
+from moe_jax.model.attention import LayerCache, attend, cache_mask, causal_mask, write_cache
+from moe_jax.model.attention_blocks import attend_in_blocks
 from moe_jax.model.layers import float32_product, layer_normalise, rms_normalise
+from moe_jax.model.rotary import rotate, rotation_at, rotation_in_row
 from tests.oracles.programs import equations_of
 
 B, L, H, A = 2, 7, 4, 6
@@ -32,18 +37,57 @@ def test_attention_equals_a_loop_over_heads_and_positions(J):
                 np.testing.assert_allclose(actual[b, position, h], expected, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("L", "block", "most_blocks", "J"), [(1, 4, 16, 4), (7, 3, 16, 2), (8, 4, 16, 4), (23, 2, 4, 2), (5, 8, 16, 1)]
+)
+def test_attention_in_blocks_equals_the_whole_with_gradients(monkeypatch, L, block, most_blocks, J, dtype):
+    monkeypatch.setattr(attention_blocks, "BLOCK", block)
+    monkeypatch.setattr(attention_blocks, "_MOST_BLOCKS", most_blocks)
+    inputs = [normal(seed, B, L, heads, A).astype(dtype) for seed, heads in enumerate((H, J, J, H))]
+    documents_BL = jnp.array([[0] * (L // 2) + [1] * (L - L // 2 - 1) + [2]] * B)  # the last of one token
+
+    def whole(query, key, value, segment_BL):
+        mask_BLM = causal_mask(jnp.broadcast_to(jnp.arange(L), (B, L)), segment_BL)
+        return attend(query, key.swapaxes(1, 2), value.swapaxes(1, 2), mask_BLM)
+
+    def with_gradients(function, segment_BL, query, key, value, dout):
+        out, vjp = jax.vjp(lambda *inputs: function(*inputs, segment_BL), query, key, value)
+        return out, *vjp(dout)
+
+    for segment_BL in (None, documents_BL):
+        want, got = (
+            jax.jit(functools.partial(with_gradients, function))(segment_BL, *inputs)
+            for function in (whole, attend_in_blocks)
+        )
+        assert {str(array.dtype) for array in got} == {dtype}
+        rtol, atol = (1e-5, 3e-6) if dtype == "float32" else (2**-7, 2e-2)
+        for each, expected in zip(got, want, strict=True):
+            np.testing.assert_allclose(each.astype("float32"), expected.astype("float32"), rtol=rtol, atol=atol)
+
+
+def test_attention_in_blocks_keeps_no_scores_for_the_backward_pass():
+    L, block = 16, attention_blocks.BLOCK
+    x = [normal(seed, 1, 4 * block, 2, L) for seed in range(3)]
+    kept = jax.tree.leaves(jax.vjp(attend_in_blocks, *x)[1])
+    assert max(leaf.size for leaf in kept) == x[0].size
+
+
 def test_rotation_keeps_lengths_and_depends_on_distance_only():
     x, y = normal(0, 1, 1, 1, A), normal(1, 1, 1, 1, A)
 
-    def product(i, j):
-        return jnp.vdot(rotate(x, jnp.asarray([[i]]), 100.0), rotate(y, jnp.asarray([[j]]), 100.0))
+    def at(x, position):
+        return rotate(x, rotation_at(jnp.asarray([[position]]), A // 2, 100.0))
 
-    np.testing.assert_allclose(jnp.linalg.norm(rotate(x, jnp.asarray([[9]]), 100.0)), jnp.linalg.norm(x), rtol=1e-6)
+    def product(i, j):
+        return jnp.vdot(at(x, i), at(y, j))
+
+    np.testing.assert_allclose(jnp.linalg.norm(at(x, 9)), jnp.linalg.norm(x), rtol=1e-6)
     np.testing.assert_allclose(product(11, 8), product(3, 0), rtol=1e-4)
     assert abs(float(product(11, 8) - product(11, 7))) > 1e-3
     # The first pair turns by one radian a token: (1, 0) at position 2 becomes (cos 2, sin 2).
     unit = jnp.zeros((1, 1, 1, A)).at[..., 0].set(1.0)
-    turned = rotate(unit, jnp.asarray([[2]]), 100.0)[0, 0, 0]
+    turned = at(unit, 2)[0, 0, 0]
     np.testing.assert_allclose([turned[0], turned[A // 2]], [np.cos(2), np.sin(2)], rtol=1e-6)
 
 
@@ -55,7 +99,19 @@ def test_rotation_is_exact_at_any_position(theta):
     first, second = np.split(x_BLHA.astype(np.float64), 2, axis=-1)
     cos, sin = np.cos(angle_BLHA), np.sin(angle_BLHA)
     want = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    np.testing.assert_allclose(rotate(jnp.asarray(x_BLHA), jnp.asarray(position_BL), theta), want, atol=2e-6)
+    rotation = rotation_at(jnp.asarray(position_BL), 32, theta)
+    np.testing.assert_allclose(rotate(jnp.asarray(x_BLHA), rotation), want, atol=2e-6)
+    # By the tables too: NaN where they end, so that a position too many is noticed.
+    rows = rotation_in_row(1024, 32, theta, jnp.asarray(position_BL))
+    np.testing.assert_allclose(rotate(jnp.asarray(x_BLHA), rows)[:, 1:4], want[:, 1:4], atol=2e-6)
+    assert jnp.isnan(rows.cos_BLA[0, 4:]).all()
+
+
+def test_the_positions_of_a_row_are_its_places():
+    plain = rotation_in_row(9, 3, 100.0)
+    at_places = rotation_at(jnp.arange(9)[None], 3, 100.0)
+    np.testing.assert_allclose(plain.cos_BLA, at_places.cos_BLA, atol=1e-6)
+    np.testing.assert_allclose(plain.sin_BLA, at_places.sin_BLA, atol=1e-6)
 
 
 def test_ring_cache_holds_the_last_positions_and_the_mask_knows_them():

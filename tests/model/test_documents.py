@@ -36,6 +36,7 @@ PATHS = {
     "learned positions": {"positions": "learned"},
     "bfloat16": {"dtype": "bfloat16"},
     "walk": {},
+    "blocks": {"attention": "blocks"},
 }
 
 

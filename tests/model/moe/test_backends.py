@@ -65,9 +65,18 @@ def test_kernels_for_gpus_are_refused_elsewhere_with_the_remedy(machine):
         ({"dtype": "bfloat16", "dropout_rate": 0.1}, False, NVIDIA, "cudnn"),
         ({"dtype": "bfloat16", "embed_dim": 48}, True, NVIDIA, "full"),
         ({}, True, NVIDIA, "full"),
+        # Longer contexts in blocks, unless there is dropout.
+        ({"context_length": 64}, True, CPU, "full"),
+        ({"context_length": 65}, True, CPU, "blocks"),
+        ({"context_length": 1025}, True, NVIDIA, "blocks"),
+        ({"context_length": 256, "attention": "full"}, True, CPU, "full"),
+        ({"context_length": 256, "dropout_rate": 0.1}, True, CPU, "full"),
+        ({"context_length": 256, "dropout_rate": 0.1}, False, CPU, "blocks"),
+        ({"context_length": 256, "dtype": "bfloat16"}, True, NVIDIA, "cudnn"),
+        ({"attention": "blocks"}, True, CPU, "blocks"),
     ],
 )
-def test_attention_is_cudnns_where_it_takes_the_model(settings, train, machine, attention):
+def test_attention_is_as_measured_fastest(settings, train, machine, attention):
     assert for_machine(ModelConfig(**settings), 4096, train=train, machine=machine).attention == attention
 
 
@@ -83,6 +92,11 @@ def test_attention_is_cudnns_where_it_takes_the_model(settings, train, machine, 
 def test_cudnn_where_it_cannot_be_is_refused_with_the_remedy(settings, machine, words):
     with pytest.raises(UserError, match=words):
         for_machine(ModelConfig(attention="cudnn", **settings), 4096, train=True, machine=machine)
+
+
+def test_blocks_with_dropout_are_refused_with_the_remedy():
+    with pytest.raises(UserError, match=r"blocks has no dropout, got model.dropout_rate=0.1; set it to auto"):
+        for_machine(ModelConfig(attention="blocks", dropout_rate=0.1), 4096, train=True, machine=CPU)
 
 
 @pytest.mark.parametrize(
