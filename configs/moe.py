@@ -8,7 +8,7 @@
 the last step. No row is dropped.
 """
 
-from moe_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, TrainConfig
 
 
 def get_config() -> Config:
@@ -18,6 +18,7 @@ def get_config() -> Config:
             tie_embeddings=False,
             init_std=0.05,
             scan_unroll=4,
+            moe=MoEConfig(load_balancing_weight=0.05),
         ),
         data=DataConfig(batch_size=8),
         optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=60, final_fraction=0.02),

@@ -83,6 +83,33 @@ def test_a_process_that_dies_ends_one_stage(gpu, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("peer", "case"),
+    [
+        ("ours", "context 128"),
+        ("dense", "context 128"),
+        ("mixtral", "context 128"),
+        ("loop", "makeMoE's shape"),
+        ("ours", "sampling, 1 text"),
+    ],
+)
+def test_a_peer_takes_as_many_turns_as_it_is_told(peer, case):
+    if peer in ("mixtral", "loop"):
+        pytest.importorskip("torch")
+        pytest.importorskip("transformers")
+    command = [sys.executable, "benchmarks/peers.py", "--serve", peer, "--only", case]
+    done = subprocess.run(command, cwd=ROOT, input="1\n2\n", capture_output=True, text=True, check=False, timeout=600)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [len(answer["seconds"]) for answer in answers] == [1, 2], done.stderr
+    losses = [loss for answer in answers for loss in answer["losses"]]
+    if case.startswith("sampling"):
+        assert losses == [None] * 3
+    else:  # of a new model: the logarithm of the vocabulary
+        assert losses == sorted(losses, reverse=True)
+        assert 4 < losses[0] < 8
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["h100", "a100"])
 def test_every_kernel_that_auto_may_choose_compiles_for_a_gpu_that_is_not_there(device):
     packages = ("jax_cuda12_plugin", "jax_cuda13_plugin")

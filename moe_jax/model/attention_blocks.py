@@ -12,8 +12,8 @@ from moe_jax.axes import Array
 
 BLOCK = 64
 """Queries of a block at least: fewer rows make matrix products slow. Also where blocks begin to gain on a CPU."""
-_MOST_BLOCKS = 8
-"""The loop over blocks is unrolled, as each sees another number of keys; so programs stay small."""
+_MOST_BLOCKS, _LARGEST = 8, 512
+"""The loop over blocks is unrolled, as each sees another number of keys: so many, unless they would be larger."""
 NAME = "attention_blocks"
 """The name, for rematerialisation policies, of what is kept for the backward pass."""
 
@@ -37,7 +37,7 @@ def attend_in_blocks(query_BLHA: Array, key_BLJA: Array, value_BLJA: Array, segm
 
 def _spans(L: int) -> list[tuple[int, int]]:
     """First and last place, plus one, of each block of queries."""
-    size = max(BLOCK, -(-L // _MOST_BLOCKS))
+    size = max(BLOCK, min(_LARGEST, -(-L // _MOST_BLOCKS)))
     return [(start, min(L, start + size)) for start in range(0, L, size)]
 
 

@@ -66,6 +66,13 @@ def test_attention_in_blocks_equals_the_whole_with_gradients(monkeypatch, L, blo
             np.testing.assert_allclose(each.astype("float32"), expected.astype("float32"), rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize(("L", "sizes"), [(1, [1]), (150, [64, 64, 22]), (2048, [256] * 8), (8192, [512] * 16)])
+def test_blocks_are_neither_small_nor_many_nor_large(L, sizes):
+    spans = attention_blocks._spans(L)
+    assert [stop - start for start, stop in spans] == sizes
+    assert [start for start, _ in spans] == [0] + [stop for _, stop in spans[:-1]]
+
+
 def test_attention_in_blocks_keeps_no_scores_for_the_backward_pass():
     L, block = 16, attention_blocks.BLOCK
     x = [normal(seed, 1, 4 * block, 2, L) for seed in range(3)]
