@@ -73,13 +73,14 @@ def test_a_decay_over_all_steps_leaves_the_warm_up_whole():
     )
 
 
-def test_clipping_bounds_the_gradient_that_adam_sees():
+@pytest.mark.parametrize(("element", "norm"), [(100.0, 0.5), (0.1, 0.2), (0.0, 0.0)])
+def test_clipping_bounds_the_gradient_that_adam_sees(element, norm):
     optimizer = make_optimizer(OptimizerConfig(learning_rate=1.0, warmup_steps=0, clip_norm=0.5), lambda step: 1.0)
     params = {"w_up": jnp.zeros(4)}
-    _, state = optimizer.update({"w_up": jnp.full(4, 100.0)}, optimizer.init(params), params)
+    _, state = optimizer.update({"w_up": jnp.full(4, element)}, optimizer.init(params), params)
     # After one step mu = (1 - b1) * clipped gradient.
     clipped_norm = optax.tree.norm(optax.tree.get(state, "mu")) / (1 - 0.9)
-    np.testing.assert_allclose(clipped_norm, 0.5, rtol=1e-5)
+    np.testing.assert_allclose(clipped_norm, norm, rtol=1e-5)
 
 
 def naive_muon(param, gradients, config):
