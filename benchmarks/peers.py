@@ -4,7 +4,7 @@
 
 *Training*: one optimizer step of equal shape, batch and losses, dropless, on the same rows of the embedded plays:
 cross-entropy and, beside Mixtral, its balancing loss at 0.01; AdamW at a rate of 1e-3, gradients clipped at 1. Mixtral
-has SDPA and its default experts; the loop over experts (``torch_decoder.py``) is what a small repository does.
+has SDPA and its default experts; the loop over experts (``torch_peers.py``) is what a small repository does.
 *Sampling*: texts of 64 tokens after prompts of 64, at temperature 0.8 and top-p 0.95, by our engine and by the cached
 ``generate`` of transformers, with new parameters.
 
@@ -152,98 +152,20 @@ def ours(case: Case, *, is_dense: bool = False) -> Turn:
     return train
 
 
-def mixtral(case: Case) -> Turn:
-    import torch  # pyrefly: ignore[missing-import]
-    import transformers  # pyrefly: ignore[missing-import]
-    from transformers.models.mixtral.modeling_mixtral import (  # pyrefly: ignore[missing-import]
-        load_balancing_loss_func,
-    )
-
-    torch.manual_seed(0)
-    vocab_size, batches = (2002, iter(())) if case.samples else batches_of(case)
-    config = transformers.MixtralConfig(
-        vocab_size=vocab_size,
-        hidden_size=ModelConfig.embed_dim,
-        intermediate_size=case.expert_dim,
-        num_hidden_layers=case.layers,
-        num_attention_heads=case.heads,
-        num_key_value_heads=case.heads,
-        max_position_embeddings=2 * case.context,
-        num_local_experts=case.experts,
-        num_experts_per_tok=2,
-        output_router_logits=not case.samples,
-        use_cache=case.samples,
-        pad_token_id=0,
-    )
-    model = transformers.AutoModelForCausalLM.from_config(config)
+def in_torch(peer: str, case: Case) -> Turn:
+    """A peer of ``torch_peers.py``: only its own process imports PyTorch."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    torch_peers = importlib.import_module("torch_peers")
     if case.samples:
-        prompt_BL = torch.randint(1, vocab_size, (case.batch, NEW_TOKENS))
-        how = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "top_k": 0, "eos_token_id": None}
-
-        def sample() -> None:
-            with torch.inference_mode():
-                mask = torch.ones_like(prompt_BL)
-                model.generate(prompt_BL, attention_mask=mask, max_new_tokens=NEW_TOKENS, **how)
-
-        return sample
-
-    def loss_of(inputs_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
-        output = model(input_ids=inputs_BL)
-        balancing = load_balancing_loss_func(output.router_logits, case.experts, 2)
-        return output.logits, case.balancing * balancing
-
-    return torch_training(model.train().parameters(), loss_of, batches)
-
-
-def loop(case: Case) -> Turn:
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-    import torch  # pyrefly: ignore[missing-import]
-    import torch_decoder
-
-    from moe_jax.model.decoder import Decoder, Tokens, Variables, unstack
-    from moe_jax.model.machine import this_machine
-    from moe_jax.model.moe.backends import for_machine
-
-    vocab_size, batches = batches_of(case)
-    model = for_machine(case.config.model, 2, train=True, machine=this_machine())
-    assert torch_decoder.is_of_this_kind(model)
-    params = Decoder(model, vocab_size).init(jax.random.key(0), Tokens(jnp.zeros((1, 2), jnp.int32)))["params"]
-    weights = torch_decoder.as_tensors(unstack(Variables(nn.unbox(params)), model).params)
-    leaves = [leaf.requires_grad_() for leaf in jax.tree.leaves(weights)]
-
-    def loss_of(inputs_BL: torch.Tensor) -> tuple[torch.Tensor, float]:
-        return torch_decoder.logits_of(model, weights, inputs_BL), 0.0
-
-    return torch_training(leaves, loss_of, batches)
-
-
-def torch_training(parameters: Any, loss_of: Callable[[Any], tuple[Any, Any]], batches: Iterator[dict]) -> Turn:
-    """A training step of what ``loss_of`` gives: (logits, further losses)."""
-    import torch  # pyrefly: ignore[missing-import]
-
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-
-    def train() -> float:
-        batch = {name: torch.from_numpy(array).long() for name, array in next(batches).items()}
-        logits_BLV, more = loss_of(batch["inputs"])
-        loss = torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), batch["targets"].flatten())
-        optimizer.zero_grad(set_to_none=True)
-        (loss + more).backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        return loss.item()
-
-    return train
+        return torch_peers.sampling(case, NEW_TOKENS)
+    return torch_peers.training(peer, case, *batches_of(case))
 
 
 PEERS: dict[str, Callable[[Case], Turn]] = {
     "ours": ours,
     "dense": functools.partial(ours, is_dense=True),
-    "mixtral": mixtral,
-    "loop": loop,
+    "mixtral": functools.partial(in_torch, "mixtral"),
+    "loop": functools.partial(in_torch, "loop"),
 }
 
 
