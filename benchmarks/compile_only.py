@@ -105,9 +105,8 @@ def guarded(what: str, measure: Callable[[], Row]) -> Row:
 def kernels(name: str, mesh: Mesh) -> Iterator[Row]:
     kind_of: dict[str, Kind] = {
         "hidden": "hidden",
-        "down": "down",
-        "hidden_gradient": "hidden_gradient",
-        "rows_gradient": "rows_gradient",
+        "into_D": "rows_gradient",
+        "into_F": "hidden_gradient",
         "up_gradient": "weight_gradient",
         "down_gradient": "weight_gradient",
     }
@@ -131,6 +130,11 @@ def kernels(name: str, mesh: Mesh) -> Iterator[Row]:
                     shape = (D, F, 2, 2)  # two experts: how many there are changes no kernel
                     what = f"{kind}, D={D} F={F}, {dtype}, {name_of(blocks)}"
                     yield guarded(what, functools.partial(one_kernel, mesh, kind, shape, blocks, dtype))
+
+        for D, F in ((1024, 4096), (200, 2640)):
+            for kind in ("gather", "activation_gradient"):
+                one = functools.partial(one_kernel, mesh, kind, (D, F, 2, 2), Blocks(16, 128, 0, 4, 1), dtype)
+                yield guarded(f"{kind}, D={D} F={F}, {dtype}", one)
 
 
 def one_kernel(mesh: Mesh, kind: Kind, shape: Shape, blocks: Blocks, dtype: str) -> Row:

@@ -12,7 +12,10 @@ from moe_jax.model.mlp import ExpertWeights
 from moe_jax.model.moe.kernels import grouped
 from moe_jax.model.moe.kernels.grouped import Blocks
 
-Kind = Literal["hidden", "down", "rows_gradient", "hidden_gradient", "weight_gradient"]
+Kind = Literal[
+    "hidden", "down", "rows_gradient", "hidden_gradient", "weight_gradient", "gather", "activation_gradient"
+]
+"""The last two have no blocks to choose."""
 SECONDS = 75.0
 """What the sweep may take, compilation included; each kind and shape gets an equal part of what is left of it."""
 BEST = 3
@@ -35,12 +38,7 @@ CANDIDATES: dict[Kind, list[Blocks]] = {
         Blocks(64, 128, 64, 4, 4),
     ],
     "down": _PRODUCTS,
-    "hidden_gradient": [
-        Blocks(128, 64, 64, 8, 3),
-        Blocks(128, 64, 64, 8, 4),
-        Blocks(128, 32, 64, 4, 4),
-        Blocks(128, 128, 64, 8, 3),
-    ],
+    "hidden_gradient": _PRODUCTS,
     "rows_gradient": _PRODUCTS,
     "weight_gradient": [
         Blocks(128, 256, 64, 8, 3),
@@ -59,7 +57,6 @@ class Operands(NamedTuple):
     x_SD: jax.Array
     up_SF: jax.Array
     gate_SF: jax.Array
-    weight_S: jax.Array
     weights: ExpertWeights
 
 
@@ -73,14 +70,14 @@ def operands(shape: Shape, rows: int, dtype: str = "bfloat16") -> Operands:
 
     weights = ExpertWeights(normal(E, D, F), normal(E, F, D), normal(E, D, F))
     S = E * rows
-    return Operands(jnp.full(E, rows), normal(S, D), normal(S, F), normal(S, F), jnp.ones(S), weights)
+    return Operands(jnp.full(E, rows), normal(S, D), normal(S, F), normal(S, F), weights)
 
 
 def kernel(kind: Kind, blocks: Blocks) -> Callable[[Operands], Any]:
     """One kernel as a function of what there is to read."""
 
     def call(of: Operands) -> Any:
-        E, S, weights = of.size_E.size, of.weight_S.size, of.weights
+        E, S, weights = of.size_E.size, len(of.x_SD), of.weights
         expert_I = jnp.repeat(jnp.arange(E), S // E // blocks.rows)
         kept, gate_EDF = (of.up_SF, of.gate_SF), weights.w_gate_EDF
         assert gate_EDF is not None
@@ -91,9 +88,12 @@ def kernel(kind: Kind, blocks: Blocks) -> Callable[[Operands], Any]:
         if kind == "rows_gradient":
             matrices = (weights.w_up_EDF, gate_EDF)
             return grouped.product(expert_I, kept, matrices, None, blocks, transposed=True)
+        if kind == "gather":
+            return grouped.gather(of.x_SD, jnp.arange(S)[::-1])
+        if kind == "activation_gradient":
+            return grouped.activation_gradient(of.up_SF, jnp.ones(S), kept, "swiglu")
         if kind == "hidden_gradient":
-            down = weights.w_down_EFD
-            return grouped.hidden_gradient(expert_I, of.x_SD, down, of.weight_S, kept, "swiglu", blocks)
+            return grouped.product(expert_I, (of.x_SD,), (weights.w_down_EFD,), None, blocks, transposed=True)
         return grouped.weight_gradient(of.size_E, of.x_SD, of.up_SF, jnp.dtype("float32"), blocks)
 
     return call

@@ -12,7 +12,7 @@ count is 134.6 M: the two disagree, and this is the model of the count. All else
 For one GPU of 80 GB. Mixed precision is bfloat16 with float32 parameters: it has the range of float32, so float16 and
 its loss scaling are not offered. 198,720 steps are six epochs of 64 stories in two microbatches, cut or padded to
 1,080 tokens, with OneCycle and every block recomputed; the checkpoint of each epoch's end is kept. One H200
-takes 748,000 positions a second without dropout and recomputation, its layers unrolled (docs/performance.md). No
+takes 833,000 positions a second without dropout and recomputation, its layers unrolled (docs/performance.md). No
 loss is stated: the data set does not come with this package. A step of 8 rows was run on a CPU: 7.67 nats before it,
 7.47 after. No row is dropped.
 """

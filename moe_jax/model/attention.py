@@ -136,15 +136,16 @@ def write_cache(cache: LayerCache, key_BLJA: Array, value_BLJA: Array, position_
     M = cache.key_BJMA.shape[2]
     slot_BL = jnp.where(position_BL >= 0, position_BL % M, M)
 
-    def put(ring_JMA: Array, new_LJA: Array, slot_L: Array) -> Array:
-        if slot_L.size == 1:  # needs no index that may be out of bounds, which costs a copy of the ring
-            return jax.lax.dynamic_update_slice(ring_JMA, _heads_first(new_LJA), (0, slot_L[0], 0))
-        return ring_JMA.at[:, slot_L].set(_heads_first(new_LJA), mode="drop")
+    pairs = ((cache.key_BJMA, _heads_first(key_BLJA)), (cache.value_BJMA, _heads_first(value_BLJA)))
+    if slot_BL.size == 1:  # the update of one slice reads nothing of what it writes over
+        return LayerCache(*(jax.lax.dynamic_update_slice(*pair, (0, 0, slot_BL[0, 0], 0)) for pair in pairs))
 
-    return LayerCache(
-        key_BJMA=jax.vmap(put)(cache.key_BJMA, key_BLJA, slot_BL),
-        value_BJMA=jax.vmap(put)(cache.value_BJMA, value_BLJA, slot_BL),
-    )
+    def put(ring_JMA: Array, new_JLA: Array, slot_L: Array) -> Array:
+        if slot_L.size == 1:  # needs no index that may be out of bounds, which costs a copy of the ring
+            return jax.lax.dynamic_update_slice(ring_JMA, new_JLA, (0, slot_L[0], 0))
+        return ring_JMA.at[:, slot_L].set(new_JLA, mode="drop")
+
+    return LayerCache(*(jax.vmap(put)(*pair, slot_BL) for pair in pairs))
 
 
 def _heads_first(x_LJA: Array) -> Array:
@@ -215,7 +216,9 @@ class Attention(nn.Module):
             kernels.append(self.param(name, matrix, (D, width)).astype(dtype))
             if self.config.use_bias:
                 biases.append(self.param(f"{name}_bias", zeros, (width,)).astype(dtype)[None, None, :])
-        if x_BLD.shape[1] == 1:  # one token of a text: joining the matrices would take longer than their products
+        # Narrow products are slow, so they are joined; for one token that would take longer than they do.
+        is_wide = sum(widths.values()) > 1024
+        if x_BLD.shape[1] == 1 or is_wide:
             products = [x_BLD @ kernel for kernel in kernels]
         else:
             ends = list(itertools.accumulate(widths.values()))[:-1]

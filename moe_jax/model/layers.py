@@ -1,5 +1,6 @@
 """Small building blocks: normalisation, dropout and initialisation."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -36,21 +37,26 @@ def _match(vector_D: Array, x: Array) -> Array:
     return vector_D.reshape((1,) * (x.ndim - 1) + vector_D.shape)
 
 
-@jax.custom_vjp
-def float32_product(x: Array, kernel: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def float32_product(x: Array, kernel: Array, precision: jax.lax.Precision | None = None) -> Array:
     """x @ kernel with a float32 result: logits, of factors in the type of ``x``.
 
-    The gradient comes back in float32 and is rounded to the type of ``x`` before it is multiplied on, as every other
-    gradient is: accelerators multiply float32 at an eighth of the speed.
+    The gradient comes back in float32 and is rounded to the type of ``x`` before it is multiplied on, and its products
+    have no ``precision`` but the default, as those of every other gradient: accelerators multiply float32 at an eighth
+    of the speed.
     """
-    return jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    return jnp.matmul(x, kernel, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _float32_product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return float32_product(x, kernel), (x, kernel)
+def _float32_product_forward(
+    x: Array, kernel: Array, precision: jax.lax.Precision | None
+) -> tuple[Array, tuple[Array, Array]]:
+    return float32_product(x, kernel, precision), (x, kernel)
 
 
-def _float32_product_backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _float32_product_backward(
+    precision: jax.lax.Precision | None, residuals: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
     x, kernel = residuals
     dy = dy.astype(x.dtype)
     # With x transposed rather than dy, which is as large as the logits.

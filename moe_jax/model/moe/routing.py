@@ -5,7 +5,6 @@ A router of the first kind lets each token choose its experts: ``top_k_plan`` an
 Ties go to the lower expert, or to the earlier token. A masked token has no rows and counts in no statistic.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +14,14 @@ import jax.numpy as jnp
 
 from moe_jax.axes import Array
 from moe_jax.config import MoEConfig
+from moe_jax.model.layers import float32_product
 from moe_jax.model.moe.plan import RoutingPlan, chosen_experts
 from moe_jax.model.moe.statistics import RouterStatistics
 
-# Accelerators round float32 factors by default, to 10 bits or fewer: enough to choose another expert.
-_product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+def _product(x_GTD: Array, matrix_DE: Array) -> Array:
+    # Accelerators round float32 factors by default, to 10 bits or fewer: enough to choose another expert.
+    return float32_product(x_GTD, matrix_DE, jax.lax.Precision.HIGHEST)
 
 
 def scores(x_GTD: Array, router_DE: Array, noise_DE: Array | None, keys_G: Array | None, moe: MoEConfig) -> Array:

@@ -9,19 +9,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 from moe_jax.axes import Array
 from moe_jax.model.mlp import Activation, ExpertWeights
-from moe_jax.model.moe.dispatch import PRODUCTS, SortedRows, from_slots, sort_rows, sum_of_rows, take_rows, to_slots
-from moe_jax.model.moe.kernels.grouped import Blocks, hidden, hidden_gradient, product, weight_gradient
+from moe_jax.model.moe.dispatch import PRODUCTS, SortedRows, from_slots, sort_rows, sum_of_rows, take_rows
+from moe_jax.model.moe.kernels.grouped import Blocks, activation_gradient, gather, hidden, product, weight_gradient
 from moe_jax.model.moe.plan import RoutingPlan
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """The blocks of each kernel. All but the last two are of as many rows as each expert's are rounded up to."""
+    """The blocks of each kernel. Those of the first three are of as many rows as each expert's are rounded up to."""
 
     hidden: Blocks
-    down: Blocks
-    hidden_gradient: Blocks
-    rows_gradient: Blocks
+    into_D: Blocks
+    """Products whose result is D wide: down, and the gradient of the rows."""
+    into_F: Blocks
+    """The gradient of the hidden layer."""
     up_gradient: Blocks
     down_gradient: Blocks
 
@@ -33,8 +34,8 @@ class Tuning:
 def tuning(num_rows: int, num_experts: int, D: int, F: int, dtype: jnp.dtype, shared_memory: int) -> Tuning:
     """Blocks for a GPU with so many bytes of shared memory a block.
 
-    Those of ``down`` and of both kinds of gradients were the fastest measured on an H200 (docs/performance.md); those
-    of few rows, of other GPUs and of ``hidden_gradient`` were not timed, and are chosen to spill no registers.
+    Those of many rows on a GPU like Hopper were the fastest measured on an H200 (docs/performance.md); those of few
+    rows and of other GPUs were not timed, and are chosen to spill no registers.
 
     Each expert's rows are rounded up to whole blocks, half a block on average: where experts have few, it is small.
     """
@@ -44,17 +45,17 @@ def tuning(num_rows: int, num_experts: int, D: int, F: int, dtype: jnp.dtype, sh
     if rows < 128:
         few = Blocks(rows, 64, depth, 4, 3)
         gradient = Blocks(64, 64, min(rows, depth), 4, 3)
-        return Tuning(few, few, few, few, gradient, gradient)
+        return Tuning(few, few, few, gradient, gradient)
 
-    def blocks(columns: int, width: int = 0) -> Blocks:
-        """128 rows by ``columns``, or by 256 where these divide the ``width`` and fit into shared memory."""
+    def into(width: int) -> Blocks:
+        """128 rows by 256 columns where these divide the ``width`` and fit into shared memory, else by 128."""
         wide = Blocks(128, 256, depth, 8, 3)
         fits = wide.stages * wide.depth * (wide.rows + wide.columns) * dtype.itemsize <= shared_memory
-        return wide if fits and width and width % 256 == 0 else Blocks(128, columns, depth, 8, 3)
+        return wide if fits and width % 256 == 0 else Blocks(128, 128, depth, 8, 3)
 
-    # Two sums and an activation's derivative must stay in registers: wider blocks of these two spill them.
-    hidden = blocks(128) if shared_memory >= HOPPER else Blocks(128, 128, depth // 2, 8, 4)
-    return Tuning(hidden, blocks(128, D), blocks(64), blocks(128, D), blocks(128, F), blocks(128, D))
+    # Two sums must stay in registers: wider blocks spill them.
+    hidden = Blocks(128, 128, depth, 8, 3) if shared_memory >= HOPPER else Blocks(128, 128, depth // 2, 8, 4)
+    return Tuning(hidden, into(D), into(F), into(F), into(D))
 
 
 AMPERE, HOPPER, OTHERS = 163 * 1024, 227 * 1024, 99 * 1024
@@ -107,9 +108,9 @@ def _forward(
     """The output and, with ``keep``, the pre-activations [S, F] (up, and gate where there is one)."""
     expert_I = _expert_of_blocks(rows, tuned.rows)
     cast = jax.tree.map(lambda leaf: leaf.astype(x_TD.dtype), weights)
-    x_SD = to_slots(x_TD, rows.slot_TK, rows.row_S)
+    x_SD = _to_slots(x_TD, rows)
     h_SF, kept = hidden(expert_I, x_SD, cast, activation, tuned.hidden, keep)
-    y_SD = product(expert_I, (h_SF,), (cast.w_down_EFD,), cast.b_down_ED, tuned.down)
+    y_SD = product(expert_I, (h_SF,), (cast.w_down_EFD,), cast.b_down_ED, tuned.into_D)
     return from_slots(y_SD, weight_TK, rows.slot_TK, rows.row_S), kept
 
 
@@ -124,13 +125,12 @@ def _vjp_backward(activation: Activation, tuned: Tuning, residuals: tuple, dy_TD
     weights, x_TD, weight_TK, rows, kept = residuals
     expert_I = _expert_of_blocks(rows, tuned.rows)
     cast = jax.tree.map(lambda leaf: leaf.astype(x_TD.dtype), weights)
-    x_SD, dy_SD = (to_slots(each_TD, rows.slot_TK, rows.row_S) for each_TD in (x_TD, dy_TD))
+    x_SD, dy_SD = _to_slots(x_TD, rows), _to_slots(dy_TD, rows)
     weight_S = take_rows(weight_TK.reshape(-1), rows.row_S)
-    weighted_h_SF, dkept, dweight_S = hidden_gradient(
-        expert_I, dy_SD, cast.w_down_EFD, weight_S, kept, activation, tuned.hidden_gradient
-    )
+    dh_SF = product(expert_I, (dy_SD,), (cast.w_down_EFD,), None, tuned.into_F, transposed=True)
+    weighted_h_SF, dkept, dweight_S = activation_gradient(dh_SF, weight_S, kept, activation)
     matrices = (cast.w_up_EDF,) if cast.w_gate_EDF is None else (cast.w_up_EDF, cast.w_gate_EDF)
-    dx_SD = product(expert_I, dkept, matrices, None, tuned.rows_gradient, transposed=True)
+    dx_SD = product(expert_I, dkept, matrices, None, tuned.into_D, transposed=True)
 
     def matrix(x_SD: Array, dy_SD: Array, blocks: Blocks) -> Array:
         return weight_gradient(rows.size_E, x_SD, dy_SD, weights.w_up_EDF.dtype, blocks)
@@ -157,6 +157,12 @@ def _vjp_backward(activation: Activation, tuned: Tuning, residuals: tuple, dy_TD
 
 
 grouped_mlp.defvjp(_vjp_forward, _vjp_backward)
+
+
+def _to_slots(x_TD: Array, rows: SortedRows) -> Array:
+    """[T, D] -> [S, D]: each slot gets its row's token, and an empty one the last: its weight is zero."""
+    T, K = rows.slot_TK.shape
+    return gather(x_TD, jnp.minimum(rows.row_S // K, T - 1))
 
 
 def _expert_of_blocks(rows: SortedRows, size: int) -> Array:

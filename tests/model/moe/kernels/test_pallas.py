@@ -20,7 +20,7 @@ from tests.oracles.moe import assert_trees_close, make_weights, moe_loop
 
 # Several blocks of rows an expert, of columns and of depth; no width is a multiple of its block.
 D, F, E, K, T = 24, 40, 5, 2, 90
-SMALL = Tuning(*(Blocks(16, 16, 16, warps=4, stages=2),) * 6)
+SMALL = Tuning(*(Blocks(16, 16, 16, warps=4, stages=2),) * 5)
 LOADS = {"even": 0.0, "skewed": 3.0, "one takes all": 50.0}
 
 
