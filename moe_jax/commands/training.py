@@ -181,6 +181,10 @@ def _describe(setup: Setup, state: TrainState) -> None:
         log.info(f"going on from step {int(state.step)}")
     for phase, backend in setup.backends.items():
         log.info(f"dispatch in {phase}: {backend}")
+    attention = [decoder.config.attention for decoder in (setup.decoder, setup.eval_decoder)]
+    # cuDNN's knows no documents within a row.
+    attention = ["blocks" if config.data.mode == "packed" and way == "cudnn" else way for way in attention]
+    log.info("attention in training: {}, in evaluation: {}".format(*attention))
     if not is_causal(config.model.moe):
         log.info(
             f"experts take {moe.capacity_factor} of a balanced share each, in evaluation too, among all tokens of a "

@@ -18,8 +18,8 @@ from moe_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 """inputs, targets [B, L] int32; beside them, where not every token counts, mask [B, L] bool, and where a row holds
-documents, segments and positions [B, L] int32: the number of a document in its row from 1, 0 for padding; places in
-the document."""
+several documents, segments and positions [B, L] int32: the number of a document in its row from 1, 0 for padding;
+places in the document."""
 
 _MIX_BLOCK = 1 << 16
 """Rows over which a mixture keeps its weights exactly."""
@@ -107,14 +107,14 @@ class _DocumentRows:
 
     def write(self, index: int, batch: Batch, place: int) -> None:
         inputs, targets = batch["inputs"][place], batch["targets"][place]
-        segments, positions = batch["segments"][place], batch["positions"][place]
         parts, first = self._rows.parts(index), 0
         starts, lengths = self._parts.start[parts].tolist(), self._parts.length[parts].tolist()
         for number, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             last = first + length
             inputs[first:last] = self._stream.read(start, start + length)
-            segments[first:last] = number + 1
-            positions[first:last] = np.arange(length)
+            if "segments" in batch:
+                batch["segments"][place, first:last] = number + 1
+                batch["positions"][place, first:last] = np.arange(length)
             first = last
         targets[: first - 1] = inputs[1:first]
         ends = np.cumsum(lengths) - 1
@@ -222,7 +222,7 @@ class _BatchSource:
 
 
 def _empty_batch(num_rows: int, context_length: int, mode: str, *, has_mask: bool) -> Batch:
-    names = ["inputs", "targets"] + ([] if mode == "windows" else ["segments", "positions"])
+    names = ["inputs", "targets"] + (["segments", "positions"] if mode == "packed" else [])
     batch = {name: np.zeros((num_rows, context_length), np.int32) for name in names}
     if has_mask or mode != "windows":
         batch["mask"] = np.zeros((num_rows, context_length), bool)

@@ -52,9 +52,12 @@ class Model:
 
         Prompts of any lengths are computed together. Raises UserError for a setting that does not exist or is out of
         bounds, and for prompts that are not a list of texts or too long. Warns of characters that the tokenizer does
-        not know.
+        not know, and of many samples that only the run's settings ask for.
         """
         sample = _with_settings(self._defaults, settings)
+        if settings.get("num_samples") is None and sample.num_samples > 16:
+            many = f"{sample.num_samples:,} samples of a prompt, as the run's settings say; num_samples=1 makes one"
+            warnings.warn(many, stacklevel=2)
         prompts = _plain(prompts)
         if not isinstance(prompts, list | tuple):
             raise UserError(f"prompts must be a list of texts, got {prompts!r}; write generate([text])")

@@ -134,6 +134,7 @@ def test_router_state_is_saved_restored_and_sampled_with(change, tmp_path):
     assert 0.01 < np.max(np.abs(bias_NE)) <= 0.0401
     log = RunDirectory(tmp_path / "whole").log_file.read_text()
     assert "dispatch in training: blocked, the fastest measured on a CPU" in log
+    assert "attention in training: full, in evaluation: full" in log
 
 
 @pytest.mark.slow

@@ -96,6 +96,12 @@ def test_starts_are_uniform_over_every_position(tmp_path):
 
 def segments_of(batch):
     """(inputs, targets) of every segment of a batch, and that positions restart and padding is at the end."""
+    if "segments" not in batch:  # one a row, so that attention needs no mask but the causal one
+        place_L = np.arange(batch["mask"].shape[1], dtype=np.int32)
+        batch = batch | {
+            "segments": batch["mask"].astype(np.int32),
+            "positions": np.tile(place_L, (len(batch["mask"]), 1)),
+        }
     names = ("inputs", "targets", "segments", "positions", "mask")
     for inputs, targets, segments, positions, mask in zip(*(batch[name] for name in names), strict=True):
         np.testing.assert_array_equal(mask, segments > 0)
@@ -127,6 +133,8 @@ def test_an_epoch_holds_every_document_once(data, mode):
     config = DataConfig(mode=mode, batch_size=1)
     epoch = batches_per_epoch(data, config, LENGTH)
     expected = sorted(expected_parts(split, data.tokenizer, only_first=mode == "padded"))
+    with train_batches(data, config, LENGTH) as batches:
+        assert ("segments" in next(batches)) == (mode == "packed")
     with train_batches(data, config, LENGTH) as batches:
         for _ in range(2):
             found = [segment for _ in range(epoch) for segment in segments_of(next(batches))]

@@ -68,6 +68,13 @@ def test_unknown_characters_of_a_prompt_are_told_once(model):
     assert len(told) == 1
 
 
+def test_many_samples_that_only_the_run_asks_for_are_told(model, monkeypatch):
+    monkeypatch.setattr(model, "_defaults", dataclasses.replace(DEFAULTS, num_samples=17, max_new_tokens=1))
+    with pytest.warns(UserWarning, match="17 samples of a prompt, as the run's settings say; num_samples=1 makes one"):
+        assert len(model.generate(["ab"])) == 17
+    assert len(model.generate(["ab"], num_samples=17)) == 17  # a warning would be an error
+
+
 @pytest.mark.parametrize(
     ("prompts", "settings", "words"),
     [
