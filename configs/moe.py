@@ -14,13 +14,14 @@ from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, Optimizer
 def get_config() -> Config:
     return Config(
         model=ModelConfig(
+            num_layers=2,
             qk_norm=True,
             tie_embeddings=False,
             init_std=0.05,
-            scan_unroll=4,
+            scan_unroll=2,
             moe=MoEConfig(load_balancing_weight=0.05),
         ),
-        data=DataConfig(batch_size=8),
-        optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=60, final_fraction=0.02),
-        train=TrainConfig(num_steps=1200, eval_every=400, checkpoint_every=400),
+        data=DataConfig(batch_size=16),
+        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=60, final_fraction=0.02, weight_decay=0.5),
+        train=TrainConfig(num_steps=1260, eval_every=420, checkpoint_every=420),
     )
