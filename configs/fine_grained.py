@@ -3,7 +3,7 @@
     python train.py --config configs/fine_grained.py
     python sample.py --workdir runs/fine_grained
 
-The plays, in the width of configs/moe.py: 4 layers of width 128, 6.4 M parameters, 1.6 M active. Scores are sigmoids; a
+The plays, as wide as configs/moe.py: 4 layers of width 128, 6.4 M parameters, 1.6 M active. Scores are sigmoids; a
 bias that each step moves by a fixed rate keeps the load even, so no auxiliary loss is needed. The learning rate stays
 at its peak and falls in the last fifth (warm-up, stable, decay). On one core of a busy machine 1,200 steps of 1,024
 tokens take 7.6 minutes: validation 2.095 bits per byte (4.224 nats per token) at the last step. No row is dropped.

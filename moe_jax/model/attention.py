@@ -137,7 +137,7 @@ def write_cache(cache: LayerCache, key_BLJA: Array, value_BLJA: Array, position_
     slot_BL = jnp.where(position_BL >= 0, position_BL % M, M)
 
     pairs = ((cache.key_BJMA, _heads_first(key_BLJA)), (cache.value_BJMA, _heads_first(value_BLJA)))
-    if slot_BL.size == 1:  # the update of one slice reads nothing of what it writes over
+    if slot_BL.size == 1:  # under vmap it would be a scatter, which is two kernels on a GPU
         return LayerCache(*(jax.lax.dynamic_update_slice(*pair, (0, 0, slot_BL[0, 0], 0)) for pair in pairs))
 
     def put(ring_JMA: Array, new_JLA: Array, slot_L: Array) -> Array:
@@ -216,7 +216,7 @@ class Attention(nn.Module):
             kernels.append(self.param(name, matrix, (D, width)).astype(dtype))
             if self.config.use_bias:
                 biases.append(self.param(f"{name}_bias", zeros, (width,)).astype(dtype)[None, None, :])
-        # Narrow products are slow, so they are joined; for one token that would take longer than they do.
+        # Narrow products are slow, so they are joined: 3 x 128 gained by it, 3 x 1,280 and single tokens lost.
         is_wide = sum(widths.values()) > 1024
         if x_BLD.shape[1] == 1 or is_wide:
             products = [x_BLD @ kernel for kernel in kernels]

@@ -39,7 +39,7 @@ def _match(vector_D: Array, x: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def float32_product(x: Array, kernel: Array, precision: jax.lax.Precision | None = None) -> Array:
-    """x @ kernel with a float32 result: logits, of factors in the type of ``x``.
+    """x @ kernel with a float32 result, logits and router scores, of factors in the type of ``x``.
 
     The gradient comes back in float32 and is rounded to the type of ``x`` before it is multiplied on, and its products
     have no ``precision`` but the default, as those of every other gradient: accelerators multiply float32 at an eighth

@@ -14,6 +14,7 @@ from moe_jax.model.machine import Machine
 from moe_jax.sampling import batch as batch_module
 from moe_jax.sampling import score
 from moe_jax.sampling.batch import Batch, _rows
+from moe_jax.sampling.decode import _LOOP_AS_GRAPH
 from moe_jax.sampling.engine import Engine
 from tests.sampling.tiny import CONFIG, TOKENIZER, make, make_trained, run_of
 
@@ -219,3 +220,7 @@ def test_bfloat16_holds_matrices_in_two_bytes_and_all_else_in_four(rotary):
     (wide,) = engine.generate(rounded, "bad", greedy)
     assert wide.tokens == sample.tokens
     np.testing.assert_array_equal(wide.logprobs, sample.logprobs)
+
+
+def test_xla_still_knows_what_a_gpus_loop_is_compiled_with():
+    assert jax.jit(lambda x: x + 1, compiler_options=_LOOP_AS_GRAPH)(1) == 2

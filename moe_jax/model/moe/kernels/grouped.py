@@ -4,7 +4,7 @@ Rows lie sorted by expert, where ``gather`` brings them, and each expert's are r
 block of rows is one expert's and no kernel masks rows. Four kernels make the MLP and its backward pass, all with
 float32 sums: ``hidden`` (up, gate and activation in one), ``product`` (down; also the gradients of the hidden layer
 and of the rows), ``activation_gradient`` and ``weight_gradient``. Each program finds its block of rows and of columns,
-sums over the depth, and stores; S is the number of slots, I = S / rows that of blocks of rows.
+sums over the depth of a product, and stores; S is the number of slots, I = S / rows that of blocks of rows.
 """
 
 import functools

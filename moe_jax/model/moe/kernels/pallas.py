@@ -34,8 +34,8 @@ class Tuning:
 def tuning(num_rows: int, num_experts: int, D: int, F: int, dtype: jnp.dtype, shared_memory: int) -> Tuning:
     """Blocks for a GPU with so many bytes of shared memory a block.
 
-    Those of many rows on a GPU like Hopper were the fastest measured on an H200 (docs/performance.md); those of few
-    rows and of other GPUs were not timed, and are chosen to spill no registers.
+    Those of many rows on a GPU like Hopper were the fastest measured on an H200, but for one shape
+    (docs/performance.md); those of few rows and of other GPUs were not timed, and are chosen to spill no registers.
 
     Each expert's rows are rounded up to whole blocks, half a block on average: where experts have few, it is small.
     """
@@ -160,7 +160,9 @@ grouped_mlp.defvjp(_vjp_forward, _vjp_backward)
 
 
 def _to_slots(x_TD: Array, rows: SortedRows) -> Array:
-    """[T, D] -> [S, D]: each slot gets its row's token, and an empty one the last: its weight is zero."""
+    """[T, D] -> [S, D]: each slot gets its row's token, an empty one the last, which adds nothing while finite.
+
+    Its weight is zero."""
     T, K = rows.slot_TK.shape
     return gather(x_TD, jnp.minimum(rows.row_S // K, T - 1))
 
