@@ -62,7 +62,8 @@ def score(opened: OpenedRun, path: str | None, split: Split) -> dict[str, Any]:
     batch_size = -(-config.data.batch_size // (config.optimizer.accumulation_steps * devices)) * devices
     mesh = make_mesh(MeshConfig(), batch_size)
     num_tokens = batch_size * config.model.context_length
-    model = for_machine(config.model, num_tokens, train=False, machine=this_machine(), as_set=False)
+    machine, packed = this_machine(), config.data.mode == "packed"
+    model = for_machine(config.model, num_tokens, train=False, machine=machine, as_set=False, packed=packed)
     decoder = Decoder(model, tokenizer.vocab_size)
     with naming_what_helps("leave a GPU with JAX_PLATFORMS=cpu, or free memory"), use_mesh(mesh):
         items = abstract_state(decoder, optax.identity(), mesh).variables.to_items()

@@ -182,8 +182,6 @@ def _describe(setup: Setup, state: TrainState) -> None:
     for phase, backend in setup.backends.items():
         log.info(f"dispatch in {phase}: {backend}")
     attention = [decoder.config.attention for decoder in (setup.decoder, setup.eval_decoder)]
-    # cuDNN's cannot keep documents of one row apart.
-    attention = ["blocks" if config.data.mode == "packed" and way == "cudnn" else way for way in attention]
     log.info("attention in training: {}, in evaluation: {}".format(*attention))
     if not is_causal(config.model.moe):
         log.info(

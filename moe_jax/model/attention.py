@@ -85,17 +85,18 @@ def attend(
     return out_BJQA.reshape(B, J, H // J, L, A).transpose(0, 3, 1, 2, 4).reshape(B, L, H, A)
 
 
-def choose_attention(config: ModelConfig, *, train: bool, machine: Machine) -> Literal["full", "blocks", "cudnn"]:
-    """The way of computing attention over whole rows: as set, or for ``auto`` as measured fastest.
+def choose_attention(
+    config: ModelConfig, *, train: bool, machine: Machine, packed: bool
+) -> Literal["full", "blocks", "cudnn"]:
+    """The way of attention over whole rows, which ``packed`` hold several documents: as set, or the fastest measured.
 
     Raises UserError where the setting names one that cannot be.
     """
-    rate = config.dropout_rate if train else 0.0
-    dropout = f"has no dropout, got model.dropout_rate={rate}" if rate else None
-    obstacles = {"full": None, "blocks": dropout, "cudnn": _obstacle_to_cudnn(config, machine) or dropout}
+    rate = config.dropout_rate
+    dropout = f"has no dropout, got model.dropout_rate={rate}" if train and rate else None
+    obstacles = {"full": None, "blocks": dropout, "cudnn": _obstacle_to_cudnn(config, machine, packed) or dropout}
     if config.attention != "auto":
-        obstacle = obstacles[config.attention]
-        if obstacle is not None:
+        if (obstacle := obstacles[config.attention]) is not None:
             raise UserError(f"model.attention={config.attention} {obstacle}; set it to auto")
         return config.attention
     if obstacles["cudnn"] is None:
@@ -105,7 +106,7 @@ def choose_attention(config: ModelConfig, *, train: bool, machine: Machine) -> L
     return "blocks" if dropout is None and config.context_length > longest_whole else "full"
 
 
-def _obstacle_to_cudnn(config: ModelConfig, machine: Machine) -> str | None:
+def _obstacle_to_cudnn(config: ModelConfig, machine: Machine, packed: bool) -> str | None:
     A = config.embed_dim // config.num_heads
     if not machine.is_nvidia:
         return f"needs an NVIDIA GPU, which this {machine.platform} is not"
@@ -113,7 +114,7 @@ def _obstacle_to_cudnn(config: ModelConfig, machine: Machine) -> str | None:
         return f"computes in bfloat16, got model.dtype={config.dtype}"
     if A % 8 or A > 128:
         return f"takes heads of up to 128 channels in multiples of 8, got embed_dim / num_heads = {A}"
-    return None
+    return "cannot keep documents of one row apart, got data.mode=packed" if packed else None
 
 
 def causal_mask(position_BL: Array, segment_BL: Array | None = None) -> Array:
@@ -129,10 +130,7 @@ def causal_mask(position_BL: Array, segment_BL: Array | None = None) -> Array:
 
 
 def write_cache(cache: LayerCache, key_BLJA: Array, value_BLJA: Array, position_BL: Array) -> LayerCache:
-    """Puts keys and values into the slots of their positions; a negative position (padding) is not written.
-
-    A single position must be a real one.
-    """
+    """Puts keys and values into their positions' slots. A negative position (padding), never alone, is not written."""
     M = cache.key_BJMA.shape[2]
     slot_BL = jnp.where(position_BL >= 0, position_BL % M, M)
 
@@ -190,7 +188,8 @@ class Attention(nn.Module):
             query_BLHA = rotate(query_BLHA, context.rotation)
             key_BLJA = rotate(key_BLJA, context.rotation)
         mask_BLM, segment_BL = context.mask_BLM, context.segment_BL
-        if mask_BLM is None and config.attention == "cudnn" and segment_BL is None:  # it takes no segments
+        if mask_BLM is None and config.attention == "cudnn":
+            assert segment_BL is None, "cudnn takes no segments: let for_machine choose with packed=True"
             out_BLHA = jax.nn.dot_product_attention(
                 query_BLHA, key_BLJA, value_BLJA, is_causal=True, implementation="cudnn"
             )
@@ -217,10 +216,9 @@ class Attention(nn.Module):
             if self.config.use_bias:
                 biases.append(self.param(f"{name}_bias", zeros, (width,)).astype(dtype)[None, None, :])
         # Narrow products are slow, so they are joined: 3 x 128 gained by it, 3 x 1,280 and single tokens lost.
-        is_wide = sum(widths.values()) > 1024
-        if x_BLD.shape[1] == 1 or is_wide:
+        if x_BLD.shape[1] == 1 or sum(widths.values()) > 1024:
             products = [x_BLD @ kernel for kernel in kernels]
         else:
-            ends = list(itertools.accumulate(widths.values()))[:-1]
-            products = jnp.split(x_BLD @ jnp.concatenate(kernels, axis=1), ends, axis=-1)
+            ends = itertools.accumulate(widths.values())
+            products = jnp.split(x_BLD @ jnp.concatenate(kernels, axis=1), list(ends)[:-1], axis=-1)
         return [y + bias for y, bias in zip(products, biases, strict=True)] if biases else products

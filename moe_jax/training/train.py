@@ -113,9 +113,9 @@ def resolve(config: Config, open_dataset: Callable[[], Dataset], workdir: Path) 
     microbatch_size = config.data.batch_size // config.optimizer.accumulation_steps
     mesh = make_mesh(config.mesh, microbatch_size)
     machine, num_tokens = this_machine(), microbatch_size * config.model.context_length
-    models, backends = {}, {}
+    models, backends, packed = {}, {}, config.data.mode == "packed"
     for phase, train in (("training", True), ("evaluation", False)):
-        models[phase] = for_machine(config.model, num_tokens, train=train, machine=machine)
+        models[phase] = for_machine(config.model, num_tokens, train=train, machine=machine, packed=packed)
         if config.model.moe.num_experts:
             backends[phase] = choose(config.model.moe, num_tokens, train=train, machine=machine)
 

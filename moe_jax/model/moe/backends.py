@@ -7,7 +7,7 @@ documents its arguments.
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig, MoEConfig
@@ -95,18 +95,19 @@ def _why_as_set(name: str, is_limited: bool, machine: Machine) -> str:
 
 
 def for_machine(
-    model: ModelConfig, num_tokens: int, *, train: bool, machine: Machine, as_set: bool = True
+    model: ModelConfig, num_tokens: int, *, train: bool, machine: Machine, as_set: bool = True, packed: bool = False
 ) -> ModelConfig:
     """``model`` as a decoder needs it: with the backend for such batches in ``moe.dispatch`` and the way of attention.
 
     ``as_set=False`` chooses as ``auto`` does, whatever is set: for a run that may be of another kind of machine.
+    ``packed`` rows hold several documents.
 
     Raises UserError as ``choose`` does.
     """
-    wanted = model if as_set else dataclasses.replace(model, attention="auto")
-    model = dataclasses.replace(model, attention=choose_attention(wanted, train=train, machine=machine))
-    if not model.moe.num_experts:
-        return model
-    moe = model.moe if as_set else dataclasses.replace(model.moe, dispatch="auto")
-    name = cast(Any, choose(moe, num_tokens, train=train, machine=machine).name)  # one of the setting's literals
-    return dataclasses.replace(model, moe=dataclasses.replace(moe, dispatch=name))
+    if not as_set:
+        model = dataclasses.replace(model, attention="auto", moe=dataclasses.replace(model.moe, dispatch="auto"))
+    way = choose_attention(model, train=train, machine=machine, packed=packed)
+    name: Any = model.moe.dispatch  # one of the setting's literals
+    if model.moe.num_experts:
+        name = choose(model.moe, num_tokens, train=train, machine=machine).name
+    return dataclasses.replace(model, attention=way, moe=dataclasses.replace(model.moe, dispatch=name))

@@ -5,6 +5,7 @@ A router of the first kind lets each token choose its experts: ``top_k_plan`` an
 Ties go to the lower expert, or to the earlier token. A masked token has no rows and counts in no statistic.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,10 +19,8 @@ from moe_jax.model.layers import float32_product
 from moe_jax.model.moe.plan import RoutingPlan, chosen_experts
 from moe_jax.model.moe.statistics import RouterStatistics
 
-
-def _product(x_GTD: Array, matrix_DE: Array) -> Array:
-    # Accelerators round float32 factors by default, to 10 bits or fewer: enough to choose another expert.
-    return float32_product(x_GTD, matrix_DE, jax.lax.Precision.HIGHEST)
+# Accelerators round float32 factors by default, to 10 bits or fewer: enough to choose another expert.
+_product = functools.partial(float32_product, precision=jax.lax.Precision.HIGHEST)
 
 
 def scores(x_GTD: Array, router_DE: Array, noise_DE: Array | None, keys_G: Array | None, moe: MoEConfig) -> Array:

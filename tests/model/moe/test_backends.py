@@ -94,6 +94,14 @@ def test_cudnn_where_it_cannot_be_is_refused_with_the_remedy(settings, machine, 
         for_machine(ModelConfig(attention="cudnn", **settings), 4096, train=True, machine=machine)
 
 
+def test_packed_rows_are_not_for_cudnn():
+    settings = {"dtype": "bfloat16", "context_length": 2048}
+    chosen = for_machine(ModelConfig(**settings), 4096, train=True, machine=NVIDIA, packed=True)
+    assert chosen.attention == "blocks"
+    with pytest.raises(UserError, match=r"cudnn cannot keep documents of one row apart, got data.mode=packed; set it"):
+        for_machine(ModelConfig(attention="cudnn", **settings), 4096, train=True, machine=NVIDIA, packed=True)
+
+
 def test_blocks_with_dropout_are_refused_with_the_remedy():
     with pytest.raises(UserError, match=r"blocks has no dropout, got model.dropout_rate=0.1; set it to auto"):
         for_machine(ModelConfig(attention="blocks", dropout_rate=0.1), 4096, train=True, machine=CPU)

@@ -160,9 +160,7 @@ grouped_mlp.defvjp(_vjp_forward, _vjp_backward)
 
 
 def _to_slots(x_TD: Array, rows: SortedRows) -> Array:
-    """[T, D] -> [S, D]: each slot gets its row's token, an empty one the last, which adds nothing while finite.
-
-    Its weight is zero."""
+    """[T, D] -> [S, D]: each slot gets its row's token, and an empty one, whose weight is zero, any finite."""
     T, K = rows.slot_TK.shape
     return gather(x_TD, jnp.minimum(rows.row_S // K, T - 1))
 
