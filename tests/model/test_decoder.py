@@ -72,11 +72,14 @@ def make_variables(config, length=2):
     return Variables(params, bias_NE)
 
 
+variables_of = functools.cache(make_variables)
+
+
 @pytest.fixture(scope="module", params=VARIANTS)
 def model(request):
     """(config, variables)."""
     config = VARIANTS[request.param]
-    return config, make_variables(config)
+    return config, variables_of(config)
 
 
 def apply_of(config, train=False, keys_B=None, mask_BL=None):
@@ -133,7 +136,7 @@ def test_remat_and_unrolling_change_no_gradient(model):
 def test_evaluation_is_without_noise_though_keys_are_given(router):
     moe = dataclasses.replace(GPT.moe, router=router, top_k=1, dispatch="gather", router_jitter=0.5)
     config = dataclasses.replace(GPT, moe=moe)
-    variables, tokens_BL = make_variables(config), TOKENS_BL
+    variables, tokens_BL = variables_of(GPT if router == "noisy_top_k" else config), TOKENS_BL
     keys_B = jax.random.split(jax.random.key(3), B)
     quiet = apply_of(config)(variables, tokens_BL).logits_BLV
     np.testing.assert_array_equal(apply_of(config, keys_B=keys_B)(variables, tokens_BL).logits_BLV, quiet)
@@ -175,8 +178,9 @@ def test_layout_follows_first_dense_and_every():
 
 def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters():
     config = dataclasses.replace(LLAMA, dtype="bfloat16")
-    variables = make_variables(config)
-    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    shapes = jax.eval_shape(lambda: make_variables(config))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    variables = variables_of(LLAMA)
     exact = apply_of(LLAMA)(variables, TOKENS_BL).logits_BLV
     rough = apply_of(config)(variables, TOKENS_BL).logits_BLV
     assert rough.dtype == jnp.float32
@@ -200,6 +204,7 @@ def test_initial_standard_deviations_count_no_expert_axis_as_a_fan(init, std_up,
     np.testing.assert_allclose(jnp.std(moe["w_down"]), std_down, rtol=0.03)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "length"))
 def dropped_out(config, variables, length, seed):
     """Logits of a training forward of equal tokens, whose dropout is drawn by ``seed``."""
     keys_B = jax.random.split(jax.random.key(seed), B)
@@ -208,7 +213,7 @@ def dropped_out(config, variables, length, seed):
 
 def test_dropout_differs_by_key():
     config = dataclasses.replace(LLAMA, dropout_rate=0.5)
-    variables = make_variables(config)
+    variables = variables_of(LLAMA)
     one, again, other = (dropped_out(config, variables, L, seed) for seed in (5, 5, 6))
     np.testing.assert_array_equal(one, again)
     assert float(jnp.max(jnp.abs(one - other))) > 1e-2
@@ -217,8 +222,8 @@ def test_dropout_differs_by_key():
 
 def test_the_embedding_may_be_left_out_of_dropout():
     # No blocks' outputs and one token: what differs between keys can only be the embedding's dropout.
-    config = dataclasses.replace(LLAMA, num_layers=1, dropout_rate=0.5)
-    params = make_variables(config).params
+    config = dataclasses.replace(LLAMA, dropout_rate=0.5)
+    params = variables_of(LLAMA).params
     variables = Variables(params | {"periods": jax.tree.map(jnp.zeros_like, params["periods"])})
     one, other = (dropped_out(config, variables, 1, seed) for seed in (0, 1))
     assert float(jnp.max(jnp.abs(one - other))) > 1e-3

@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax.config import Config, DataConfig, MoEConfig, SampleConfig
 from moe_jax.model import decoder as decoder_module
+from moe_jax.model.decoder import Tokens
 from moe_jax.model.machine import Machine
 from moe_jax.sampling import batch as batch_module
 from moe_jax.sampling import score
@@ -59,7 +60,8 @@ def reference_rotary(decoder, variables, texts, monkeypatch):
         return (distance_BLL >= 0) & (distance_BLL < M)
 
     monkeypatch.setattr(decoder_module, "causal_mask", banded)
-    logits_BLV = run_of(decoder, variables)(np.array(texts))
+    banded_run = jax.jit(lambda tokens_BL: decoder_module.forward(decoder, variables, Tokens(tokens_BL)).logits_BLV)
+    logits_BLV = banded_run(np.array(texts))
     return [np.asarray(rows[len(ids) - 1 : -1]) for rows, ids in zip(logits_BLV, PROMPTS, strict=True)]
 
 

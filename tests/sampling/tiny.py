@@ -1,5 +1,6 @@
 """An untrained model of eight letters, and its engine."""
 
+import functools
 import typing
 
 import flax.linen as nn
@@ -30,13 +31,22 @@ CONFIG = ModelConfig(
 def make_trained(config, tokenizer=TOKENIZER):
     """(training decoder, its variables) of a model of ``config``."""
     decoder = Decoder(on_cpu(config), tokenizer.vocab_size)
-    params = nn.unbox(jax.jit(decoder.init)(jax.random.key(1), Tokens(jnp.zeros((1, 2), jnp.int32))))["params"]
-    return decoder, Variables(params, initial_expert_bias(config))
+    return decoder, Variables(_new_params(decoder), initial_expert_bias(config))
+
+
+@functools.cache  # what compiles longest in many tests, of the same few models
+def _new_params(decoder):
+    return nn.unbox(jax.jit(decoder.init)(jax.random.key(1), Tokens(jnp.zeros((1, 2), jnp.int32))))["params"]
 
 
 def run_of(decoder, variables):
     """A compiled function: tokens [B, L] to logits [B, L, V], without a cache."""
-    return jax.jit(lambda tokens_BL: forward(decoder, variables, Tokens(jnp.asarray(tokens_BL))).logits_BLV)
+    return lambda tokens_BL: _logits(decoder, variables, jnp.asarray(tokens_BL))
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def _logits(decoder, variables, tokens_BL):
+    return forward(decoder, variables, Tokens(tokens_BL)).logits_BLV
 
 
 class Made(typing.NamedTuple):
