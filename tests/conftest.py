@@ -1,7 +1,11 @@
 """Eight fake CPU devices for every test, and no network."""
 
+import fcntl
+import gc
 import os
 import socket
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_collection_finish() -> None:
+    # What is imported by now stays: a tenth of the time went into looking for garbage in it while programs are traced.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Any connection to another machine fails."""
@@ -35,6 +45,24 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A function of a name and of what makes a new folder: that folder, which one process of this run has made."""
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        with open(common / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+            if not (common / name).exists():
+                make(common / f"{name}.unfinished")
+                (common / f"{name}.unfinished").rename(common / name)
+        return common / name
+
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from moe_jax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimizerConfig, SampleConfig, TrainConfig
+from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokenizer_file import fingerprint, save_tokenizer
 from moe_jax.errors import Interrupted
 from moe_jax.model.decoder import Decoder, Tokens, Variables
@@ -74,10 +75,14 @@ def make_home(folder: Path, config: Config = CONFIG) -> Path:
 
 
 def write_run(
-    folder: Path, config: Config, losses: tuple[float, ...] = (3.0,), data_fingerprint: str = "0"
+    folder: Path,
+    config: Config,
+    losses: tuple[float, ...] = (3.0,),
+    data_fingerprint: str = "0",
+    tokenizer: Tokenizer | None = None,
 ) -> RunDirectory:
     """A run as a training would leave it, without one: new parameters for each validation loss, of steps 2, 4, ..."""
-    run, tokenizer = RunDirectory(folder), build_tokenizer("char", [VERSE])
+    run, tokenizer = RunDirectory(folder), tokenizer or build_tokenizer("char", [VERSE])
     config = change(config, optimizer={"decay_steps": config.train.num_steps})
     decoder = Decoder(on_cpu(config.model), tokenizer.vocab_size)
     initialise = jax.jit(lambda key: nn.unbox(decoder.init(key, Tokens(jnp.zeros((1, 2), jnp.int32))))["params"])

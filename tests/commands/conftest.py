@@ -1,5 +1,7 @@
 """A text and a run of it that learned something."""
 
+from pathlib import Path
+
 import pytest
 
 from moe_jax.commands.training import train
@@ -18,10 +20,14 @@ def one_cache_for_all(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Config:
+def tiny(made_once) -> Config:
     """Characters, two layers, noisy routing and dropout, on two devices: it trains in seconds."""
-    file = tmp_path_factory.mktemp("text") / "verse.txt"
-    file.write_text(VERSE * 100)
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "verse.txt").write_text(VERSE * 100)
+
+    file = made_once("text", write) / "verse.txt"
     return runs.change(
         runs.CONFIG,
         model={"num_layers": 2, "embed_dim": 32, "dropout_rate": 0.05},
@@ -38,7 +44,7 @@ def change(tiny):
     return lambda **sections: runs.change(tiny, **sections)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small(tiny):
     """The same of one layer on one device, for runs of which only the files matter: it compiles in less time."""
     config = runs.change(
@@ -48,8 +54,6 @@ def small(tiny):
 
 
 @pytest.fixture(scope="session")
-def finished(tiny, tmp_path_factory) -> RunDirectory:
+def finished(tiny, made_once) -> RunDirectory:
     """The run directory of ``tiny``, trained without interruption."""
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    train(tiny, folder)
-    return RunDirectory(folder)
+    return RunDirectory(made_once("finished", lambda folder: train(tiny, folder)))

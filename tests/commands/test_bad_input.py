@@ -1,6 +1,6 @@
 """Every kind of bad input to every command: one line that says what to do, the right exit code, nothing written.
 
-Three rows of each command are real processes; the others call the same function in this one. What a training finds out
+Two rows of each command are real processes; the others call the same function in this one. What a training finds out
 once it has read the run and its text is in tests/training/test_resolve.py.
 """
 
@@ -146,7 +146,7 @@ BAD_INPUT = [
     # Recipes.
     mistake("train", "--config is required: name a recipe, such as --config configs/moe.py"),
     mistake("train --config=", "--config is required"),
-    mistake("train --config none.py", "--config none.py does not exist; recipes here: none", real=True),
+    mistake("train --config none.py", "--config none.py does not exist; recipes here: none"),
     mistake("train --config folder.py", "--config folder.py is a folder"),
     mistake("train --config recipe.txt", "recipe.txt is not a Python file; a recipe ends in .py"),
     mistake("train --config syntax.py", "syntax.py:1: SyntaxError: invalid syntax"),
@@ -194,7 +194,7 @@ BAD_INPUT = [
     mistake(f"{AT} runs/tiny", "verse.txt is not the one this run was trained on"),
     # Sampling.
     mistake("sample", "train one with: python train.py --config configs/moe.py", within="folder"),
-    mistake("sample --workdir none", "none is not a run directory (it has no config.json); train one", real=True),
+    mistake("sample --workdir none", "none is not a run directory (it has no config.json); train one"),
     mistake("sample --workdir ''", "--workdir must name a folder, got ''"),
     mistake("sample --workdir s3://bucket/run", "--workdir must be a folder of this machine, got s3://bucket/run;"),
     mistake("sample --workdir corrupt", "corrupt/config.json is corrupt"),
@@ -229,7 +229,7 @@ BAD_INPUT = [
     # Scoring.
     mistake("evaluate", "there is no run with a checkpoint in", within="folder"),
     mistake("evaluate --workdir gs://bucket/run", "--workdir must be a folder of this machine, got gs://bucket/run"),
-    mistake("evaluate --workdir ''", "--workdir must name a folder, got ''", real=True),
+    mistake("evaluate --workdir ''", "--workdir must name a folder, got ''"),
     mistake("evaluate --workdir corrupt", "corrupt/config.json is corrupt"),
     mistake("evaluate --workdir unfinished", "there is no checkpoint in unfinished/checkpoints", real=True),
     mistake("evaluate --workdir wordless", "no tokenizer at wordless/tokenizer/tokenizer.json"),
@@ -247,7 +247,7 @@ BAD_INPUT = [
     # Preparing: the inputs.
     mistake("prepare", "--input is required: name files, folders, globs or hf:DATASET"),
     mistake(f"{INPUT} ''", "an input is an empty name, as of a variable"),
-    mistake(f"{INPUT} none.txt", "the input none.txt does not exist", real=True),
+    mistake(f"{INPUT} none.txt", "the input none.txt does not exist"),
     mistake(f"{INPUT} 'none*.txt'", "the input none*.txt matches no file; change the pattern"),
     mistake(f"{INPUT} a=s3://bucket/x", "--input must be a file or folder of this machine, got a=s3://"),
     mistake(f"{INPUT} folder", "the input folder holds no file of a known format"),

@@ -11,6 +11,7 @@ from moe_jax.commands import scoring
 from moe_jax.commands.scoring import _dataset, score
 from moe_jax.commands.training import train
 from moe_jax.config import Config, DataConfig
+from moe_jax.data.dataset import open_dataset
 from moe_jax.data.tokenizer import ByteTokenizer
 from moe_jax.errors import EnvironmentFault, UserError
 from moe_jax.files import cache_folder
@@ -89,10 +90,9 @@ def test_a_text_is_delimited_and_split_as_the_runs_was(small, tmp_path):
     )
     config = small(
         data={"path": str(tmp_path / "made"), "tokenizer": None, "val_fraction": 0.3},
-        train={"num_steps": 1},
     )
-    train(config, tmp_path / "run")
-    run = RunDirectory(tmp_path / "run")
+    made = open_dataset(tmp_path / "made")
+    run = runs.write_run(tmp_path / "run", config, data_fingerprint=made.fingerprint, tokenizer=made.tokenizer)
     own = scores_of(run, None, "val", "newest")
     assert scores_of(run, str(text), "val", "newest") == own
     trained_on = scores_of(run, None, "train", "newest")

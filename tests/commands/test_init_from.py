@@ -16,13 +16,13 @@ from tests.tiny import arrays, write_run
 
 
 @pytest.fixture(scope="module")
-def source(tiny, tmp_path_factory):
+def source(small, tmp_path_factory):
     """A run whose best checkpoint is not its newest one."""
-    return write_run(tmp_path_factory.mktemp("runs") / "source", tiny, losses=(3.0, 5.0))
+    return write_run(tmp_path_factory.mktemp("runs") / "source", small(), losses=(3.0, 5.0))
 
 
 def test_a_new_run_begins_with_the_best_parameters_of_another_and_goes_on_without_it(
-    source, change, tmp_path, monkeypatch, capsys
+    source, small, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "verse.txt").write_text(VERSE.replace("quick", "kciuq") * 80)
     begun, original = [], Loop.run
@@ -34,11 +34,10 @@ def test_a_new_run_begins_with_the_best_parameters_of_another_and_goes_on_withou
     monkeypatch.setattr(Loop, "run", run)
     copy, tuned = RunDirectory(tmp_path / "copy"), RunDirectory(tmp_path / "tuned")
     shutil.copytree(source.path, copy.path)
-    config = change(
+    config = small(
         # Other text of the same characters, another rate; a GPU's option, which XLA knows on a CPU too.
         data={"path": str(tmp_path / "verse.txt")},
-        optimizer={"learning_rate": 1e-3, "warmup_steps": 0},
-        mesh={"data": 1},
+        optimizer={"learning_rate": 1e-3},
         train={"num_steps": 1, "init_from": str(copy.path), "deterministic": True},
     )
     train(config, tuned.path)

@@ -63,17 +63,16 @@ def test_sampling_from_nothing_finds_the_last_run(home, run):
     assert (run[0] / "generated_text.txt").read_text() == result.stdout
 
 
-def test_sampling_from_a_prompt_and_from_standard_input(home, run):
+def test_sampling_from_a_prompt(home, run):
     flags = ("--workdir", run[0], "--num-samples", 2, "--temperature", 0.5, "--seed", 3)
     given = command(home, "sample.py", *flags, "--prompt", "the quick")
     assert (given.returncode, given.stderr) == (0, PAST_CONTEXT)
     assert given.stdout.count("the quick") >= 2
-    assert command(home, "sample.py", *flags, "--prompt", "-", stdin="the quick").stdout == given.stdout
 
 
 def test_from_python_and_in_a_conversation_the_text_is_that_of_the_command(home, run):
     flags = ("--workdir", run[0], "--max-new-tokens", 100, "--seed", 0)
-    printed = command(home, "sample.py", *flags, "--prompt", "ROMEO:").stdout
+    printed = command(home, "sample.py", *flags, "--prompt", "-", stdin="ROMEO:").stdout
     (snippet,) = re.findall(
         r"```python\n(from moe_jax import load\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
     )
@@ -155,7 +154,7 @@ def test_a_conversation_on_a_terminal(home, run):
         read_until(ours, "brown")
         press_ctrl_c(process, lambda: has_output(ours, 2))
         read_until(ours, "> ")
-        press_ctrl_c(process, lambda: has_ended(process, 2))
+        press_ctrl_c(process, lambda: has_ended(process, 10))
         end.cancel()
         assert process.returncode == 0
     os.close(ours)

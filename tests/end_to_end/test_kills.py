@@ -30,14 +30,14 @@ def assert_same_run(workdir, straight):
     assert not (workdir / "checkpoints" / ".unfinished").exists()
 
 
-def kill_and_go_on(home, straight, name, **moment):
+def kill_and_go_on(home, straight, name, *flags, **moment):
     """SIGKILL at the moment; the same command then ends where ``straight`` did."""
     workdir = home / name
-    killed = train(home, workdir, faults={"signal_at": moment})
+    killed = train(home, workdir, *flags, faults={"signal_at": moment})
     assert killed.returncode == -9, (moment, killed.returncode, killed.stdout[-500:], killed.stderr[-2000:])
     before = saved_steps(workdir / "checkpoints")
     left = [file for file in (workdir / "checkpoints").rglob("*") if file.is_file() and ".unfinished" in str(file)]
-    result = train(home, workdir)
+    result = train(home, workdir, *flags)
     assert result.returncode == 0, (moment, result.stderr)
     assert "damaged" not in result.stdout + result.stderr, moment
     if before:
@@ -46,8 +46,10 @@ def kill_and_go_on(home, straight, name, **moment):
     return before, left
 
 
-def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_bit_for_bit(home, straight):
-    before, left = kill_and_go_on(home, straight, "half", moment="save", number=3)
+def test_a_run_killed_while_it_writes_a_checkpoint_goes_on_bit_for_bit(home):
+    flags = ("--train.num-steps", 15)
+    assert train(home, home / "short", *flags).returncode == 0
+    before, left = kill_and_go_on(home, home / "short", "half", *flags, moment="save", number=3)
     assert before == [5]
     assert left, "the kill came before the first file"
 

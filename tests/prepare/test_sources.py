@@ -317,7 +317,7 @@ def test_loops_end_and_each_file_counts_once(tangle, pattern):
     (corpus,) = corpora(pattern)
     files = [source.path for source in corpus.train]
     assert files == ["d/a.txt", "d/hard.txt", "d/more/o.txt", "d/sub/c.txt"]
-    notes = str(corpus.notes)
+    notes = str(corpus.options.notes)
     assert "hidden names left out: 3 (d/._a.txt)" in notes
     assert f"links followed: {2 if pattern == 'd' else 1} (d/more)" in notes
     assert "files under a second name, counted once: 2 (d/val.txt)" in notes
@@ -327,7 +327,7 @@ def test_loops_end_and_each_file_counts_once(tangle, pattern):
 def test_a_glob_of_one_level_leaves_hidden_names_out(tangle):
     (corpus,) = corpora("d/*/*.txt")
     assert "d/__MACOSX/x.txt" not in [source.path for source in corpus.train]
-    assert "hidden names left out: 1 (d/__MACOSX/x.txt)" in str(corpus.notes)
+    assert "hidden names left out: 1 (d/__MACOSX/x.txt)" in str(corpus.options.notes)
     (named,) = corpora("d/__MACOSX/*.txt")
     assert len(named.train) == 1
 
@@ -354,7 +354,8 @@ def test_a_run_in_a_folder_of_text_is_none(tmp_path, monkeypatch, pattern, chose
         return
     (corpus,) = corpora(pattern)
     assert [source.path.rpartition("/")[2] for source in corpus.train] == chosen
-    assert ("in run directories or prepared folders, left out: 2 (d/" in str(corpus.notes)) == ("run" not in pattern)
+    told = "in run directories or prepared folders, left out: 2 (d/" in str(corpus.options.notes)
+    assert told == ("run" not in pattern)
 
 
 @pytest.mark.parametrize("val_input", ["d/val.txt", "d/loop/hard.txt", "d/v*.txt"])
@@ -364,7 +365,7 @@ def test_what_is_validated_on_is_left_out_of_training(tangle, pattern, val_input
     (held,) = corpus.val
     assert {"d/val.txt", "d/hard.txt"}.isdisjoint(source.path for source in corpus.train)
     assert held.path == ("d/val.txt" if "*" in val_input else val_input)
-    assert "files that are validated on, left out of training: 1 (d/hard.txt)" in str(corpus.notes)
+    assert "files that are validated on, left out of training: 1 (d/hard.txt)" in str(corpus.options.notes)
 
 
 def test_one_corpus_is_not_trained_on_what_another_validates_on(tangle):

@@ -88,7 +88,7 @@ def test_on_all_addresses_it_warns_and_a_second_signal_ends_it_at_once(home):
         assert process.wait(10) == -signal.SIGTERM
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_while_it_starts_ends_it_at_once(home, number):
     with run_server(home, "--port", 0) as process:
         assert process.stderr.readline() == "note: serving runs/tiny, the run that changed last\n"
@@ -106,7 +106,10 @@ RUN = ("--workdir", "runs/tiny")
     ("flags", "code", "message"),
     [
         ((*RUN, "--port", 70000), 2, "error: --port must be in [0, 65535], got 70000\n"),
-        (("--workdir", "nothing"), 2, "error: nothing is not a run directory (it has no config.json); train one with"),
+        pytest.param(
+            *(("--workdir", "nothing"), 2, "error: nothing is not a run directory (it has no config.json); train one"),
+            marks=pytest.mark.slow,  # tests/runs/test_opened.py has what no command can open
+        ),
         (
             ("--workdir", "runs/tiny", "--port", None),
             1,
