@@ -204,7 +204,7 @@ def scan_corpus(
         (train, corpus.train, config.max_documents),
         (val, corpus.val, config.val_documents),
     ):
-        documents = Documents(sources, dataclasses.replace(corpus.options, notes=corpus.notes), limit)
+        documents = Documents(sources, corpus.options, limit)
         for piece in _shown(documents, bar):
             scan.add(piece)
         for source in documents.empty_sources:
@@ -216,7 +216,7 @@ def scan_corpus(
             )
         if documents.empty_sources:
             print(f"{len(documents.empty_sources)} files of {corpus.name} without text are left out", file=sys.stderr)
-    if said := str(corpus.notes):
+    if said := str(corpus.options.notes):
         print(f"note: {corpus.name}: {said}", file=sys.stderr)
     if corpus.val:
         held_out = HeldOut(np.zeros(train.num_documents, bool))

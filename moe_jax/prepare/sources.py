@@ -72,8 +72,6 @@ class CorpusSources:
     options: ReadOptions
     weight: float | None
     """Share in training; None: by its number of tokens."""
-    notes: Notes
-    """What was left out on the way to these sources."""
 
     def stamps(self) -> list[tuple[int, int]]:
         """Size and time of change of each file."""
@@ -117,9 +115,8 @@ def find_corpora(config: PrepareConfig) -> list[CorpusSources]:
             name=name,
             train=tuple(train[name].values()),
             val=tuple(val[name].values()),
-            options=ReadOptions(keys[name], config.separator, config.errors),
+            options=ReadOptions(keys[name], config.separator, config.errors, notes[name]),
             weight=_weight(name, weights[name]) if weights else None,
-            notes=notes[name],
         )
         for name in inputs
     ]

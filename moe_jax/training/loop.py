@@ -7,6 +7,7 @@ import math
 import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -52,18 +53,17 @@ def fit(
     return loop.state
 
 
+@dataclass
 class Loop:
-    def __init__(
-        self,
-        setup: Setup,
-        start: Start,
-        checkpoints: Checkpoints,
-        metrics: MetricsFile,
-        observers: Sequence[Observer],
-    ):
-        self.setup, self.config = setup, setup.config
+    setup: Setup
+    start: Start
+    checkpoints: Checkpoints
+    metrics: MetricsFile
+    observers: Sequence[Observer]
+
+    def __post_init__(self) -> None:
+        setup, start, self.config = self.setup, self.start, self.setup.config
         self.state, self.progress = start.state, start.progress
-        self.checkpoints, self.metrics, self.observers = checkpoints, metrics, observers
         options = compiler_options(self.config.train.deterministic)
         step = functools.partial(train_step, self.config, setup.decoder, setup.optimizer)
         self.train_step = jax.jit(step, donate_argnums=0, compiler_options=options)
@@ -93,7 +93,7 @@ class Loop:
                 # Read once a turn: a signal may come at any moment of it, and what ends the run must also save it.
                 is_interrupted = request.exit_code is not None
                 is_evaluation = done % train.eval_every == 0 or done == train.num_steps
-                is_planned = is_evaluation or self._is_save_planned(done)
+                is_planned = is_evaluation or done % train.checkpoint_every == 0 or self._is_for_good(done)
                 is_save = is_planned or is_interrupted or self.checkpoints.is_retry_due()
                 # Once a step is left out, and where one is too many, no other is begun before it is known.
                 is_doubtful = self.progress.skipped_in_a_row > 0 or train.max_skipped_steps == 1
@@ -120,9 +120,6 @@ class Loop:
 
     def _batches(self, start: int) -> TrainBatches:
         return train_batches(self.setup.dataset, self.config.data, self.config.model.context_length, start=start)
-
-    def _is_save_planned(self, done: int) -> bool:
-        return done % self.config.train.checkpoint_every == 0 or self._is_for_good(done)
 
     def _is_for_good(self, done: int) -> bool:
         train = self.config.train

@@ -55,10 +55,7 @@ def einsum(
 
 
 def _place_in_groups(plan: RoutingPlan, num_experts: int, capacity: int) -> Placement:
-    def place_one(plan: RoutingPlan) -> Placement:
-        return place(plan.expert_TK, num_experts, capacity if plan.accepted is None else plan.accepted)
-
-    return jax.vmap(place_one)(plan)
+    return jax.vmap(lambda p: place(p.expert_TK, num_experts, capacity if p.accepted is None else p.accepted))(plan)
 
 
 def gather(

@@ -32,10 +32,10 @@ def noisy_scores(
     x_GTD: Array, router_DE: Array, noise_DE: Array | None, keys_G: Array | None, moe: MoEConfig
 ) -> Array:
     """``scores``, with noise of the learned scale x·W_noise where keys are given, one a group."""
+    logits_GTE = _product(x_GTD, router_DE)
     if keys_G is None or noise_DE is None:
-        return _product(x_GTD, router_DE)
-    noise_scale_GTE = _product(x_GTD, noise_DE)
-    return jax.vmap(noisy_logits)(_product(x_GTD, router_DE), noise_scale_GTE, keys_G)
+        return logits_GTE
+    return jax.vmap(noisy_logits)(logits_GTE, _product(x_GTD, noise_DE), keys_G)
 
 
 def jittered_scores(

@@ -175,10 +175,6 @@ def _checked_record(step_folder: Path) -> Record | str:
     raise UserError(f"{step_folder} must have checkpoint format {FORMAT_VERSION}, got {version}; {remedy}")
 
 
-def _is_sound(step_folder: Path, record: Record | None) -> bool:
-    return record is not None and find_damage(step_folder, most_bytes=record.most_bytes) is None
-
-
 def _damaged(
     which: Which, folders: Mapping[Which, Path], damage: str, items: Iterable[str], most_bytes: int
 ) -> UserError:
@@ -187,7 +183,10 @@ def _damaged(
     remedy = "start a new run in another --workdir"
     if others:
         remedy = f"use --checkpoint {others[0]}"
-    elif any(_is_sound(folder / str(step), record) for step, record in read_records(folder).items()):
+    elif any(
+        record and find_damage(folder / str(step), most_bytes=record.most_bytes) is None
+        for step, record in read_records(folder).items()
+    ):
         remedy = "train on: the same train.py command goes on from the newest sound one"
     return UserError(
         f"the {which} checkpoint {folders[which]} is damaged ({damage}); put a copy of it back, or {remedy}"
