@@ -1,6 +1,7 @@
 """Several documents in one row: none sees another, by editing and by gradient, whatever path attention takes."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -40,12 +41,19 @@ PATHS = {
 }
 
 
+@functools.cache
+def new_variables(positions):
+    """Those of a model with such positions, however it computes."""
+    decoder = Decoder(on_cpu(dataclasses.replace(CONFIG, positions=positions)), VOCAB)
+    first = Tokens(jnp.zeros((1, 2), jnp.int32))
+    return Variables(nn.unbox(jax.jit(decoder.init)(jax.random.key(0), first))["params"])
+
+
 @pytest.fixture(scope="module", params=PATHS)
 def model(request):
     """(function of variables and tokens to logits, variables, the same compiled for them, tolerance)."""
     config = on_cpu(dataclasses.replace(CONFIG, **PATHS[request.param]))
-    decoder, first = Decoder(config, VOCAB), Tokens(jnp.zeros((1, 2), jnp.int32))
-    variables = Variables(nn.unbox(jax.jit(decoder.init)(jax.random.key(0), first))["params"])
+    decoder, variables = Decoder(config, VOCAB), new_variables(config.positions)
     if request.param == "walk":
         decoder, variables = Decoder(config, VOCAB, unstacked=True), unstack(variables, config)
 

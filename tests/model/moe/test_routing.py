@@ -9,19 +9,16 @@ import pytest
 
 from moe_jax.config import MoEConfig
 from moe_jax.config.rules import ROUTER_RULES, router_rules
+from moe_jax.model.moe import routing
 from moe_jax.model.moe.backends import BACKENDS
-from moe_jax.model.moe.routing import (
-    ROUTERS,
-    accepted_rows,
-    expert_capacity,
-    expert_choice_plan,
-    jittered,
-    noisy_logits,
-    sigmoid_bias_plan,
-    top_k_plan,
-    updated_bias,
-)
+from moe_jax.model.moe.routing import ROUTERS, accepted_rows, expert_capacity, jittered, noisy_logits, updated_bias
 from tests.oracles.moe import choose_tokens
+
+# One program each, which compiles faster than its operations one by one.
+SETTINGS = ("top_k", "renormalise", "num_expert_groups", "top_k_groups")
+top_k_plan = jax.jit(routing.top_k_plan, static_argnames=SETTINGS[:2])
+sigmoid_bias_plan = jax.jit(routing.sigmoid_bias_plan, static_argnames=SETTINGS)
+expert_choice_plan = jax.jit(routing.expert_choice_plan, static_argnames="capacity")
 
 
 def test_a_plan_worked_by_hand():
@@ -158,7 +155,7 @@ def test_experts_that_choose_take_as_many_tokens_however_long_the_padding(length
     moe = MoEConfig(num_experts=8, top_k=2, router="expert_choice", capacity_factor=1.0)
     logits_TE = np.random.default_rng(0).standard_normal((8, 8))
     padded_TE = jnp.asarray(np.pad(logits_TE, ((0, length - 8), (0, 0)), constant_values=9.0), jnp.float32)
-    plan = ROUTERS["expert_choice"].plan(padded_TE, jnp.arange(length) < 8, None, moe)
+    plan = jax.jit(ROUTERS["expert_choice"].plan, static_argnums=3)(padded_TE, jnp.arange(length) < 8, None, moe)
     probs_TE = np.exp(logits_TE) / np.exp(logits_TE).sum(axis=1, keepdims=True)
     np.testing.assert_array_equal(plan.expert_TK[:8], choose_tokens(probs_TE, 2))  # 8 tokens, twice, over 8 experts
     np.testing.assert_array_equal(plan.expert_TK[8:], 8)

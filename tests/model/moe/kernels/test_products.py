@@ -50,7 +50,7 @@ def test_a_layer_of_one_token_reads_the_weights_of_its_experts_only():
     moe = MoEConfig(num_experts=E, top_k=K, expert_dim=F, dispatch="by_row")
     layer = MoE(ModelConfig(embed_dim=D, moe=moe))
     x_GTD = jnp.ones((1, 1, D))
-    params = layer.init(jax.random.key(0), x_GTD, train=False)
+    params = jax.eval_shape(lambda: layer.init(jax.random.key(0), x_GTD, train=False))
     program = jax.make_jaxpr(lambda params: layer.apply(params, x_GTD, train=False)[0])(params)
     matrices = {(E, D, F), (E, F, D)}
     reads = [
