@@ -174,8 +174,8 @@ def test_an_error_about_one_prompt_of_many_names_its_line(rotary, tmp_path):
         ("learned", "the text was cut to its last half and read anew whenever it was full (learned positions)"),
     ],
 )
-def test_what_happens_past_the_context_is_reported_once(converse, positions, words):
-    made = make(dataclasses.replace(CONFIG, positions=positions))
+def test_what_happens_past_the_context_is_reported_once(rotary, converse, positions, words):
+    made = rotary if positions == "rotary" else make(dataclasses.replace(CONFIG, positions=positions))
     _, err, _ = converse(made, b"/max-new-tokens 40\n/seed 3\n" + b"hgfedcbahgfedcba\n" * 2)
     assert err.splitlines()[2:] == [f"note: past the context of 16 tokens {words}"]
 
