@@ -41,7 +41,7 @@ def measure(config: Config, vocab_size: int, steps: int, rounds: int, folder: Pa
     from moe_jax.training.step import train_step
 
     B, L = config.data.batch_size, config.model.context_length
-    mesh = make_mesh(config.mesh, B // config.optimizer.accumulation_steps)
+    mesh = make_mesh(config.mesh, config.model, B // config.optimizer.accumulation_steps)
     num_tokens = B // config.optimizer.accumulation_steps * L
     model = for_machine(config.model, num_tokens, train=True, machine=this_machine())
     decoder = Decoder(model, vocab_size)

@@ -31,12 +31,11 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUM
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from gpu_blocks import Kind, kernel, operands
 from gpu_session import Shape, text_of
 from gpu_stages import sparse, stories
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.cli import load_recipe
 from moe_jax.config import Config
@@ -46,7 +45,7 @@ from moe_jax.model.machine import Machine
 from moe_jax.model.moe.backends import for_machine
 from moe_jax.model.moe.kernels.grouped import Blocks
 from moe_jax.model.moe.kernels.pallas import AMPERE, HOPPER, tuning
-from moe_jax.sharding.mesh import use_mesh
+from moe_jax.sharding.mesh import arrange, use_mesh
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import abstract_state
 from moe_jax.training.step import train_step
@@ -84,7 +83,7 @@ def mesh_of(name: str) -> Mesh:
         topology = topologies.get_topology_desc(platform="cuda", target_config=description(name), topology="1x1x1")
     else:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[name])
-    return Mesh(np.array(topology.devices), ("data",), axis_types=(AxisType.Auto,))
+    return arrange({"data": len(topology.devices), "fsdp": 1, "expert": 1, "tensor": 1}, topology.devices)
 
 
 def on(mesh: Mesh, tree: Any, spec: PartitionSpec | None = None) -> Any:

@@ -138,7 +138,7 @@ def ours(case: Case, *, is_dense: bool = False) -> Turn:
         return sample
     vocab_size, batches = batches_of(case)
     model = for_machine(config.model, case.batch * case.context, train=True, machine=this_machine())
-    decoder, mesh = Decoder(model, vocab_size), make_mesh(config.mesh, case.batch)
+    decoder, mesh = Decoder(model, vocab_size), make_mesh(config.mesh, config.model, case.batch)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 1))
     with use_mesh(mesh):
         held = [init_state(decoder, optimizer, mesh, 0)]

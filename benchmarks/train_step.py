@@ -92,7 +92,7 @@ def prepare_step(config: Config, vocab_size: int) -> Step:
     B, L = config.data.batch_size, config.model.context_length
     num_tokens = B // config.optimizer.accumulation_steps * L
     model = for_machine(config.model, num_tokens, train=True, machine=this_machine())
-    mesh = make_mesh(config.mesh, B // config.optimizer.accumulation_steps)
+    mesh = make_mesh(config.mesh, config.model, B // config.optimizer.accumulation_steps)
     decoder = Decoder(model, vocab_size)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
     tokens_BL = np.random.default_rng(0).integers(0, vocab_size, (B, L + 1), dtype=np.int32)

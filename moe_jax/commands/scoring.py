@@ -60,7 +60,7 @@ def score(opened: OpenedRun, path: str | None, split: Split) -> dict[str, Any]:
     # The devices here need not be those of the training.
     devices = jax.device_count()
     batch_size = -(-config.data.batch_size // (config.optimizer.accumulation_steps * devices)) * devices
-    mesh = make_mesh(MeshConfig(), batch_size)
+    mesh = make_mesh(MeshConfig(), config.model, batch_size)
     num_tokens = batch_size * config.model.context_length
     machine, packed = this_machine(), config.data.mode == "packed"
     model = for_machine(config.model, num_tokens, train=False, machine=machine, as_set=False, packed=packed)

@@ -174,7 +174,15 @@ def _describe(setup: Setup, state: TrainState) -> None:
     log.info(f"parameters: {total:,} in all, {active:,} active for a token")
     log.info(f"operations: {flops_per_token(state.params, config.model) / 1e6:,.1f} MFLOP for a token's step")
     _describe_data(setup)
-    log.info(f"devices: {devices.size} x {devices.flat[0].device_kind} ({jax.default_backend()})")
+    sizes = setup.mesh.shape
+    mesh = ", ".join(f"mesh.{name}={size}" for name, size in sizes.items() if size > 1)
+    kind = f"{devices.size} x {devices.flat[0].device_kind} ({jax.default_backend()})"
+    log.info(f"devices: {kind}" + (f", {mesh}" if mesh else ""))
+    if (vocab_size := setup.dataset.tokenizer.vocab_size) % sizes["tensor"]:
+        log.info(
+            f"each device holds all {vocab_size:,} rows of the embedding: mesh.tensor={sizes['tensor']} does not "
+            "divide them"
+        )
     if moe.num_experts and moe.load_balancing_scope == "batch" and config.optimizer.accumulation_steps > 1:
         log.info("load is balanced over each microbatch, not over the accumulated batch")
     if int(state.step):

@@ -170,7 +170,13 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class MeshConfig:
     data: Annotated[int, Range(-1, MANY)] = -1
-    """Devices that the batch is divided over; -1: all of them."""
+    """Devices that the batch alone is divided over; -1 here or below: all that the other sizes leave."""
+    fsdp: Annotated[int, Range(-1, MANY)] = 1
+    """Devices that batch, parameters and optimizer state are divided over; a layer is gathered to be computed."""
+    expert: Annotated[int, Range(-1, MANY)] = 1
+    """Devices that batch and experts are divided over; rows travel to their experts."""
+    tensor: Annotated[int, Range(-1, MANY)] = 1
+    """Devices that attention heads, the width of experts and MLPs, and the vocabulary are divided over."""
 
 
 @dataclass(frozen=True)

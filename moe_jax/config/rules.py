@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig, TrainConfig
+from moe_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, SampleConfig, TrainConfig
 from moe_jax.config.bounds import MANY
 from moe_jax.config.fields import check_fields
 from moe_jax.errors import UserError
@@ -147,12 +147,21 @@ def _check_training(config: Config) -> None:
             f"optimizer.warmup_steps must be below the {decay_steps} steps of the schedule, "
             f"got {optimizer.warmup_steps}; lower it or raise train.num_steps"
         )
-    if config.mesh.data == 0:
-        raise UserError("mesh.data must be -1 (all devices) or at least 1, got 0; change it")
+    _check_mesh(config.mesh)
     if train.profile is not None and profile_steps(train.profile)[0] >= train.num_steps:
         raise UserError(
             f"train.profile must start before train.num_steps={train.num_steps}, got {train.profile}; lower its START"
         )
+
+
+def _check_mesh(mesh: MeshConfig) -> None:
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "expert": mesh.expert, "tensor": mesh.tensor}
+    for name, size in sizes.items():
+        if size == 0:
+            raise UserError(f"mesh.{name} must be -1 (all devices that are left) or at least 1, got 0; change it")
+    free = [f"mesh.{name}" for name, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise UserError(f"only one size of the mesh may be -1, got {' and '.join(free)}; give numbers to all but one")
 
 
 def _check_trackers(train: TrainConfig) -> None:

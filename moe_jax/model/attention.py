@@ -16,7 +16,7 @@ from moe_jax.model.attention_blocks import BLOCK, attend_in_blocks
 from moe_jax.model.layers import dropout, matrix_init, rms_normalise
 from moe_jax.model.machine import Machine
 from moe_jax.model.rotary import Rotation, rotate
-from moe_jax.sharding.mesh import with_axes
+from moe_jax.sharding.mesh import constrain, is_divided, with_axes
 
 
 class Context(flax.struct.PyTreeNode):
@@ -209,14 +209,14 @@ class Attention(nn.Module):
     ) -> list[Array]:
         """The products with the matrices of these names and widths, whose axes are called ``axes``, with biases."""
         matrix = with_axes(matrix_init(self.config, is_block_output=is_block_output), axes)
-        zeros = with_axes(initializers.zeros, axes[1:])
+        zeros = with_axes(initializers.zeros, (axes[1] if axes[1] != "embed" else "channel",))
         D, dtype, kernels, biases = x_BLD.shape[-1], x_BLD.dtype, [], []
         for name, width in widths.items():
-            kernels.append(self.param(name, matrix, (D, width)).astype(dtype))
+            kernels.append(constrain(self.param(name, matrix, (D, width)).astype(dtype), axes))
             if self.config.use_bias:
                 biases.append(self.param(f"{name}_bias", zeros, (width,)).astype(dtype)[None, None, :])
         # Narrow products are slow, so they are joined: 3 x 128 gained by it, 3 x 1,280 and single tokens lost.
-        if x_BLD.shape[1] == 1 or sum(widths.values()) > 1024:
+        if x_BLD.shape[1] == 1 or sum(widths.values()) > 1024 or is_divided("heads"):
             products = [x_BLD @ kernel for kernel in kernels]
         else:
             ends = itertools.accumulate(widths.values())

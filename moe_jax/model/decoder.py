@@ -83,6 +83,7 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
     ) -> tuple[Array, MoEStatistics | None, LayerCache | None]:
         config, rate = self.config, self.config.dropout_rate
+        x_BLD = constrain(x_BLD, ("batch", None, None))
         keys_B = fold_in(context.keys_B, layer)
         normed_BLD = Norm(config, name="attention_norm")(x_BLD)
         y_BLD, cache = Attention(config, name="attention")(normed_BLD, context, cache, fold_in(keys_B, 0))
@@ -179,7 +180,7 @@ class Decoder(nn.Module):
 
     def _embed(self, embedding_VD: Array, id_BL: Array, context: Context) -> Array:
         config = self.config
-        x_BLD = jnp.take(embedding_VD, id_BL, axis=0, mode="clip")
+        x_BLD = jnp.take(constrain(embedding_VD, ("vocab", None)), id_BL, axis=0, mode="clip")
         if config.positions == "learned":
             init = with_axes(initializers.normal(config.init_std), ("position", "embed"))
             positions_LD = self.param("positions", init, (config.context_length, config.embed_dim))

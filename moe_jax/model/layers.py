@@ -91,12 +91,12 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         D = x.shape[-1]
-        scale_D = self.param("scale", with_axes(initializers.ones, ("embed",)), (D,))
+        scale_D = self.param("scale", with_axes(initializers.ones, ("channel",)), (D,))
         if self.config.norm == "rmsnorm":
             return rms_normalise(x, scale_D).astype(x.dtype)
         bias_D = None
         if self.config.use_bias:
-            bias_D = self.param("bias", with_axes(initializers.zeros, ("embed",)), (D,))
+            bias_D = self.param("bias", with_axes(initializers.zeros, ("channel",)), (D,))
         return layer_normalise(x, scale_D, bias_D).astype(x.dtype)
 
 

@@ -12,7 +12,7 @@ from flax.linen import initializers
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
 from moe_jax.model.layers import matrix_init
-from moe_jax.sharding.mesh import with_axes
+from moe_jax.sharding.mesh import constrain, with_axes
 
 Activation = Literal["swiglu", "gelu", "relu"]
 
@@ -72,6 +72,8 @@ class DenseMLP(nn.Module):
     def __call__(self, x_BLD: Array) -> Array:
         D = x_BLD.shape[-1]
         weights = mlp_weights(self, self.config, D, self.width)
+        cast = jax.tree.map(lambda leaf: leaf.astype(x_BLD.dtype), weights)
+        weights = jax.tree.map(constrain, cast, mlp_axes(weights))
         return expert_mlp(weights, x_BLD.reshape(-1, D), self.config.activation).reshape(x_BLD.shape)
 
 
@@ -87,22 +89,43 @@ def mlp_weights(
     experts = () if num_experts is None else (num_experts,)
     names = () if num_experts is None else ("expert",)
 
-    def kernel(name: str, fan_in: int, fan_out: int, axes: tuple[str, str], is_block_output: bool = False) -> Array:
+    def kernel(name: str, fan_in: int, fan_out: int, is_block_output: bool = False) -> Array:
         init = matrix_init(config, num_batch_axes=len(experts), is_block_output=is_block_output)
-        return module.param(name, with_axes(init, names + axes), (*experts, fan_in, fan_out))
+        return parameter(name, init, (fan_in, fan_out))
 
-    def bias(name: str, width: int, axis: str) -> Array | None:
-        if not config.use_bias:
-            return None
-        return module.param(name, with_axes(initializers.zeros, (*names, axis)), (*experts, width))
+    def bias(name: str, width: int) -> Array | None:
+        return parameter(name, initializers.zeros, (width,)) if config.use_bias else None
+
+    def parameter(name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> Array:
+        return module.param(name, with_axes(init, names + _AXES[name]), (*experts, *shape))
 
     # The order in which parameters are created decides their random initial values: keep it.
     gated = config.activation == "swiglu"
     return ExpertWeights(
-        w_up_EDF=kernel("w_up", D, F, ("embed", "mlp")),
-        w_down_EFD=kernel("w_down", F, D, ("mlp", "embed"), is_block_output=True),
-        w_gate_EDF=kernel("w_gate", D, F, ("embed", "mlp")) if gated else None,
-        b_up_EF=bias("b_up", F, "mlp"),
-        b_gate_EF=bias("b_gate", F, "mlp") if gated else None,
-        b_down_ED=bias("b_down", D, "embed"),
+        w_up_EDF=kernel("w_up", D, F),
+        w_down_EFD=kernel("w_down", F, D, is_block_output=True),
+        w_gate_EDF=kernel("w_gate", D, F) if gated else None,
+        b_up_EF=bias("b_up", F),
+        b_gate_EF=bias("b_gate", F) if gated else None,
+        b_down_ED=bias("b_down", D),
     )
+
+
+_AXES = {
+    "w_up": ("embed", "mlp"),
+    "w_down": ("mlp", "embed"),
+    "w_gate": ("embed", "mlp"),
+    "b_up": ("mlp",),
+    "b_gate": ("mlp",),
+    "b_down": ("channel",),
+}
+"""The logical axes of an MLP's parameters; those of experts have the expert axis in front."""
+
+
+def mlp_axes(weights: ExpertWeights, *leading: str) -> ExpertWeights:
+    """The logical axes of each leaf of ``weights``, behind the ``leading`` ones."""
+
+    def axes(path: tuple, _: Array) -> tuple[str, ...]:
+        return *leading, *_AXES[path[-1].name.rpartition("_")[0]]
+
+    return jax.tree_util.tree_map_with_path(axes, weights)

@@ -2,53 +2,129 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.axes import Array, PyTree
-from moe_jax.config import MeshConfig
+from moe_jax.config import MeshConfig, ModelConfig
 from moe_jax.errors import UserError
 
+MESH_AXES = ("data", "fsdp", "expert", "tensor")
+"""From the outermost, whose devices may be furthest from each other, to the innermost."""
+
 # Every logical axis in the package; a name without a rule is an error.
-LOGICAL_RULES: tuple[tuple[str, str | None], ...] = (
-    ("batch", "data"),
-    ("embed", None),
-    ("heads", None),
-    ("head_dim", None),
-    ("mlp", None),
-    ("expert", None),
-    ("vocab", None),
-    ("position", None),
-    ("layer", None),
-)
+LOGICAL_RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp", "expert"),  # outside of the experts, "expert" is one more axis of the batch
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "expert": ("expert",),
+    # Whole on each device: what is too small for a collective to pay, and what a loop indexes.
+    "channel": (),
+    "head_dim": (),
+    "router": (),
+    "position": (),
+    "layer": (),
+}
 
 
-def make_mesh(config: MeshConfig, microbatch_size: int) -> Mesh:
-    """A mesh of ``config.data`` devices. UserError where there are not as many, or they do not divide the batch."""
+def make_mesh(config: MeshConfig, model: ModelConfig, microbatch_size: int) -> Mesh:
+    """The mesh of ``config``'s sizes. UserError where there are not as many devices, or a size does not divide what
+    it has to."""
     available = jax.device_count()
-    num_devices = available if config.data == -1 else config.data
+    sizes = mesh_sizes(config, available)
+    num_devices = math.prod(sizes.values())
     if num_devices > available:
         raise UserError(
-            f"mesh.data must be at most the {available} devices here, got {num_devices}; lower it or use -1"
+            f"the mesh must have at most the {available} devices here, got {_product(sizes)} = {num_devices}; lower "
+            "one of mesh.*, or use -1 for what is left"
         )
-    if microbatch_size % num_devices:
+    check_mesh(sizes, model, microbatch_size)
+    return arrange(sizes, jax.devices()[:num_devices])
+
+
+def mesh_sizes(config: MeshConfig, available: int) -> dict[str, int]:
+    """The size of each mesh axis on so many devices: where one is -1, it takes what the others leave."""
+    sizes = {"data": config.data, "fsdp": config.fsdp, "expert": config.expert, "tensor": config.tensor}
+    free = [name for name, size in sizes.items() if size == -1]
+    if not free:
+        return sizes
+    others = math.prod(size for size in sizes.values() if size != -1)
+    if available % others:
+        fixed = {name: size for name, size in sizes.items() if size > 1}
         raise UserError(
-            f"data.batch_size / optimizer.accumulation_steps must be a multiple of the {num_devices} devices of the "
-            f"mesh, got {microbatch_size}; change the batch size or lower mesh.data"
+            f"with mesh.{free[0]} = -1 the other sizes must divide the {available} devices here, got "
+            f"{_product(fixed)}; change one of them"
         )
-    # Auto axes: linen's constraints and Embed do not work under Explicit ones, which are jax.make_mesh's default.
-    return jax.make_mesh((num_devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:num_devices])
+    return sizes | {free[0]: available // others}
+
+
+def check_mesh(sizes: dict[str, int], model: ModelConfig, microbatch_size: int) -> None:
+    """UserError unless each size divides the axes that are divided by it."""
+    moe = model.moe
+    parts = {name: sizes[name] for name in LOGICAL_RULES["batch"]}
+    if microbatch_size % math.prod(parts.values()):
+        raise UserError(
+            "data.batch_size / optimizer.accumulation_steps must be a multiple of the "
+            f"{math.prod(parts.values())} devices that the batch is divided over ({_product(parts)}), got "
+            f"{microbatch_size}; change the batch size or lower one of them"
+        )
+    if sizes["expert"] > 1 and not moe.num_experts:
+        raise UserError(f"mesh.expert must be 1 for a model without experts, got {sizes['expert']}; set it to 1")
+    divided = {
+        "fsdp": {"model.embed_dim": model.embed_dim},
+        "expert": {"model.moe.num_experts": moe.num_experts},
+        "tensor": {
+            "model.num_kv_heads": model.num_kv_heads or model.num_heads,
+            "model.mlp_dim": model.mlp_dim or 0,
+            "model.moe.expert_dim": moe.expert_dim if moe.num_experts or model.mlp_dim is None else 0,
+        },
+    }
+    for name, axes in divided.items():
+        for what, length in axes.items():
+            if length % sizes[name]:
+                raise UserError(f"mesh.{name} must divide {what}={length}, got {sizes[name]}; change one of them")
+
+
+def _product(sizes: dict[str, int]) -> str:
+    return " * ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+
+
+def arrange(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of these sizes: neighbours in it are near each other in the machine.
+
+    Where there are several slices of TPUs, which a slower network joins, they divide the outermost axis. UserError
+    where its size does not allow that.
+    """
+    shape = tuple(sizes[name] for name in MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % slices:
+        raise UserError(
+            f"mesh.data must be a multiple of the {slices} slices here, got {sizes['data']}: only gradients should "
+            "cross the network between slices; change it"
+        )
+    if slices == 1:
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        within = (shape[0] // slices, *shape[1:])
+        array = mesh_utils.create_hybrid_device_mesh(
+            within, (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    # Auto axes: linen's modules do not work under Explicit ones.
+    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
     """Within it, logical axis names mean this mesh's axes."""
-    with jax.set_mesh(mesh), nn.logical_axis_rules(LOGICAL_RULES):
+    with jax.set_mesh(mesh):
         yield
 
 
@@ -61,47 +137,72 @@ def with_axes(init: Callable[..., Array], axes: tuple[str, ...]) -> Any:
 def constrain(x: Array, axes: tuple[str | None, ...]) -> Array:
     """``x``, divided over the mesh by the logical names of its axes; None: not divided."""
     _check_rules(axes)
-    return nn.with_logical_constraint(x, axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, mesh))
+
+
+def spec(axes: Iterable[str | None], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """How an array of these logical axes is divided: over the first mesh axes of each rule that divide its length."""
+    parts = []
+    for name, length in zip(axes, shape, strict=True):
+        names = LOGICAL_RULES[name] if name is not None else ()
+        while length % math.prod(mesh.shape[mesh_axis] for mesh_axis in names):
+            names = names[:-1]
+        parts.append(names or None)
+    return PartitionSpec(*parts)
+
+
+def is_divided(axis: str) -> bool:
+    """Whether the mesh in use has several devices for a logical axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and math.prod(mesh.shape[name] for name in LOGICAL_RULES[axis]) > 1
+
+
+def on_each_device(
+    function: Callable[[PyTree, PyTree], PyTree],
+    batch: PyTree,
+    shared: PyTree,
+    specs: PyTree = PartitionSpec(),  # noqa: B008
+) -> PyTree:
+    """``function(batch, shared)``, on each device for its own part of the batch, where a mesh divides the batch.
+
+    Every leaf of ``batch`` and of the result has the batch as its leading axis; ``shared`` is divided by ``specs``, or
+    the same everywhere, and its gradients are summed over the devices. A batch that the devices do not divide evenly,
+    as the short text that creates parameters, is left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = LOGICAL_RULES["batch"]
+    if mesh.empty or mesh.size == 1:
+        return function(batch, shared)
+    if jax.tree.leaves(batch)[0].shape[0] % math.prod(mesh.shape[name] for name in parts):
+        return function(batch, shared)
+    divided = PartitionSpec(parts)
+    # check_vma=False: the sums over devices are those of the transposition, which custom_vjp functions take part in.
+    return jax.shard_map(function, in_specs=(divided, specs), out_specs=divided, check_vma=False)(batch, shared)
 
 
 def _check_rules(axes: Iterable[str | None]) -> None:
-    # flax would take a name that it does not know for one that is not divided.
-    unknown = set(axes) - {name for name, _ in LOGICAL_RULES} - {None}
+    unknown = set(axes) - set(LOGICAL_RULES) - {None}
     if unknown:
         raise ValueError(f"each logical axis needs a rule in LOGICAL_RULES, got {sorted(map(str, unknown))}; add one")
 
 
-def on_each_device(function: Callable[[PyTree, PyTree], PyTree], batch: PyTree, shared: PyTree) -> PyTree:
-    """``function(batch, shared)``, on each device for its own part of the batch, where a mesh divides the batch.
-
-    Every leaf of ``batch`` and of the result has the batch as its leading axis; ``shared`` is the same everywhere, and
-    its gradients are summed over the devices. A batch that the devices do not divide evenly, as the single sequence of
-    a sample, is left to the compiler.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = nn.logical_to_mesh_axes(("batch",))
-    if mesh.empty or not axes or axes[0] is None:
-        return function(batch, shared)
-    names = axes[0] if isinstance(axes[0], tuple) else (axes[0],)
-    num_parts = math.prod(mesh.shape[name] for name in names)
-    if num_parts == 1 or jax.tree.leaves(batch)[0].shape[0] % num_parts:
-        return function(batch, shared)
-    replicated = PartitionSpec()
-    # check_vma=False: the sums over devices are those of the transposition, which custom_vjp functions take part in.
-    return jax.shard_map(function, in_specs=(axes, replicated), out_specs=axes, check_vma=False)(batch, shared)
-
-
 def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
     """The shardings of a tree of (abstract) parameters that carry their logical axis names."""
-    # Where an optimizer has parts, each holds an empty place in the box of every parameter that is not its own.
-    filled = jax.tree.map(
-        lambda leaf: leaf if jax.tree.leaves(leaf) else nn.unbox(leaf),
-        boxed,
-        is_leaf=lambda x: isinstance(x, nn.Partitioned),
-    )
-    return nn.logical_to_mesh_sharding(nn.get_partition_spec(filled), mesh, LOGICAL_RULES)
+
+    def of_leaf(leaf: Any) -> PyTree:
+        if not isinstance(leaf, nn.Partitioned):
+            return NamedSharding(mesh, PartitionSpec())
+        # Where an optimizer has parts, each holds an empty place in the box of every parameter that is not its own.
+        if not jax.tree.leaves(leaf):
+            return nn.unbox(leaf)
+        return NamedSharding(mesh, spec(leaf.names, leaf.value.shape, mesh))
+
+    return jax.tree.map(of_leaf, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
     """Places host arrays [B, ...] on the mesh, divided over the batch axis."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(LOGICAL_RULES["batch"])))

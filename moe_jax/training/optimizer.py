@@ -1,5 +1,7 @@
 """AdamW and Muon, learning-rate schedules, a decay mask and clipping by global norm."""
 
+from typing import Any, cast
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -7,12 +9,14 @@ from optax import contrib
 
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import OptimizerConfig
+from moe_jax.sharding.matrices import on_whole_matrices
 
 # The matrices between hidden layers. Routers have one column an expert and the output one a token: their columns are
 # rows of a table rather than directions of one map, and Muon leaves them to AdamW, as it does embeddings.
-HIDDEN = frozenset({"query", "key", "value", "out", "w_up", "w_gate", "w_down"})
+HIDDEN = dict.fromkeys(("query", "key", "value"), ("embed", "heads")) | {"out": ("heads", "embed")}
+HIDDEN |= {"w_up": ("embed", "mlp"), "w_gate": ("embed", "mlp"), "w_down": ("mlp", "embed")}
 # Norm scales, biases and embeddings are not multiplied with activations over a fan-in: weight decay is not for them.
-MATRICES = HIDDEN | {"router", "router_noise", "output"}
+MATRICES = HIDDEN.keys() | {"router", "router_noise", "output"}
 _ONECYCLE_START = 1 / 25
 """First learning rate of OneCycle as a fraction of the peak, as PyTorch's OneCycleLR has it."""
 _ADAMW_RMS = 0.2
@@ -102,13 +106,33 @@ def _adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientT
 def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Muon (arXiv 2502.16982, algorithm 1) for hidden matrices, AdamW for the rest."""
     matrices = optax.chain(
-        contrib.scale_by_muon(beta=config.muon_beta, weight_dimension_numbers=_last_two_axes),
+        _on_whole_matrices(contrib.scale_by_muon(beta=config.muon_beta, weight_dimension_numbers=_last_two_axes)),
         # An orthogonal matrix [m, n] has a root mean square of 1 / sqrt(max(m, n)).
         optax.stateless(lambda updates, _: jax.tree.map(_scale_to_adamw, updates)),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(schedule),
     )
     return optax.partition({"muon": matrices, "adamw": _adamw(config, schedule)}, muon_labels)
+
+
+def _on_whole_matrices(muon: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``muon`` where a mesh divides matrices: each is brought together on one device and taken apart again."""
+
+    def update_whole(arrays: tuple[PyTree, PyTree], others: tuple[Array, Array]) -> tuple[PyTree, PyTree]:
+        updates, mu = arrays
+        updates, state = muon.update(updates, contrib.MuonState(others[0], mu, others[1]), None)
+        return updates, cast(contrib.MuonState, state).mu
+
+    def axes(path: tuple, leaf: Array) -> tuple[str, ...]:
+        return *("layer", "expert")[: leaf.ndim - 2], *HIDDEN[_name(path)]
+
+    def update(updates: optax.Updates, state: Any, params: optax.Params | None = None) -> tuple[optax.Updates, Any]:
+        arrays, others = (updates, state.mu), (state.count, state.ns_coeffs)
+        names = jax.tree_util.tree_map_with_path(axes, arrays)
+        updates, mu = on_whole_matrices(update_whole, arrays, names, others)
+        return updates, state._replace(count=optax.safe_increment(state.count), mu=mu)
+
+    return optax.GradientTransformation(muon.init, update)
 
 
 OPTIMIZERS = {"adamw": _adamw, "muon": _muon}

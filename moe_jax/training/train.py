@@ -111,7 +111,7 @@ def resolve(config: Config, open_dataset: Callable[[], Dataset], workdir: Path) 
         check_same_run(begun, config)
         check_random(saved.record.random, config.train.seed)
     microbatch_size = config.data.batch_size // config.optimizer.accumulation_steps
-    mesh = make_mesh(config.mesh, microbatch_size)
+    mesh = make_mesh(config.mesh, config.model, microbatch_size)
     machine, num_tokens = this_machine(), microbatch_size * config.model.context_length
     models, backends, packed = {}, {}, config.data.mode == "packed"
     for phase, train in (("training", True), ("evaluation", False)):

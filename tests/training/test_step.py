@@ -53,7 +53,7 @@ def two_steps(config, devices=1, made=None):
     made = batch() if made is None else made
     decoder = Decoder(on_cpu(config.model, train=True), VOCAB)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
-    mesh = make_mesh(MeshConfig(data=devices), BATCH // config.optimizer.accumulation_steps)
+    mesh = make_mesh(MeshConfig(data=devices), config.model, BATCH // config.optimizer.accumulation_steps)
     with use_mesh(mesh):
         state = init_state(decoder, optimizer, mesh, seed=0)
         step = jax.jit(functools.partial(train_step, config, decoder, optimizer))
@@ -103,7 +103,7 @@ def one_step():
     decoder = Decoder(on_cpu(config.model, train=True), VOCAB)
     optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
     step = jax.jit(functools.partial(train_step, config, decoder, optimizer))
-    mesh = make_mesh(MeshConfig(data=1), BATCH)
+    mesh = make_mesh(MeshConfig(data=1), CONFIG.model, BATCH)
 
     def make(state):
         with use_mesh(mesh):
@@ -201,7 +201,7 @@ def test_the_reported_loss_is_the_language_model_loss_alone():
     moe = {"router": "top_k", "load_balancing_weight": 50.0, "capacity_factor": None}
     config = change(CONFIG, model={"dropout_rate": 0.0}, moe=moe)
     decoder = Decoder(on_cpu(config.model, train=True), VOCAB)
-    mesh = make_mesh(MeshConfig(data=1), BATCH)
+    mesh = make_mesh(MeshConfig(data=1), CONFIG.model, BATCH)
     with use_mesh(mesh):
         optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, 10))
         state = init_state(decoder, optimizer, mesh, seed=0)

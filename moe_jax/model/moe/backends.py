@@ -30,12 +30,10 @@ class Backend:
     run: Callable[[Array, RoutingPlan, ExpertWeights, Activation, int], tuple[Array, Array]]
     has_slots: bool = False
     """Experts have ``capacity`` slots a group and compute all of them; otherwise nothing is dropped or padded so."""
-    is_divided_by_compiler: bool = False
-    """XLA divides it over a mesh by itself; otherwise each device runs it on its own groups."""
 
 
 BACKENDS = {
-    "einsum": Backend(einsum, has_slots=True, is_divided_by_compiler=True),
+    "einsum": Backend(einsum, has_slots=True),
     "gather": Backend(gather, has_slots=True),
     "blocked": Backend(blocked),
     "ragged": Backend(ragged),

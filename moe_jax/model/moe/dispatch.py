@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from moe_jax.axes import Array
 from moe_jax.model.mlp import Activation, ExpertWeights, expert_mlp
 from moe_jax.model.moe.plan import Placement, RoutingPlan, chosen_experts, place
+from moe_jax.sharding.experts import expert_parts, from_experts, to_experts
 
 PRODUCTS = "expert_products"
 """The name, for rematerialisation policies, of what the kernels of sorted rows keep for the backward pass."""
@@ -39,7 +40,7 @@ def einsum(
       The combined outputs [G, T, D] in the type of ``x``, and kept_GTK: False where a row was dropped.
     """
     G, _, D = x_GTD.shape
-    E = weights.w_up_EDF.shape[0]
+    E = weights.w_up_EDF.shape[0] * expert_parts()
     placement = _place_in_groups(plan, E, capacity)
     expert_GTKE = jax.nn.one_hot(plan.expert_TK, E, dtype=jnp.float32)  # all zero where there is no row
     slot_GTKC = jax.nn.one_hot(jnp.where(placement.kept_TK, placement.position_TK, capacity), capacity)
@@ -49,9 +50,14 @@ def einsum(
     dispatch_GTEC = product("GTKE,GTKC->GTEC", expert_GTKE, slot_GTKC).astype(x_GTD.dtype)
     x_EGCD = product("GTEC,GTD->EGCD", dispatch_GTEC, x_GTD)
     # An expert's slots of all groups lie together, so that each expert is one matrix product.
-    y_EGCD = expert_mlp(weights, x_EGCD.reshape(E, G * capacity, D), activation).reshape(x_EGCD.shape)
+    y_EGCD = _on_slots(weights, x_EGCD.reshape(E, G * capacity, D), activation).reshape(x_EGCD.shape)
     y_GTD = product("GTEC,EGCD->GTD", combine_GTEC, y_EGCD.astype(jnp.float32))
     return y_GTD.astype(x_GTD.dtype), placement.kept_TK
+
+
+def _on_slots(weights: ExpertWeights, x_ERD: Array, activation: Activation) -> Array:
+    """Each expert on its slots; where experts are divided over devices, the slots go to them and back."""
+    return from_experts(expert_mlp(weights, to_experts(x_ERD), activation))
 
 
 def _place_in_groups(plan: RoutingPlan, num_experts: int, capacity: int) -> Placement:
@@ -63,14 +69,14 @@ def gather(
 ) -> tuple[Array, Array]:
     """Moves rows by index; arguments and results as in ``einsum``."""
     G, T, D = x_GTD.shape
-    E = weights.w_up_EDF.shape[0]
+    E = weights.w_up_EDF.shape[0] * expert_parts()
     placement = _place_in_groups(plan, E, capacity)
     # Slot c of group g's share of expert e is (e · G + g) · C + c: one expert's lie together, group after group.
     first_slot_GTK = (plan.expert_TK * G + jnp.arange(G)[:, None, None]) * capacity
     weight_TK, slot_TK = _merged(plan.combine_weight_TK), _merged(first_slot_GTK + placement.position_TK)
     slot_TK, row_S = _index_tables(slot_TK, _merged(placement.kept_TK), E * G * capacity)
     x_ERD = to_slots(x_GTD.reshape(G * T, D), slot_TK, row_S).reshape(E, G * capacity, D)
-    y_SD = expert_mlp(weights, x_ERD, activation).reshape(-1, D)
+    y_SD = _on_slots(weights, x_ERD, activation).reshape(-1, D)
     y_TD = from_slots(y_SD, weight_TK, slot_TK, row_S)
     return y_TD.reshape(G, T, D), placement.kept_TK
 

@@ -8,11 +8,12 @@ from flax.linen import initializers
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
 from moe_jax.model.layers import matrix_init
-from moe_jax.model.mlp import DenseMLP, ExpertWeights, mlp_weights
-from moe_jax.model.moe.backends import BACKENDS
+from moe_jax.model.mlp import Activation, DenseMLP, ExpertWeights, mlp_axes, mlp_weights
+from moe_jax.model.moe.backends import BACKENDS, Backend
 from moe_jax.model.moe.plan import RoutingPlan
 from moe_jax.model.moe.routing import ROUTERS, accepted_rows, expert_capacity, limits_capacity
 from moe_jax.model.moe.statistics import MoEStatistics
+from moe_jax.sharding.experts import expert_parts, of_own_experts, on_devices_of_experts
 from moe_jax.sharding.mesh import on_each_device, with_axes
 
 
@@ -49,9 +50,16 @@ class MoE(nn.Module):
         # Shazeer (arXiv 1701.06538, appendix A) starts both matrices at zero: equal load, constant noise. A small
         # normal keeps the load near balance and breaks the ties that zeros would leave to the order of experts.
         noise_DE = self._router_matrix("router_noise", initializers.zeros, x_GTD) if router.has_noise_matrix else None
-        logits_GTE = router.score(x_GTD.astype(jnp.float32), router_DE, noise_DE, noise_keys_G, moe)
-        make_plan = jax.vmap(lambda logits_TE, mask_T: router.plan(logits_TE, mask_T, expert_bias_E, moe))
-        plan = make_plan(logits_GTE, token_mask_GT)
+
+        def route(groups: tuple[Array, Array | None, Array | None], shared: tuple) -> RoutingPlan:
+            (x_GTD, token_mask_GT, noise_keys_G), (router_DE, noise_DE, bias_E) = groups, shared
+            logits_GTE = router.score(x_GTD.astype(jnp.float32), router_DE, noise_DE, noise_keys_G, moe)
+            plan = jax.vmap(lambda logits_TE, mask_T: router.plan(logits_TE, mask_T, bias_E, moe))
+            return plan(logits_GTE, token_mask_GT)
+
+        # On each device for its own groups: to choose the highest, the compiler would bring the scores of all to each.
+        groups = (x_GTD, token_mask_GT, noise_keys_G)
+        plan = on_each_device(route, groups, (router_DE, noise_DE, expert_bias_E))
         if token_mask_GT is not None and limits_capacity(moe, train=train):
             plan = plan.replace(accepted=jax.vmap(lambda mask_T: accepted_rows(moe, mask_T))(token_mask_GT))
         plan = plan.replace(combine_weight_TK=plan.combine_weight_TK * moe.routed_scaling_factor)
@@ -64,7 +72,7 @@ class MoE(nn.Module):
         return y_GTD, MoEStatistics(plan.statistics, num_rows_G - jnp.sum(kept_GTK, axis=(1, 2)))
 
     def _router_matrix(self, name: str, init: nn.initializers.Initializer, x_GTD: Array) -> Array:
-        return self.param(name, with_axes(init, ("embed", "expert")), (x_GTD.shape[-1], self.config.moe.num_experts))
+        return self.param(name, with_axes(init, ("embed", "router")), (x_GTD.shape[-1], self.config.moe.num_experts))
 
     def _compute(self, x_GTD: Array, plan: RoutingPlan, weights: ExpertWeights, capacity: int) -> tuple[Array, Array]:
         """The rows of ``plan`` through their experts by the configured backend: outputs and kept_GTK."""
@@ -73,9 +81,26 @@ class MoE(nn.Module):
         backend, activation = BACKENDS[self.config.moe.dispatch], self.config.activation
 
         def run(tokens: tuple[Array, RoutingPlan], weights: ExpertWeights) -> tuple[Array, Array]:
-            return backend.run(*tokens, weights, activation, capacity)
+            if backend.has_slots or expert_parts() == 1:
+                return backend.run(*tokens, weights, activation, capacity)
+            return _on_own_experts(backend, *tokens, weights, activation)
 
-        # Each device moves the rows of its own groups: indices that ran across devices would bring all tokens to each.
-        if backend.is_divided_by_compiler:
-            return run((x_GTD, plan), weights)
-        return on_each_device(run, (x_GTD, plan), weights)
+        return on_devices_of_experts(run, (x_GTD, plan), weights, mlp_axes(weights, "expert"))
+
+
+def _on_own_experts(
+    backend: Backend, x_GTD: Array, plan: RoutingPlan, weights: ExpertWeights, activation: Activation
+) -> tuple[Array, Array]:
+    """A backend that drops nothing where experts are divided over devices; groups are merged, as none has capacity."""
+    G, T, D = x_GTD.shape
+    count, most = weights.w_up_EDF.shape[0], G * plan.max_rows * expert_parts()
+
+    def compute(rows: tuple[Array, Array, Array], part: Array) -> tuple[Array, Array]:
+        x_1TD, expert_1TK, weight_1TK = (leaf[None] for leaf in rows)
+        merged = plan.replace(expert_TK=expert_1TK, combine_weight_TK=weight_1TK, max_rows=most)
+        y_1TD, kept_1TK = backend.run(x_1TD, merged.of_experts(part * count, count), weights, activation, T)
+        return y_1TD[0], kept_1TK[0]
+
+    leaves = (x_GTD, plan.expert_TK, plan.combine_weight_TK)
+    y_TD, kept_TK = of_own_experts(compute, tuple(leaf.reshape(G * T, -1) for leaf in leaves))
+    return y_TD.reshape(G, T, D).astype(x_GTD.dtype), kept_TK.reshape(plan.expert_TK.shape)

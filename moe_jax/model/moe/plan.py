@@ -25,6 +25,16 @@ class RoutingPlan(flax.struct.PyTreeNode):
     accepted: Array | None = None
     """[] int32: rows that an expert accepts where masked tokens make them fewer than its slots; None: one a slot."""
 
+    def of_experts(self, first: Array, count: int) -> "RoutingPlan":
+        """The rows of the ``count`` experts from ``first`` on alone, which are then 0 to ``count`` - 1."""
+        T, K = self.expert_TK.shape[-2:]
+        is_row_TK = (self.expert_TK >= first) & (self.expert_TK < first + count)
+        return self.replace(
+            expert_TK=jnp.where(is_row_TK, self.expert_TK - first, count),
+            combine_weight_TK=jnp.where(is_row_TK, self.combine_weight_TK, 0),
+            max_rows=min(self.max_rows, T * min(K, count)),
+        )
+
 
 class Placement(flax.struct.PyTreeNode):
     """Where a plan's rows go when each expert accepts C of them."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import MeshConfig
+from moe_jax.config import MeshConfig, ModelConfig
 from moe_jax.model.mlp import ExpertWeights
 from moe_jax.model.moe.dispatch import sort_rows
 from moe_jax.model.moe.kernels.grouped import Blocks, weight_gradient
@@ -119,7 +119,7 @@ def test_two_devices_compute_what_one_does():
 
     weights = make_weights(E, D, F)
     one = jax.jit(jax.grad(loss, has_aux=True))(weights)
-    with use_mesh(make_mesh(MeshConfig(data=2), 2)):
+    with use_mesh(make_mesh(MeshConfig(data=2), ModelConfig(), 2)):
         two = jax.jit(jax.grad(loss, has_aux=True))(weights)
     assert len(two[1].sharding.device_set) == 2
     assert_trees_close(two, one, 3e-6)
