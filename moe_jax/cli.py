@@ -29,6 +29,20 @@ def parse(command: type[Command], arguments: list[str], prog: str | None = None)
     return check_fields(flags, lambda name: "--" + name.split(".")[-1].replace("_", "-"))
 
 
+def parse_on_recipe(command: type[Command], arguments: list[str], prog: str | None = None) -> Command:
+    """As ``parse``, of a command with the flag --config, whose recipe's values are the defaults of its ``settings``.
+
+    Raises UserError. The settings are not yet checked with each other.
+    """
+    flag, *values = given_flags(arguments).get("--config", [""])
+    recipe = flag.partition("=")[2] or "".join(values[:1])
+    if not recipe and not {"-h", "--help"} & set(arguments):
+        raise UserError("--config is required: name a recipe, such as --config configs/moe.py")
+    settings = load_recipe(Path(recipe)) if recipe else Config()
+    default = command(config=recipe or tyro.MISSING, settings=settings)
+    return tyro.cli(command, args=arguments, default=default, prog=prog)
+
+
 def given_flags(arguments: list[str]) -> dict[str, list[str]]:
     """Each flag by its name, with its values, as it is written. UserError for one that is given twice.
 

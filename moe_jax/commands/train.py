@@ -7,12 +7,12 @@ from typing import Annotated
 
 import tyro
 
-from moe_jax.cli import given_flags, load_recipe
+from moe_jax.cli import parse_on_recipe
 from moe_jax.commands.startup import check_limits, use_huge_pages
 from moe_jax.config import Config
 from moe_jax.config.bounds import LocalFolder
 from moe_jax.config.rules import check
-from moe_jax.errors import UserError, show
+from moe_jax.errors import show
 
 
 def main() -> None:
@@ -42,14 +42,7 @@ class TrainCommand:
 
 def parse_train(arguments: list[str]) -> tuple[Config, Path]:
     """The checked configuration and the run directory that ``train.py``'s arguments ask for. Raises UserError."""
-    flag, *values = given_flags(arguments).get("--config", [""])
-    recipe = flag.partition("=")[2] or "".join(values[:1])  # its values are the defaults of the other flags
-    if not recipe and not {"-h", "--help"} & set(arguments):
-        raise UserError("--config is required: name a recipe, such as --config configs/moe.py")
-    base = load_recipe(Path(recipe)) if recipe else Config()
-    command = tyro.cli(
-        TrainCommand, args=arguments, default=TrainCommand(config=recipe or tyro.MISSING, settings=base)
-    )
+    command = parse_on_recipe(TrainCommand, arguments)
     workdir = Path("runs") / Path(command.config).stem
     if command.workdir is not None:
         LocalFolder("mount the bucket, or copy the run directory there afterwards")("--workdir", command.workdir)

@@ -3,15 +3,15 @@
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from jax.sharding import Mesh
 
+from moe_jax.estimate.program import Operation, Shape, operations, size_of
+
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4}
-_WIDTHS |= {"f64": 8, "s64": 8, "u64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
 
 
 @dataclass(frozen=True)
@@ -19,111 +19,68 @@ class Collective:
     kind: str
     axes: tuple[str, ...]
     """Mesh axes over which the devices of a group differ."""
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
-    """(type, shape) of each array that a device gets."""
+    shapes: tuple[Shape, ...]
+    """Of each array that a device gets."""
     times: int
-    """How often a step runs it: the product of the trip counts of the loops around it."""
+    """How often a step makes it."""
     group_size: int
 
     @property
     def num_bytes(self) -> int:
         """Of the results on one device, all times together."""
-        return self.times * sum(_WIDTHS[dtype] * math.prod(shape) for dtype, shape in self.shapes)
+        return self.times * size_of(self.shapes)
 
     @property
     def wire_bytes(self) -> float:
-        """That a device sends over its links by the ring algorithms, all times together."""
+        """What a device sends over its links by the ring algorithms, all times together."""
         n = self.group_size
         factor = {"all-reduce": 2 * (n - 1) / n, "reduce-scatter": n - 1.0, "collective-permute": 1.0}
         return self.num_bytes * factor.get(self.kind, (n - 1) / n)
 
 
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
-    """Those of a compiled program (``compiled.as_text()``) whose partitions are the devices of ``mesh`` in order.
-
-    Raises ValueError on a loop whose trip count the compiler does not know, or a group that is no set of mesh axes.
-    """
-    bodies = dict(_computations(text))
-    names = _groups_by_axes(mesh)
-    found: list[Collective] = []
-
-    def visit(name: str, times: int) -> None:
-        for line in bodies[name]:
-            kind = _kind(line)
-            if kind is not None:
-                groups = _groups(line, mesh.size)
-                if max(map(len, groups)) > 1:
-                    shapes = _result_shapes(line)
-                    found.append(Collective(kind, names(groups), shapes, times, max(map(len, groups))))
-            called = re.findall(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.\-]+)", line)
-            if branches := re.search(r"branch_computations=\{([^}]*)\}", line):
-                called += re.findall(r"%?([\w.\-]+)", branches[1])
-            turns = 1
-            if " while(" in line:
-                count = re.search(r'known_trip_count"?[:=]\{"?n"?:"?(\d+)', line)
-                turns = int(count[1]) if count else _UNKNOWN
-            for each in called:
-                if each in bodies:
-                    visit(each, times * turns)
-
-    visit(_entry(text), 1)
-    if any(collective.times >= _UNKNOWN for collective in found):
-        raise ValueError("a collective is in a loop whose number of turns the compiler does not know")
+    """Those of a compiled program (``compiled.as_text()``) whose partitions are the devices of ``mesh`` in order."""
+    axes_of = _groups_by_axes(mesh)
+    found = []
+    for operation in operations(text):
+        kind = operation.kind.removesuffix("-start")
+        if kind not in KINDS:
+            continue
+        groups = _groups(operation.line, mesh.size)
+        size = max(map(len, groups))
+        if size > 1:
+            found.append(Collective(kind, axes_of(groups), _received(operation), operation.times, size))
     return found
 
 
-_UNKNOWN = 2**60
-
-
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    name, lines = None, []
-    for line in text.splitlines():
-        if (start := re.match(r"(?:ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$", line)) and not line.startswith(" "):
-            name, lines = start[1], []
-        elif line.startswith("}") and name is not None:
-            yield name, lines
-            name = None
-        elif name is not None:
-            lines.append(line)
-
-
-def _entry(text: str) -> str:
-    match = re.search(r"^ENTRY %?([\w.\-]+)", text, re.MULTILINE)
-    if match is None:
-        raise ValueError("the program has no entry")
-    return match[1]
-
-
-def _kind(line: str) -> str | None:
-    match = re.search(r"[\])}] (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(-start)?\(", line)
-    return match[1] if match else None
-
-
-def _result_shapes(line: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    result = re.split(r" (?:all|reduce|collective)-", line.split(" = ", 1)[1])[0]
-    shapes = [
-        (dtype, tuple(int(n) for n in dims.split(",") if n))
-        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
-    ]
-    if "-start(" in line and len(shapes) > 1 and "all-reduce" not in line:
-        shapes = shapes[len(shapes) // 2 :]  # (operands, results)
-    return tuple(shapes)
+def _received(operation: Operation) -> tuple[Shape, ...]:
+    shapes = operation.results
+    if operation.kind in ("all-gather-start", "collective-permute-start"):  # (operands, results, ...)
+        shapes = shapes[len(operation.operands) : 2 * len(operation.operands)]
+    return shapes
 
 
 def _groups(line: str, num_devices: int) -> list[tuple[int, ...]]:
     if pairs := re.search(r"source_target_pairs=\{(.*?)\}\}?", line):
         return [tuple(map(int, pair.split(","))) for pair in re.findall(r"\{?(\d+,\d+)", pairs[1])]
-    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\(([\d,]+)\))? \{(.*?)\}", line):
+    if named := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}", line):
         return _groups_of_named_mesh(*named.groups())
-    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, dims = ([int(n) for n in part.split(",")] for part in iota.groups()[:2])
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if iota[3]:
-            ids = ids.transpose([int(n) for n in iota[3].split(",")])
-        return [tuple(row) for row in ids.reshape(shape).tolist()]
+    if iota := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
+        rows = _ids(iota[2]).reshape([int(n) for n in iota[1].split(",")])
+        return [tuple(row) for row in rows.tolist()]
     listed = re.search(r"replica_groups=\{(.*?)\}(?:,|$| )", line)
     groups = re.findall(r"\{([\d,]+)\}", listed[1] + "}") if listed else []
     return [tuple(map(int, group.split(","))) for group in groups] or [tuple(range(num_devices))]
+
+
+def _ids(text: str) -> np.ndarray:
+    """Of devices, as in 0,2,1,3 or [2,4]T(1,0): those from 0 on, in this shape, with its axes in another order."""
+    shape, _, order = text.strip("[)").partition("]")
+    numbers = [int(n) for n in shape.split(",")]
+    if not text.startswith("["):
+        return np.array(numbers)
+    ids = np.arange(math.prod(numbers)).reshape(numbers)
+    return (ids.transpose([int(n) for n in order[2:].split(",")]) if order else ids).reshape(-1)
 
 
 def _groups_of_named_mesh(mesh: str, order: str | None, chosen: str) -> list[tuple[int, ...]]:
@@ -138,7 +95,7 @@ def _groups_of_named_mesh(mesh: str, order: str | None, chosen: str) -> list[tup
         outer, size = parts.get(name, (1, 1))
         along.append(len(dims) + 1)
         dims += [outer, size, whole // outer // size]
-    ids = np.array([int(n) for n in order.split(",")]) if order else np.arange(math.prod(dims))
+    ids = _ids(order) if order else np.arange(math.prod(dims))
     moved = np.moveaxis(ids.reshape(dims), along, range(-len(along), 0))
     return [tuple(row) for row in moved.reshape(-1, math.prod(dims[axis] for axis in along)).tolist()]
 
@@ -157,10 +114,8 @@ def _groups_by_axes(mesh: Mesh) -> Callable[[list[tuple[int, ...]]], tuple[str, 
         wanted = frozenset(frozenset(group) for group in groups)
         if wanted in known:
             return known[wanted]
-        # Pairs of a permutation, or groups that are parts of those of some axes.
-        for larger, chosen in known.items():
-            if all(any(group <= whole for whole in larger) for group in wanted):
-                return chosen
-        raise ValueError(f"the groups {groups} are of no mesh axes")
+        # The pairs of a permutation lie within the groups of some axes; those of all axes hold any.
+        within = (chosen for larger, chosen in known.items() if all(any(g <= w for w in larger) for g in wanted))
+        return next(within)
 
     return of

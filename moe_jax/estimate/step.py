@@ -1,0 +1,172 @@
+"""An optimizer step, compiled and not run: what each device holds, computes and exchanges, and bounds of its time."""
+
+import collections
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from moe_jax.axes import PyTree
+from moe_jax.config import Config
+from moe_jax.estimate.collectives import Collective, collectives
+from moe_jax.estimate.devices import KINDS, Kind, absent_mesh, machine_of
+from moe_jax.estimate.program import Operation, operations, size_of
+from moe_jax.model.decoder import Decoder
+from moe_jax.model.moe.backends import for_machine
+from moe_jax.sharding.mesh import check_mesh, spec, use_mesh
+from moe_jax.training.flops import count_params, flops_per_token
+from moe_jax.training.optimizer import make_optimizer, make_schedule
+from moe_jax.training.state import abstract_state
+from moe_jax.training.step import train_step
+
+SLOW = 0.5
+"""The share of their peak that products reach in the slower of the two estimates."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes and operations are those of one device and one optimizer step."""
+
+    device: str
+    mesh: dict[str, int]
+    dispatch: str
+    parameters: int
+    """Of the model, on all devices together; so too ``active``, those that one token meets."""
+    active: int
+    parameter_bytes: int
+    moment_bytes: int
+    """Of the optimizer's state."""
+    peak_bytes: int
+    """Arguments, results and temporaries of the compiled step."""
+    memory: float
+    model_flops: float
+    """By ``training.flops``, which counts nothing twice."""
+    product_flops: float
+    """Of the products that the compiler shows; not of kernels of our own, nor of cuDNN's."""
+    memory_traffic: float
+    """Operands and results of all other operations."""
+    exchanged: list[dict[str, Any]]
+    """Of each kind and set of mesh axes: how many times, bytes received, bytes sent over links, seconds."""
+    largest: list[dict[str, Any]]
+    """The largest arrays of the program."""
+    fastest: float
+    """Seconds, where products reach their peak and exchanges hide behind computation."""
+    slowest: float
+    """Seconds, where products reach half of it and nothing hides."""
+
+    @property
+    def fits(self) -> bool:
+        return self.peak_bytes <= 0.95 * self.memory
+
+
+def estimate(config: Config, sizes: dict[str, int], device: str, vocab_size: int) -> Estimate:
+    """Compiles a step of ``config`` on a mesh of such devices, which need not be here, and reads what it is.
+
+    Raises UserError for a mesh that cannot be, EnvironmentFault without the device's compiler.
+    """
+    kind = KINDS[device]
+    microbatch_size = config.data.batch_size // config.optimizer.accumulation_steps
+    check_mesh(sizes, config.model, microbatch_size)
+    mesh = absent_mesh(device, sizes)
+    L = config.model.context_length
+    model = for_machine(
+        config.model,
+        microbatch_size * L,
+        train=True,
+        machine=machine_of(kind),
+        packed=config.data.mode == "packed",
+    )
+    decoder = Decoder(model, vocab_size)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
+    with use_mesh(mesh):
+        state = abstract_state(decoder, optimizer, mesh)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = functools.partial(train_step, config, decoder, optimizer)
+        lowered = jax.jit(step, donate_argnums=0, out_shardings=(placed, None)).lower(state, _batch(config, mesh))
+        # Triton's products are chosen by timing them, for which a device would have to be here.
+        options = {"xla_gpu_enable_triton_gemm": False} if kind.platform == "gpu" else None
+        compiled = lowered.compile(compiler_options=options)
+    params = nn.unbox(state.params)
+    total, active = count_params(params, model.moe)
+    model_flops = flops_per_token(params, model) * config.data.batch_size * L / mesh.size
+    text = compiled.as_text() or ""
+    found, steps = collectives(text, mesh), list(operations(text))
+    product_flops = sum(each.flops * each.times for each in steps)
+    moved = sum(each.num_bytes * each.times for each in steps if not each.flops)
+    exchanged = _exchanged(found, mesh, kind)
+    # Kernels of our own and cuDNN's are opaque; a forward pass that is computed again counts in the program's alone.
+    flops = max(product_flops, model_flops * (4 / 3 if model.remat == "full" else 1.0))
+    computing, moving = flops / kind.flops, moved / kind.bandwidth
+    exchanging = sum(each["seconds"] for each in exchanged)
+    memory = compiled.memory_analysis()
+    return Estimate(
+        device=device,
+        mesh=sizes,
+        dispatch=model.moe.dispatch if model.moe.num_experts else "none",
+        parameters=total,
+        active=active,
+        parameter_bytes=_bytes_on_a_device(state.params),
+        moment_bytes=_bytes_on_a_device(state.optimizer_state),
+        peak_bytes=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+        memory=kind.memory,
+        model_flops=model_flops,
+        product_flops=product_flops,
+        memory_traffic=moved,
+        exchanged=exchanged,
+        largest=_largest(steps),
+        fastest=max(computing + moving, exchanging),
+        slowest=computing / SLOW + moving + exchanging,
+    )
+
+
+def _batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of what ``data.batches`` yields."""
+    shape = (config.data.batch_size, config.model.context_length)
+    sharding = NamedSharding(mesh, spec(("batch", None), shape, mesh))
+    dtypes = {"inputs": jnp.int32, "targets": jnp.int32}
+    if config.data.mode != "windows":
+        dtypes |= {"mask": jnp.bool_}
+    if config.data.mode == "packed":
+        dtypes |= {"positions": jnp.int32, "segments": jnp.int32}
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+
+
+def _bytes_on_a_device(tree: PyTree) -> int:
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _exchanged(found: list[Collective], mesh: Mesh, kind: Kind) -> list[dict[str, Any]]:
+    rows: dict[tuple, dict[str, Any]] = collections.defaultdict(
+        lambda: {"times": 0, "received": 0, "sent": 0.0, "seconds": 0.0}
+    )
+    for each in found:
+        row = rows[each.kind, each.axes]
+        row["times"] += each.times
+        row["received"] += each.num_bytes
+        row["sent"] += each.wire_bytes
+        row["seconds"] += each.wire_bytes / (kind.network if _leaves_the_host(each.axes, mesh, kind) else kind.link)
+    named = [{"kind": name, "axes": list(axes), **row} for (name, axes), row in rows.items()]
+    return sorted(named, key=lambda row: -row["seconds"])
+
+
+def _leaves_the_host(axes: tuple[str, ...], mesh: Mesh, kind: Kind) -> bool:
+    """Whether devices that differ in these axes alone are of different hosts."""
+    ids = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
+    group = ids[tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)]
+    return len(set((group // kind.host).flat)) > 1
+
+
+def _largest(steps: list[Operation], most: int = 5) -> list[dict[str, Any]]:
+    shapes = {shape for each in steps for shape in each.results}
+    ranked = sorted(shapes, key=lambda shape: -size_of((shape,)))[:most]
+    return [{"array": f"{shape[0]}[{','.join(map(str, shape[1]))}]", "bytes": size_of((shape,))} for shape in ranked]

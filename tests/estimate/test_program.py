@@ -1,0 +1,91 @@
+"""What is read of a compiled program's text: products, loops, exchanges."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from moe_jax.estimate.collectives import collectives
+from moe_jax.estimate.program import operations, shapes_in, size_of
+from moe_jax.sharding.mesh import arrange
+
+MESH = {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
+
+
+def compiled(function, *arguments):
+    return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+def test_types_and_sizes():
+    shapes = shapes_in("(bf16[2,3]{1,0}, s32[], /*index=2*/pred[7]{0})")
+    assert shapes == (("bf16", (2, 3)), ("s32", ()), ("pred", (7,)))
+    assert size_of(shapes) == 12 + 4 + 7
+
+
+def test_products_count_as_often_as_the_loop_around_them_turns():
+    def repeated(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=5)[0]
+
+    text = compiled(repeated, jnp.ones((8, 16)), jnp.ones((16, 16)))
+    products = [each for each in operations(text) if each.flops]
+    assert sum(each.flops * each.times for each in products) == 5 * 2 * 8 * 16 * 16
+    (product,) = products
+    assert product.num_bytes >= 4 * (8 * 16 + 16 * 16 + 8 * 16)
+
+
+def test_batched_and_transposed_products():
+    text = compiled(lambda x, w: jnp.einsum("bij,bkj->bik", x, w), jnp.ones((3, 4, 5)), jnp.ones((3, 6, 5)))
+    assert sum(each.flops for each in operations(text)) == 2 * 3 * 4 * 6 * 5
+
+
+@pytest.mark.parametrize(
+    ("divided", "result", "kind", "axes", "received"),
+    [
+        (("fsdp", None), (None, None), "all-gather", ("fsdp",), 16 * 16 * 4),
+        ((("data", "tensor"), None), (None, None), "all-gather", ("data", "tensor"), 16 * 16 * 4),
+        (("tensor", None), (None, "tensor"), "all-to-all", ("tensor",), 16 * 8 * 4),
+    ],
+)
+def test_exchanges_have_the_mesh_axes_that_they_cross(divided, result, kind, axes, received):
+    mesh = arrange(MESH, jax.devices())
+    x = jax.ShapeDtypeStruct((16, 16), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec(*divided)))
+    moved = jax.jit(lambda x: x * 2, out_shardings=NamedSharding(mesh, PartitionSpec(*result)))
+    (found,) = collectives(moved.lower(x).compile().as_text(), mesh)
+    assert (found.kind, found.axes, found.num_bytes) == (kind, axes, received)
+
+
+def test_an_exchange_in_a_loop_counts_each_turn():
+    mesh = arrange(MESH, jax.devices())
+
+    def summed(x):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(jax.lax.psum(x, "tensor")), None), x, length=3)[0]
+
+    spec = PartitionSpec("tensor")
+    text = compiled(jax.shard_map(summed, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False), jnp.ones((8, 8)))
+    (found,) = collectives(text, mesh)
+    assert (found.kind, found.axes, found.times) == ("all-reduce", ("tensor",), 3)
+    assert found.wire_bytes == 3 * 4 * 8 * 4  # two devices send half of it each way
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", ("tensor",)),
+        ("[4,2]<=[8]", ("tensor",)),
+        ("[4,2]<=[2,2,2]T(1,2,0)", ("data",)),
+        ("mesh['a'=4,'b'=2] {'a'}", ("data", "fsdp")),
+        ("mesh['a'=8] {'a':(2)2}", ("fsdp",)),
+        ("mesh['a'=2,'b'=1,'c'=4], device_ids=([2,2,2]T(1,0,2)) {'a'}", ("fsdp",)),
+        ("mesh['a'=4,'b'=2], device_ids=(0,2,4,6,1,3,5,7) {'b'}", ("fsdp",)),
+        ("{}", ("data", "fsdp", "tensor")),
+    ],
+)
+def test_every_way_in_which_xla_writes_groups(groups, axes):
+    text = f"""
+ENTRY %main (x: f32[4]) -> f32[4] {{
+  %x = f32[4]{{0}} parameter(0)
+  ROOT %y = f32[4]{{0}} all-reduce(%x), replica_groups={groups}, use_global_device_ids=true, to_apply=%add
+}}
+"""
+    (found,) = collectives(text, arrange(MESH, jax.devices()))
+    assert found.axes == axes
