@@ -25,7 +25,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["JAX_PLATFORMS"] = "cpu"  # no device is opened
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 DUMP = Path(tempfile.mkdtemp(prefix="moe_jax_ptx_"))
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP} --xla_dump_hlo_as_text=false"
 
@@ -34,56 +33,31 @@ import jax.numpy as jnp
 from gpu_blocks import Kind, kernel, operands
 from gpu_session import Shape, text_of
 from gpu_stages import sparse, stories
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.cli import load_recipe
 from moe_jax.config import Config
-from moe_jax.errors import run
+from moe_jax.errors import EnvironmentFault, run
+from moe_jax.estimate.devices import KINDS, absent_mesh, machine_of
 from moe_jax.model.decoder import Decoder
-from moe_jax.model.machine import Machine
 from moe_jax.model.moe.backends import for_machine
 from moe_jax.model.moe.kernels.grouped import Blocks
-from moe_jax.model.moe.kernels.pallas import AMPERE, HOPPER, tuning
-from moe_jax.sharding.mesh import arrange, use_mesh
+from moe_jax.model.moe.kernels.pallas import tuning
+from moe_jax.sharding.mesh import use_mesh
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import abstract_state
 from moe_jax.training.step import train_step
 
 Row = dict[str, Any]
-GPUS = {
-    # Compute capability, multiprocessors, bytes of memory, of its bandwidth a second, of L2, and of shared memory.
-    "h100": ((9, 0), 132, 80e9, 3.35e12, 50e6, 228 * 1024, HOPPER),
-    "h200": ((9, 0), 132, 141e9, 4.8e12, 50e6, 228 * 1024, HOPPER),
-    "a100": ((8, 0), 108, 80e9, 2.0e12, 40e6, 164 * 1024, AMPERE),
-}
-TPUS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1"}
+GPUS, TPUS = ("h100", "h200", "a100"), {"v5e": 8, "v5p": 4}
+"""TPUs: of a slice of so many."""
 SHAPES = [(1024, 4096, 8), (2048, 768, 128), (512, 512, 64), (1280, 640, 64), (256, 2640, 8)]
 """D, F, E of the layers whose blocks are compiled."""
 
 
-def description(name: str) -> str:
-    (major, minor), cores, memory, bandwidth, l2, of_core, of_block = GPUS[name]
-    return f"""
-      gpu_device_info {{
-        threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-        shared_memory_per_core: {of_core} threads_per_core_limit: 2048 core_count: {cores} fpus_per_core: 64
-        block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-        memory_bandwidth: {bandwidth:.0f} l2_cache_size: {l2:.0f} clock_rate_ghz: 1.7 device_memory_size: {memory:.0f}
-        shared_memory_per_block_optin: {of_block} cuda_compute_capability {{ major: {major} minor: {minor} }}
-        registers_per_core_limit: 65536 registers_per_block_limit: 65536
-      }}
-      platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{name}"
-    """
-
-
 def mesh_of(name: str) -> Mesh:
-    """One GPU, or a small slice of TPUs, that are not there. Raises whatever jax does without their compiler."""
-    if name in GPUS:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=description(name), topology="1x1x1")
-    else:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=TPUS[name])
-    return arrange({"data": len(topology.devices), "fsdp": 1, "expert": 1, "tensor": 1}, topology.devices)
+    """One GPU, or a small slice of TPUs, that are not there. Raises EnvironmentFault without their compiler."""
+    return absent_mesh(name, {"data": TPUS.get(name, 1), "fsdp": 1, "expert": 1, "tensor": 1})
 
 
 def on(mesh: Mesh, tree: Any, spec: PartitionSpec | None = None) -> Any:
@@ -113,7 +87,7 @@ def kernels(name: str, mesh: Mesh) -> Iterator[Row]:
     for dtype in ("bfloat16", "float32"):
         for D, F, E in SHAPES:
             for share in (1024, 64, 1):
-                tuned = tuning(share * E, E, D, F, jnp.dtype(dtype), GPUS[name][-1])
+                tuned = tuning(share * E, E, D, F, jnp.dtype(dtype), KINDS[name].shared_of_block)
                 for each, kind in kind_of.items():
                     blocks = getattr(tuned, each)
                     # Whether widths are multiples of their blocks decides on masks, and nothing else does.
@@ -196,7 +170,7 @@ def steps(name: str, mesh: Mesh) -> Iterator[Row]:
 
 
 def one_step(name: str, mesh: Mesh, config: Config, vocab_size: int) -> Row:
-    machine = Machine("gpu", is_nvidia=True) if name in GPUS else Machine("tpu")
+    machine = machine_of(KINDS[name])
     B, L = config.data.batch_size, config.model.context_length
     num_tokens = B // config.optimizer.accumulation_steps * L
     model = for_machine(config.model, num_tokens, train=True, machine=machine)
@@ -238,7 +212,7 @@ def main() -> None:
     for name in arguments.devices:
         try:
             mesh = mesh_of(name)
-        except Exception as error:  # noqa: BLE001 - of whatever type: that compiler is not here
+        except EnvironmentFault as error:
             print(json.dumps({"device": name, "skipped": text_of(error)[:200]}), flush=True)
             continue
         for part in arguments.parts if name in GPUS else ["steps"]:

@@ -7,7 +7,7 @@ import runpy
 import shlex
 import traceback
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import tyro
 
@@ -39,7 +39,7 @@ def parse_on_recipe(command: type[Command], arguments: list[str], prog: str | No
     if not recipe and not {"-h", "--help"} & set(arguments):
         raise UserError("--config is required: name a recipe, such as --config configs/moe.py")
     settings = load_recipe(Path(recipe)) if recipe else Config()
-    default = command(config=recipe or tyro.MISSING, settings=settings)
+    default = cast(Any, command)(config=recipe or tyro.MISSING, settings=settings)
     return tyro.cli(command, args=arguments, default=default, prog=prog)
 
 

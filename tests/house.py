@@ -15,7 +15,7 @@ CORE = [
     ("axes.py, errors.py", "the legend of axis letters; what is the user's mistake, and what is the machine's fault"),
     ("config/, cli.py", "every setting with its type, default, meaning and bounds; the command line made of them"),
     ("files.py", "files that are whole or absent, files that grow, locks, typed JSON"),
-    ("sharding/", "the device mesh, the only place that names its axes; start-up of many processes"),
+    ("sharding/", "the device mesh, the only place that names its axes; what crosses it; start-up of many processes"),
     ("model/", "layers, attention with its cache, decoder"),
     ("model/moe/", "the sparse layer: a router makes a plan, a backend carries it out, `layer.py` joins them"),
     ("data/", "what a step eats: tokenizers, the prepared folder, batches"),
@@ -28,6 +28,7 @@ EDGES = [
     ("report/", "pictures of a run"),
     ("trackers/", "TensorBoard and MLflow; alarms of a run, profiles, the watchdog"),
     ("server/", "OpenAI's completions API: `python -m moe_jax.server`"),
+    ("estimate/", "what a step needs of each device, before anything runs: `python -m moe_jax.estimate`"),
     ("terminal/", "what `sample.py` shows on a terminal"),
     ("commands/, evaluate.py", "what joins core and edges, one file a command"),
 ]

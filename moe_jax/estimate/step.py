@@ -4,7 +4,7 @@ import collections
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -90,7 +90,9 @@ def estimate(config: Config, sizes: dict[str, int], device: str, vocab_size: int
         step = functools.partial(train_step, config, decoder, optimizer)
         lowered = jax.jit(step, donate_argnums=0, out_shardings=(placed, None)).lower(state, _batch(config, mesh))
         # Triton's products are chosen by timing them, for which a device would have to be here.
-        options = {"xla_gpu_enable_triton_gemm": False} if kind.platform == "gpu" else None
+        options: dict[str, bool | str] | None = (
+            {"xla_gpu_enable_triton_gemm": False} if kind.platform == "gpu" else None
+        )
         compiled = lowered.compile(compiler_options=options)
     params = nn.unbox(state.params)
     total, active = count_params(params, model.moe)
@@ -104,7 +106,7 @@ def estimate(config: Config, sizes: dict[str, int], device: str, vocab_size: int
     flops = max(product_flops, model_flops * (4 / 3 if model.remat == "full" else 1.0))
     computing, moving = flops / kind.flops, moved / kind.bandwidth
     exchanging = sum(each["seconds"] for each in exchanged)
-    memory = compiled.memory_analysis()
+    memory = cast(Any, compiled.memory_analysis())
     return Estimate(
         device=device,
         mesh=sizes,

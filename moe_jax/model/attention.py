@@ -1,7 +1,6 @@
 """Causal grouped-query attention with rotary positions, over a sequence or against a cache of keys and values."""
 
 import itertools
-from typing import Literal
 
 import flax.linen as nn
 import flax.struct
@@ -11,10 +10,8 @@ from flax.linen import initializers
 
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig
-from moe_jax.errors import UserError
-from moe_jax.model.attention_blocks import BLOCK, attend_in_blocks
+from moe_jax.model.attention_blocks import attend_in_blocks
 from moe_jax.model.layers import dropout, matrix_init, rms_normalise
-from moe_jax.model.machine import Machine
 from moe_jax.model.rotary import Rotation, rotate
 from moe_jax.sharding.mesh import constrain, is_divided, with_axes
 
@@ -83,38 +80,6 @@ def attend(
     out_BJQA = jnp.matmul(weights_BJQM, value_BJMA)
     # And back: [B, J, H/J · L, A] -> [B, L, J · H/J, A].
     return out_BJQA.reshape(B, J, H // J, L, A).transpose(0, 3, 1, 2, 4).reshape(B, L, H, A)
-
-
-def choose_attention(
-    config: ModelConfig, *, train: bool, machine: Machine, packed: bool
-) -> Literal["full", "blocks", "cudnn"]:
-    """The way of attention over whole rows, which ``packed`` hold several documents: as set, or the fastest measured.
-
-    Raises UserError where the setting names one that cannot be.
-    """
-    rate = config.dropout_rate
-    dropout = f"has no dropout, got model.dropout_rate={rate}" if train and rate else None
-    obstacles = {"full": None, "blocks": dropout, "cudnn": _obstacle_to_cudnn(config, machine, packed) or dropout}
-    if config.attention != "auto":
-        if (obstacle := obstacles[config.attention]) is not None:
-            raise UserError(f"model.attention={config.attention} {obstacle}; set it to auto")
-        return config.attention
-    if obstacles["cudnn"] is None:
-        return "cudnn"
-    # Elsewhere blocks were not measured, and are for their memory.
-    longest_whole = BLOCK if machine.platform == "cpu" else 1024
-    return "blocks" if dropout is None and config.context_length > longest_whole else "full"
-
-
-def _obstacle_to_cudnn(config: ModelConfig, machine: Machine, packed: bool) -> str | None:
-    A = config.embed_dim // config.num_heads
-    if not machine.is_nvidia:
-        return f"needs an NVIDIA GPU, which this {machine.platform} is not"
-    if config.dtype != "bfloat16":
-        return f"computes in bfloat16, got model.dtype={config.dtype}"
-    if A % 8 or A > 128:
-        return f"takes heads of up to 128 channels in multiples of 8, got embed_dim / num_heads = {A}"
-    return "cannot keep documents of one row apart, got data.mode=packed" if packed else None
 
 
 def causal_mask(position_BL: Array, segment_BL: Array | None = None) -> Array:

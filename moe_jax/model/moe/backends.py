@@ -12,8 +12,7 @@ from typing import Any
 from moe_jax.axes import Array
 from moe_jax.config import ModelConfig, MoEConfig
 from moe_jax.errors import UserError
-from moe_jax.model.attention import choose_attention
-from moe_jax.model.machine import Machine
+from moe_jax.model.machine import Machine, choose_attention
 from moe_jax.model.mlp import Activation, ExpertWeights
 from moe_jax.model.moe.dispatch import einsum, gather
 from moe_jax.model.moe.kernels.blocked import blocked

@@ -49,15 +49,11 @@ def einsum(
     combine_GTEC = product("GTKE,GTKC,GTK->GTEC", expert_GTKE, slot_GTKC, plan.combine_weight_TK)
     dispatch_GTEC = product("GTKE,GTKC->GTEC", expert_GTKE, slot_GTKC).astype(x_GTD.dtype)
     x_EGCD = product("GTEC,GTD->EGCD", dispatch_GTEC, x_GTD)
-    # An expert's slots of all groups lie together, so that each expert is one matrix product.
-    y_EGCD = _on_slots(weights, x_EGCD.reshape(E, G * capacity, D), activation).reshape(x_EGCD.shape)
+    # An expert's slots of all groups lie together, so that each expert is one matrix product, on its own device.
+    y_ERD = expert_mlp(weights, to_experts(x_EGCD.reshape(E, G * capacity, D)), activation)
+    y_EGCD = from_experts(y_ERD).reshape(x_EGCD.shape)
     y_GTD = product("GTEC,EGCD->GTD", combine_GTEC, y_EGCD.astype(jnp.float32))
     return y_GTD.astype(x_GTD.dtype), placement.kept_TK
-
-
-def _on_slots(weights: ExpertWeights, x_ERD: Array, activation: Activation) -> Array:
-    """Each expert on its slots; where experts are divided over devices, the slots go to them and back."""
-    return from_experts(expert_mlp(weights, to_experts(x_ERD), activation))
 
 
 def _place_in_groups(plan: RoutingPlan, num_experts: int, capacity: int) -> Placement:
@@ -76,7 +72,7 @@ def gather(
     weight_TK, slot_TK = _merged(plan.combine_weight_TK), _merged(first_slot_GTK + placement.position_TK)
     slot_TK, row_S = _index_tables(slot_TK, _merged(placement.kept_TK), E * G * capacity)
     x_ERD = to_slots(x_GTD.reshape(G * T, D), slot_TK, row_S).reshape(E, G * capacity, D)
-    y_SD = _on_slots(weights, x_ERD, activation).reshape(-1, D)
+    y_SD = from_experts(expert_mlp(weights, to_experts(x_ERD), activation)).reshape(-1, D)
     y_TD = from_slots(y_SD, weight_TK, slot_TK, row_S)
     return y_TD.reshape(G, T, D), placement.kept_TK
 

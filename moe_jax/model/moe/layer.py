@@ -58,8 +58,7 @@ class MoE(nn.Module):
             return plan(logits_GTE, token_mask_GT)
 
         # On each device for its own groups: to choose the highest, the compiler would bring the scores of all to each.
-        groups = (x_GTD, token_mask_GT, noise_keys_G)
-        plan = on_each_device(route, groups, (router_DE, noise_DE, expert_bias_E))
+        plan = on_each_device(route, (x_GTD, token_mask_GT, noise_keys_G), (router_DE, noise_DE, expert_bias_E))
         if token_mask_GT is not None and limits_capacity(moe, train=train):
             plan = plan.replace(accepted=jax.vmap(lambda mask_T: accepted_rows(moe, mask_T))(token_mask_GT))
         plan = plan.replace(combine_weight_TK=plan.combine_weight_TK * moe.routed_scaling_factor)
