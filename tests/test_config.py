@@ -79,7 +79,7 @@ def test_every_number_stands_with_its_range():
         ("data.batch_size", 0, "data.batch_size must be at least 1, got 0"),
         ("model.context_length", 10**9, "the tokens of a step, must be at most 2,147,483,647, got 32,000,000,000;"),
         ("data.batch_size", 2**31, f"data.batch_size must be in [1, {MANY}], got 2147483648"),
-        ("mesh.data", 0, "mesh.data must be -1 (all devices) or at least 1, got 0"),
+        ("mesh.data", 0, "mesh.data must be -1 (all devices that are left) or at least 1, got 0"),
         ("train.profile", "9:3", "train.profile must be START:STOP with START < STOP"),
         ("train.profile", "2000:2001", "train.profile must start before train.num_steps=1000"),
         ("train.trackers", ["mlflow"], "train.trackers must be a tuple"),

@@ -43,8 +43,8 @@ def make_mesh(config: MeshConfig, model: ModelConfig, microbatch_size: int) -> M
     num_devices = math.prod(sizes.values())
     if num_devices > available:
         raise UserError(
-            f"the mesh must have at most the {available} devices here, got {_product(sizes)} = {num_devices}; lower "
-            "one of mesh.*, or use -1 for what is left"
+            f"the mesh must have at most the {available} devices here, got {_product(sizes)}; lower one of them, or "
+            "use -1 for what is left"
         )
     check_mesh(sizes, model, microbatch_size)
     return arrange(sizes, jax.devices()[:num_devices])
@@ -58,7 +58,7 @@ def mesh_sizes(config: MeshConfig, available: int) -> dict[str, int]:
         return sizes
     others = math.prod(size for size in sizes.values() if size != -1)
     if available % others:
-        fixed = {name: size for name, size in sizes.items() if size > 1}
+        fixed = {name: size for name, size in sizes.items() if size != -1}
         raise UserError(
             f"with mesh.{free[0]} = -1 the other sizes must divide the {available} devices here, got "
             f"{_product(fixed)}; change one of them"
@@ -94,7 +94,8 @@ def check_mesh(sizes: dict[str, int], model: ModelConfig, microbatch_size: int) 
 
 
 def _product(sizes: dict[str, int]) -> str:
-    return " * ".join(f"mesh.{name}={size}" for name, size in sizes.items())
+    divided = [f"mesh.{name}={size}" for name, size in sizes.items() if size != 1]
+    return " * ".join(divided) + (f" = {math.prod(sizes.values())}" if len(divided) > 1 else "")
 
 
 def arrange(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:

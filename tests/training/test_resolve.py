@@ -63,8 +63,8 @@ def resolve_here(monkeypatch, folder, workdir, sections):
         ("source", {}, "the text of verse.txt is not the one this run was trained on"),
         # What the text, the machine and the settings are together.
         ("new", {"data": {"path": "short.txt"}}, "must have at least model.context_length . 1 = 17 tokens, got"),
-        ("new", {"mesh": {"data": 9}}, "mesh.data must be at most the 8 devices here, got 9"),
-        ("new", {"data": {"batch_size": 4}}, "must be a multiple of the 8 devices of the mesh, got 4"),
+        ("new", {"mesh": {"data": 9}}, "at most the 8 devices here, got mesh.data=9"),
+        ("new", {"data": {"batch_size": 4}}, r"the 8 devices that the batch is divided over \(mesh.data=8\), got 4"),
         ("new", {"moe": {"dispatch": "pallas"}}, "pallas needs a GPU, which this cpu is not"),
         # The run that another begins with.
         ("new", {"train": {"init_from": "nowhere"}}, "train.init_from nowhere: nowhere is not a run directory"),
