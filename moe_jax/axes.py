@@ -10,6 +10,7 @@ An array's name ends in its axes, in order: ``router_logits_TE`` is [tokens, exp
     D  model width                  K  choices per token
     F  expert hidden width          R  routed rows of one group (T * K)
     E  experts                      C  capacity: rows that one expert accepts
+    Q  shifts of a bias at which tokens are counted
 """
 
 from typing import Any

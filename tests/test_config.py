@@ -62,6 +62,7 @@ def test_every_number_stands_with_its_range():
         ("model.moe.router", "switch", "router=switch sends a token to one expert, but model.moe.top_k is 2; set it"),
         ("model.moe.router", "expert_choice", "needs a model.moe.capacity_factor, which sets how many tokens"),
         ("model.moe.num_expert_groups", 2, "are for model.moe.router=sigmoid_bias, got 2 and 1 with top_k; leave"),
+        ("model.moe.bias_update", "quantile", "with one group of experts, got top_k with 1; set it to sign"),
         ("model.moe.bias_update_rate", -0.1, "model.moe.bias_update_rate must be in [0.0, 1.0], got -0.1"),
         ("model.embed_dim", 128.0, "model.embed_dim must be of type int, got 128.0 of type float"),
         ("model.qk_norm", 1, "model.qk_norm must be of type bool"),
@@ -103,6 +104,7 @@ def test_what_is_impossible_is_refused_with_rule_value_and_remedy(name, value, w
         ({"num_expert_groups": 3}, "num_expert_groups must divide num_experts=8, got 3"),
         ({"num_expert_groups": 4, "top_k_groups": 5}, "top_k_groups must be in [1, num_expert_groups=4], got 5"),
         ({"top_k_groups": 2}, "top_k_groups must be in [1, num_expert_groups=1], got 2"),
+        ({"num_expert_groups": 4, "bias_update": "quantile"}, "one group of experts, got sigmoid_bias with 4; set it"),
         ({"num_expert_groups": 4, "top_k": 3}, "at most the 2 experts of 1 of 4 groups, got 3; lower it, or raise"),
     ],
 )

@@ -42,8 +42,10 @@ class MoEConfig:
     """Multiplies the sum of the routed experts' outputs (DeepSeek-V3: 2.5)."""
     router_jitter: Annotated[float, Range(0.0, 0.99)] = 0.01
     """switch: in training the router's input is multiplied by noise in [1 - this, 1 + this]."""
+    bias_update: Literal["sign", "quantile"] = "sign"
+    """sigmoid_bias: a step moves an expert's bias by a fixed rate, or to where the batch would give it its share."""
     bias_update_rate: Fraction = 0.001
-    """sigmoid_bias: what a step adds to the bias of an underloaded expert and takes from that of an overloaded one."""
+    """sign: what a step adds to the bias of an underloaded expert and takes from that of an overloaded one."""
     num_expert_groups: Count = 1
     """sigmoid_bias: groups of neighbouring experts, of which a token may use only some."""
     top_k_groups: Count = 1

@@ -104,6 +104,11 @@ def _check_router(moe: MoEConfig) -> None:
             f"model.moe.router={moe.router} needs a model.moe.capacity_factor, which sets how many tokens an expert "
             "takes, got None; set it, 1.0 for top_k experts a token on average"
         )
+    if moe.bias_update == "quantile" and (not rules.has_groups or moe.num_expert_groups > 1):
+        raise UserError(
+            "model.moe.bias_update=quantile is for model.moe.router=sigmoid_bias with one group of experts, got "
+            f"{moe.router} with {moe.num_expert_groups}; set it to sign"
+        )
     can_drop = moe.dispatch in ("auto", "einsum", "gather") or rules.needs_capacity
     if moe.capacity_factor is not None and not can_drop:
         raise UserError(

@@ -24,7 +24,7 @@ _FREE = frozenset(
         "model.attention",
     }
     | {"model.scan_unroll", "model.moe.router_jitter", "model.moe.bias_update_rate", "model.moe.dispatch"}
-    | {"model.moe.capacity_factor", "model.moe.load_balancing_weight"}
+    | {"model.moe.bias_update", "model.moe.capacity_factor", "model.moe.load_balancing_weight"}
     | {"model.moe.load_balancing_scope", "model.moe.router_z_weight", "model.moe.importance_weight"}
 )
 

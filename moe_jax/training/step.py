@@ -11,7 +11,8 @@ import optax
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import Config, MoEConfig
 from moe_jax.model.decoder import Decoder, DecoderOutput, Tokens, Variables, forward
-from moe_jax.model.moe.routing import ROUTERS, updated_bias
+from moe_jax.model.moe.bias import updated_bias
+from moe_jax.model.moe.routing import ROUTERS
 from moe_jax.model.moe.statistics import (
     MoEStatistics,
     RoutingTotals,
@@ -55,8 +56,10 @@ def train_step(
         optimizer_state=optimizer_state,
     )
     if state.expert_bias_NE is not None:
-        bias_NE = updated_bias(state.expert_bias_NE, routing.load_NE, config.model.moe.bias_update_rate)
+        moe, bias_NE = config.model.moe, state.expert_bias_NE
+        bias_NE = updated_bias(bias_NE, routing.load_NE, moe.bias_update_rate, routing.reach_NEQ)
         changed = changed.replace(expert_bias_NE=bias_NE)
+        routing = routing.replace(reach_NEQ=None)  # the host needs none of it
     # One NaN in the parameters would be the end of the run. With a scalar, select costs a step on a CPU 3 % where
     # jnp.where, which makes an array of it, costs 9 %.
     kept = jax.tree.map(lambda new, old: jax.lax.select(is_finite, new, old), changed, state)
@@ -212,5 +215,5 @@ class EvalOutput(flax.struct.PyTreeNode):
 def eval_step(decoder: Decoder, variables: Variables, batch: dict[str, Array]) -> EvalOutput:
     """The sums over a batch with a mask, without noise, dropout or drops."""
     loss, output = _summed_loss(decoder, variables, batch, train=False)
-    routing = None if output.statistics is None else routing_totals(output.statistics)
+    routing = None if output.statistics is None else routing_totals(output.statistics).replace(reach_NEQ=None)
     return EvalOutput(loss, jnp.sum(batch["mask"]), routing)

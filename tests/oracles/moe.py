@@ -37,6 +37,14 @@ def choose_tokens(scores_TE: np.ndarray, capacity: int) -> np.ndarray:
     return expert_TE
 
 
+def shifts_to_share(biased_TE: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+    """[E] each: between which shifts of its s + bias alone each expert is above the thresholds of T·K/E tokens."""
+    T, E = biased_TE.shape
+    sorted_TE = -np.sort(-biased_TE.astype(np.float64))
+    missing_TE = np.sort(sorted_TE[:, top_k - 1 : top_k + 1].mean(axis=1)[:, None] - biased_TE, axis=0)
+    return missing_TE[T * top_k // E - 1], missing_TE[T * top_k // E]
+
+
 def keep(expert_TK: np.ndarray, num_experts: int, capacity: int) -> np.ndarray:
     """[T, K] bool: rows in token-major order fill the experts; E marks no row."""
     used = [0] * (num_experts + 1)

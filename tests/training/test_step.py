@@ -170,13 +170,18 @@ VARIANTS = {
         8,
         2,
     ),
+    "quantile": ({"router": "sigmoid_bias", "bias_update": "quantile"}, 8, 2),
     "switch": ({"router": "switch", "top_k": 1, "router_jitter": 0.1, "load_balancing_scope": "batch"}, 4, 1),
     "expert_choice": ({"router": "expert_choice", "capacity_factor": 1.0}, 4, 2),
 }
 
 
 @pytest.mark.parametrize(
-    "router", [pytest.param(name, marks=pytest.mark.slow) for name in ("sigmoid_bias", "switch", "expert_choice")]
+    "router",
+    [
+        "quantile",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sigmoid_bias", "switch", "expert_choice")),
+    ],
 )
 def test_devices_accumulation_and_remat_change_no_router(router):
     moe, devices, accumulation = VARIANTS[router]
@@ -193,6 +198,10 @@ def test_devices_accumulation_and_remat_change_no_router(router):
         np.testing.assert_allclose(variables.expert_bias_NE, 0.1 * centred, rtol=1e-5, atol=1e-8)
         assert np.any(moved[0])
         np.testing.assert_array_equal(variables.expert_bias_NE, divided[0].expert_bias_NE)
+    elif router == "quantile":
+        assert first.routing.load_NE.max() > 1.2 * first.routing.load_NE.mean()
+        assert np.all(variables.expert_bias_NE.std(axis=1) > 0.001)
+        np.testing.assert_allclose(variables.expert_bias_NE, divided[0].expert_bias_NE, atol=1e-5)
     else:
         assert variables.expert_bias_NE is None
 
@@ -214,6 +223,21 @@ def test_the_reported_loss_is_the_language_model_loss_alone():
     expected = -np.mean(np.take_along_axis(np.asarray(log_probs), batch()["targets"][..., None], axis=-1))
     np.testing.assert_allclose(first.loss, expected, rtol=1e-5)
     np.testing.assert_allclose(evaluated.loss / evaluated.num_tokens, expected, rtol=1e-5)
+
+
+def test_a_bias_by_quantile_is_frozen_in_evaluation_and_its_counts_stay_in_the_step():
+    moe = MoEConfig(num_experts=4, expert_dim=12, router="sigmoid_bias", bias_update="quantile")
+    config = change(CONFIG, model={"moe": moe})
+    variables, (first, _) = two_steps(config)
+    assert first.routing.reach_NEQ is None
+    rows = {**batch(), "mask": np.ones((BATCH, L), bool)}
+    by_quantile, by_sign = (
+        jax.jit(functools.partial(eval_step, Decoder(on_cpu(each.model), VOCAB)))(variables, rows)
+        for each in (config, change(config, moe={"bias_update": "sign"}))
+    )
+    assert by_quantile.routing.reach_NEQ is None
+    for got, want in zip(jax.tree.leaves(by_quantile), jax.tree.leaves(by_sign), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_the_gradient_norm_is_taken_before_clipping_and_the_update_after(reference):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from moe_jax.axes import Array
 from moe_jax.config import MoEConfig
 from moe_jax.model.layers import float32_product
+from moe_jax.model.moe.bias import tokens_in_reach
 from moe_jax.model.moe.plan import RoutingPlan, chosen_experts
 from moe_jax.model.moe.statistics import RouterStatistics
 
@@ -102,6 +103,7 @@ def sigmoid_bias_plan(
     num_expert_groups: int = 1,
     top_k_groups: int = 1,
     renormalise: bool = True,
+    counts_reach: bool = False,
 ) -> RoutingPlan:
     """Chooses by sigmoid score plus a balancing bias, and weighs by the score alone (DeepSeek-V3, arXiv 2412.19437).
 
@@ -118,11 +120,13 @@ def sigmoid_bias_plan(
       expert_bias_E: [E] float32.
       top_k: in [1, E / num_expert_groups · top_k_groups].
       token_mask_T: [T] bool, True for real tokens; None: all are real.
+      counts_reach: the statistics have ``tokens_in_reach`` too, without regard to groups.
     """
     T, E = router_logits_TE.shape
     router_logits_TE = _clear_masked(router_logits_TE, token_mask_T)
     log_score_TE = jax.nn.log_sigmoid(router_logits_TE)
     biased_TE = jax.lax.stop_gradient(jnp.exp(log_score_TE) + expert_bias_E[None, :])
+    reach_EQ = tokens_in_reach(biased_TE, top_k, token_mask_T) if counts_reach else None
     if num_expert_groups > 1:
         grouped = biased_TE.reshape(T, num_expert_groups, E // num_expert_groups)  # experts of a group lie together
         best_two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0]
@@ -133,20 +137,8 @@ def sigmoid_bias_plan(
     log_weight_TK = jnp.take_along_axis(log_score_TE, expert_TK, axis=1)
     # In logarithms: scores as small as 1e-30 still give weights that sum to one.
     weight_TK = jax.nn.softmax(log_weight_TK, axis=-1) if renormalise and top_k > 1 else jnp.exp(log_weight_TK)
-    return _plan(expert_TK, weight_TK, router_logits_TE, jax.nn.log_softmax(log_score_TE), token_mask_T)
-
-
-def updated_bias(expert_bias_E: Array, load_E: Array, rate: float) -> Array:
-    """The bias after one optimizer step: up by ``rate`` where the load was below its mean, down where above, for
-    each leading axis (arXiv 2412.19437, section 2.1.2). ``load_E`` is of the whole optimizer batch.
-
-    Then, unlike there, the mean over experts is taken off. It chooses nothing, but it grows by every step in which
-    more experts were below the mean than above, until scores in (0, 1) are rounded away beside it.
-    """
-    # E times both sides: a mean is rounded, and would move a balanced expert; sums of whole numbers are exact.
-    sign_E = jnp.sign(jnp.sum(load_E, axis=-1, keepdims=True) - load_E.shape[-1] * load_E)
-    moved_E = expert_bias_E + rate * sign_E
-    return moved_E - jnp.mean(moved_E, axis=-1, keepdims=True)
+    plan = _plan(expert_TK, weight_TK, router_logits_TE, jax.nn.log_softmax(log_score_TE), token_mask_T)
+    return plan.replace(statistics=plan.statistics.replace(reach_EQ=reach_EQ))
 
 
 def expert_choice_plan(
@@ -250,6 +242,7 @@ def _biased_choice(
         num_expert_groups=moe.num_expert_groups,
         top_k_groups=moe.top_k_groups,
         renormalise=moe.renormalise,
+        counts_reach=moe.bias_update == "quantile",
     )
 
 

@@ -30,6 +30,8 @@ class RouterStatistics(flax.struct.PyTreeNode):
     """[] summed logsumexp(router_logits)², the router z-loss before its mean."""
     entropy: Array
     """[] summed entropy of the normalised scores, in nats."""
+    reach_EQ: Array | None = None
+    """[E, Q] tokens that would choose each expert at each shift of its bias, where quantiles set the bias."""
 
 
 class MoEStatistics(flax.struct.PyTreeNode):
@@ -47,6 +49,7 @@ class RoutingTotals(flax.struct.PyTreeNode):
     load_NE: Array
     dropped_N: Array
     entropy_N: Array
+    reach_NEQ: Array | None = None
 
 
 def routing_totals(statistics: MoEStatistics) -> RoutingTotals:
@@ -56,6 +59,7 @@ def routing_totals(statistics: MoEStatistics) -> RoutingTotals:
         load_NE=jnp.sum(statistics.router.load_E, axis=1),
         dropped_N=jnp.sum(statistics.num_dropped, axis=1),
         entropy_N=jnp.sum(statistics.router.entropy, axis=1),
+        reach_NEQ=jax.tree.map(lambda reach_NGEQ: jnp.sum(reach_NGEQ, axis=1), statistics.router.reach_EQ),
     )
 
 

@@ -11,11 +11,12 @@ from moe_jax.config import MoEConfig
 from moe_jax.config.rules import ROUTER_RULES, router_rules
 from moe_jax.model.moe import routing
 from moe_jax.model.moe.backends import BACKENDS
-from moe_jax.model.moe.routing import ROUTERS, accepted_rows, expert_capacity, jittered, noisy_logits, updated_bias
-from tests.oracles.moe import choose_tokens
+from moe_jax.model.moe.bias import SHIFT_Q, tokens_in_reach, updated_bias
+from moe_jax.model.moe.routing import ROUTERS, accepted_rows, expert_capacity, jittered, noisy_logits
+from tests.oracles.moe import choose_tokens, shifts_to_share
 
 # One program each, which compiles faster than its operations one by one.
-SETTINGS = ("top_k", "renormalise", "num_expert_groups", "top_k_groups")
+SETTINGS = ("top_k", "renormalise", "num_expert_groups", "top_k_groups", "counts_reach")
 top_k_plan = jax.jit(routing.top_k_plan, static_argnames=SETTINGS[:2])
 sigmoid_bias_plan = jax.jit(routing.sigmoid_bias_plan, static_argnames=SETTINGS)
 expert_choice_plan = jax.jit(routing.expert_choice_plan, static_argnames="capacity")
@@ -128,6 +129,64 @@ def test_a_balanced_layer_keeps_its_bias_though_its_mean_load_is_rounded(num_exp
     update = jax.jit(lambda load_NE: updated_bias(jnp.zeros((1, num_experts)), load_NE, 1.0))
     for load in (7.0, 13.0, 4097.0):
         np.testing.assert_array_equal(update(jnp.full((1, num_experts), load)), 0)
+
+
+def quantile_plan(logits_TE, bias_E, top_k=2, mask_T=None):
+    return sigmoid_bias_plan(logits_TE, bias_E, top_k, mask_T, counts_reach=True)
+
+
+def test_a_bias_by_quantile_worked_by_hand():
+    # Thresholds are 0.45, 0.4, 0.35, 0.5: expert 0 is above by 0.35, 0.3, 0.25, -0.3, and half of the tokens are two.
+    biased_TE = jnp.asarray([[0.8, 0.1], [0.7, 0.1], [0.6, 0.1], [0.2, 0.8]])
+    reach_EQ = tokens_in_reach(biased_TE, 1)
+    for shift, counts in ((-2.0, [0, 0]), (0.0, [3, 1]), (2.0, [4, 4])):
+        np.testing.assert_array_equal(reach_EQ[:, list(SHIFT_Q).index(shift)], counts)
+    bias_E = updated_bias(jnp.zeros(2), jnp.asarray([3.0, 1.0]), 0.001, reach_EQ)
+    assert -0.35 < bias_E[0] < -0.25
+    np.testing.assert_allclose(bias_E[1], -bias_E[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(8, 2), (16, 1), (6, 5)])
+def test_a_bias_by_quantile_is_that_of_sorted_margins_within_the_distance_of_two_counts(num_experts, top_k):
+    rng = np.random.default_rng(0)
+    biased_TE = rng.uniform(size=(960, num_experts)) + 0.3 * rng.standard_normal(num_experts)
+    biased_TE = biased_TE.astype(np.float32)
+    low_E, high_E = shifts_to_share(biased_TE, top_k)
+    load_E = jnp.full(num_experts, 960 * top_k / num_experts)
+    shift_E = np.asarray(updated_bias(jnp.zeros(num_experts), load_E, 0.0, tokens_in_reach(biased_TE, top_k)))
+    middle_E = (low_E + high_E) / 2
+    distance_E = np.diff(SHIFT_Q)[np.searchsorted(SHIFT_Q, middle_E) - 1]
+    assert np.all(np.abs(shift_E - (middle_E - middle_E.mean())) < distance_E + distance_E.mean())
+
+
+def test_skewed_scores_are_balanced_by_quantiles_within_a_few_steps_and_stay_so():
+    rng = np.random.default_rng(0)
+    logits_TE = jnp.asarray(rng.standard_normal((4096, 8)) + np.linspace(-2, 2, 8), jnp.float32)
+    bias_E, worst = jnp.zeros(8), []
+    for _ in range(8):
+        statistics = quantile_plan(logits_TE, bias_E).statistics
+        worst.append(float(statistics.load_E.max()) / 1024)
+        bias_E = updated_bias(bias_E, statistics.load_E, 0.001, statistics.reach_EQ)
+    assert worst[0] > 2
+    assert worst[3] < 1.1
+    assert max(worst[5:]) < 1.02
+
+
+def test_counts_for_quantiles_add_up_over_any_split_and_masked_tokens_are_in_none():
+    logits_TE = jax.random.normal(jax.random.key(0), (96, 4))
+    whole_EQ = quantile_plan(logits_TE, jnp.zeros(4)).statistics.reach_EQ
+    parts = [quantile_plan(logits_TE[first::3], jnp.zeros(4)).statistics.reach_EQ for first in range(3)]
+    np.testing.assert_array_equal(sum(parts), whole_EQ)
+    padded_TE = jnp.concatenate([logits_TE, jnp.full((7, 4), jnp.nan)])
+    padded = quantile_plan(padded_TE, jnp.zeros(4), mask_T=jnp.arange(103) < 96)
+    np.testing.assert_array_equal(padded.statistics.reach_EQ, whole_EQ)
+
+
+def test_quantiles_of_no_token_and_of_experts_that_all_are_chosen_move_no_choice():
+    nothing = updated_bias(jnp.asarray([0.5, -0.5]), jnp.zeros(2), 0.1, jnp.zeros((2, SHIFT_Q.size)))
+    np.testing.assert_allclose(nothing, [0.5, -0.5], rtol=1e-6)
+    statistics = quantile_plan(jnp.asarray([[0.0, 1.0], [2.0, 1.0]]), jnp.zeros(2)).statistics
+    assert np.all(np.isfinite(updated_bias(jnp.zeros(2), statistics.load_E, 0.1, statistics.reach_EQ)))
 
 
 def test_an_expert_choice_plan_worked_by_hand():
