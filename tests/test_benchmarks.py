@@ -109,6 +109,43 @@ def test_a_peer_takes_as_many_turns_as_it_is_told(peer, case):
         assert 4 < losses[0] < 8
 
 
+def done(*command: str) -> str:
+    """What a script printed."""
+    arguments = [sys.executable, *command]
+    ended = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.slow
+def test_balancers_are_compared_in_a_table_and_no_run_is_made_twice(tmp_path):
+    command = ["benchmarks/balancers.py", "--out", str(tmp_path), "--steps", "62", "--rounds", "2", "--json", "--only"]
+    command += ["sequence 0.05", "bias by quantile"]
+    rows = [json.loads(line) for line in done(*command).splitlines()]
+    assert [row["balancer"] for row in rows] == command[-2:]
+    assert rows[0]["step_time"] == 1.0
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("metrics.jsonl")}
+    assert len(written) == 2
+    done(*command)
+    assert {file: file.stat().st_mtime_ns for file in written} == written
+
+
+@pytest.mark.slow
+def test_a_budget_of_the_crossover_is_the_run_of_train_py_with_as_many_steps(tmp_path):
+    results, shape = tmp_path / "crossover.jsonl", "8 experts of 128"
+    results.write_text(json.dumps({"shape": shape, "seconds": 1.0}) + "\n")
+    command = ["benchmarks/crossover.py", "--out", str(results), "--only", shape, "--minutes", "1.1", "1.3"]
+    assert done(*command).splitlines()[-1].startswith(f"| {shape} | 1000 | ")
+    rows = [json.loads(line) for line in results.read_text().splitlines()][1:]
+    assert [row["steps"] for row in rows] == [66, 78]
+    settings = ["--model.moe.expert-dim", "128", "--optimizer.schedule", "wsd", "--train.num-steps", "66"]
+    done("train.py", "--config", "configs/moe.py", "--workdir", str(tmp_path / "run"), *settings)
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    assert rows[0]["nats"] == round(last["val/loss"], 4)
+    done(*command, "--plot", str(tmp_path / "picture.png"))
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["h100", "a100"])
 def test_every_kernel_that_auto_may_choose_compiles_for_a_gpu_that_is_not_there(device):
