@@ -7,7 +7,8 @@ loads are those of the last evaluation in ``metrics.jsonl``, so a run may share 
 is there already is not made again.
 
 The time of a step depends on how skewed the loads are that a run has arrived at. So it is measured on the parameters
-of each run's last checkpoint: all take turns in one process, on the same batches, and the median counts.
+of each run's last checkpoint: all take turns in one process, on the same batches, and the median of the ratios to the
+first counts.
 Expert choice is left out: it looks ahead, so its loss is of another task.
 """
 
@@ -36,9 +37,9 @@ ROOT = Path(__file__).parents[1]
 NO_LOSS = {"load-balancing-weight": 0}
 SIGMOID = {"router": "sigmoid_bias", "load-balancing-weight": 0.0001}
 BALANCERS: dict[str, dict[str, Any]] = {
-    "no loss": NO_LOSS,
-    "sequence 0.01": {"load-balancing-weight": 0.01},
     "sequence 0.05": {"load-balancing-weight": 0.05},
+    "sequence 0.01": {"load-balancing-weight": 0.01},
+    "no loss": NO_LOSS,
     **{
         f"batch {weight}": {"load-balancing-scope": "batch", "load-balancing-weight": weight}
         for weight in (0.01, 0.05, 0.1)
@@ -50,9 +51,7 @@ BALANCERS: dict[str, dict[str, Any]] = {
     "bias by 0.006": SIGMOID | {"bias-update-rate": 0.006},
     "bias by quantile": SIGMOID | {"bias-update": "quantile"},
 }
-"""Settings of model.moe by name; the rest is the recipe's."""
-DEFAULT = "sequence 0.05"
-"""What step times are a ratio of: the recipe's own."""
+"""Settings of model.moe by name, that of the recipe first; the rest is the recipe's."""
 
 
 def arguments_of(name: str, seed: int, arguments: argparse.Namespace) -> list[str]:
@@ -126,13 +125,13 @@ def step_of(name: str, seed: int, arguments: argparse.Namespace) -> Callable[[di
 
 
 def times(names: list[str], arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a step of each balancer, over those of the default: medians of turns."""
+    """Seconds of a step of each balancer, over those of the first: medians of turns."""
     from moe_jax.data.batches import train_batches
     from moe_jax.prepare.cache import find_or_prepare
 
     config, _ = parse_train(["--config", str(arguments.config)])
     data = find_or_prepare(config.data, cache_folder("data"))
-    steps = {name: step_of(name, arguments.seeds[0], arguments) for name in dict.fromkeys([DEFAULT, *names])}
+    steps = {name: step_of(name, arguments.seeds[0], arguments) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     # Other text than the runs began with; parameters move on a little, at the end of the schedule.
     batches = train_batches(data, dataclasses.replace(config.data, seed=99), config.model.context_length)
@@ -144,9 +143,10 @@ def times(names: list[str], arguments: argparse.Namespace) -> dict[str, float]:
             if turn:  # the first compiles
                 seconds[name].append(time.perf_counter() - start)
     # A ratio within each turn: what else the machine does comes and goes.
+    first = seconds[names[0]]
     return {
-        name: statistics.median(mine / default for mine, default in zip(seconds[name], seconds[DEFAULT], strict=True))
-        for name in names
+        name: statistics.median(mine / theirs for mine, theirs in zip(each, first, strict=True))
+        for name, each in seconds.items()
     }
 
 
