@@ -184,8 +184,7 @@ class Decoder(nn.Module):
         if config.positions == "learned":
             init = with_axes(initializers.normal(config.init_std), ("position", "embed"))
             positions_LD = self.param("positions", init, (config.context_length, config.embed_dim))
-            positions_LD = constrain(positions_LD, ("position", None))
-            x_BLD = x_BLD + jnp.take(positions_LD, context.position_BL, axis=0, mode="clip")
+            x_BLD += jnp.take(constrain(positions_LD, ("position", None)), context.position_BL, axis=0, mode="clip")
         x_BLD = x_BLD.astype(config.dtype)
         if config.embedding_dropout:
             # Blocks fold in their layer, 0 to N-1, so N is free.

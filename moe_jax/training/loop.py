@@ -66,8 +66,7 @@ class Loop:
         self.state, self.progress = start.state, start.progress
         options = compiler_options(self.config.train.deterministic)
         step = functools.partial(train_step, self.config, setup.decoder, setup.optimizer)
-        placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)
-        # Where it lies stays, so that each step can write over the state before it.
+        placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)  # and stays so: a step writes over its argument
         self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None), compiler_options=options)
         self.eval_step = jax.jit(functools.partial(eval_step, setup.eval_decoder), compiler_options=options)
         self.schedule = setup.schedule

@@ -52,10 +52,9 @@ class MoE(nn.Module):
         noise_DE = self._router_matrix("router_noise", initializers.zeros, x_GTD) if router.has_noise_matrix else None
 
         def route(groups: tuple[Array, Array | None, Array | None], shared: tuple) -> RoutingPlan:
-            (x_GTD, token_mask_GT, noise_keys_G), (router_DE, noise_DE, bias_E) = groups, shared
+            (x_GTD, mask_GT, noise_keys_G), (router_DE, noise_DE, bias_E) = groups, shared
             logits_GTE = router.score(x_GTD.astype(jnp.float32), router_DE, noise_DE, noise_keys_G, moe)
-            plan = jax.vmap(lambda logits_TE, mask_T: router.plan(logits_TE, mask_T, bias_E, moe))
-            return plan(logits_GTE, token_mask_GT)
+            return jax.vmap(lambda logits_TE, mask_T: router.plan(logits_TE, mask_T, bias_E, moe))(logits_GTE, mask_GT)
 
         # On each device for its own groups: to choose the highest, the compiler would bring the scores of all to each.
         plan = on_each_device(route, (x_GTD, token_mask_GT, noise_keys_G), (router_DE, noise_DE, expert_bias_E))
