@@ -11,7 +11,7 @@ import tyro
 
 from moe_jax.cli import parse_on_recipe
 from moe_jax.config import Config
-from moe_jax.config.bounds import Count
+from moe_jax.config.bounds import MANY, Range
 from moe_jax.config.rules import check
 from moe_jax.errors import UserError
 
@@ -24,15 +24,15 @@ class EstimateCommand:
     """Say what a training needs of each device, before anything runs.
 
     A step is compiled by the real compiler for as many devices as the mesh has, none of which has to be here
-    (mesh sizes of -1 count as 1): memory and whether it fits, operations, exchanges between devices, and between which
-    times a step can lie. For GPUs it needs jax[cuda12] or jax[cuda13], for TPUs jax[tpu].
+    (mesh sizes of -1 count as 1): memory and whether it fits, operations, exchanges between devices, and two
+    estimates of a step's time. For GPUs it needs jax[cuda12] or jax[cuda13], for TPUs jax[tpu].
     """
 
     config: str
     """Recipe to start from; the flags of train.py change it."""
     device: Literal["h100", "h200", "a100", "v5e", "v5p", "cpu"] = "h100"
     """What the mesh is made of; cpu: simulated devices, without times."""
-    vocab_size: Count | None = None
+    vocab_size: int | None = None
     """Tokens of the vocabulary; None: as data.tokenizer says, where it does."""
     json: bool = False
     """Print one JSON object."""
@@ -42,6 +42,8 @@ class EstimateCommand:
 def main() -> None:
     command = parse_on_recipe(EstimateCommand, sys.argv[1:], "python -m moe_jax.estimate")
     config = check(command.settings)
+    if command.vocab_size is not None:
+        Range(1, MANY)("--vocab-size", command.vocab_size)
     vocab_size = command.vocab_size or _vocab_size(config)
     mesh = config.mesh
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "expert": mesh.expert, "tensor": mesh.tensor}
@@ -51,17 +53,16 @@ def main() -> None:
     from moe_jax.estimate.step import estimate  # loads jax: mistakes were reported before
 
     found = estimate(config, sizes, command.device, vocab_size)
-    print(json.dumps(dataclasses.asdict(found)) if command.json else _page(found))
+    print(json.dumps(dataclasses.asdict(found) | {"fits": found.fits}) if command.json else _page(found))
 
 
 def _vocab_size(config: Config) -> int:
-    name, _, size = (config.data.tokenizer or "bpe:2048").partition(":")
-    known = {"gpt2": 50257, "cl100k": 100277, "byte": 256}
-    if name == "bpe" and size:
-        return int(size)
-    if name not in known:
-        raise UserError(f"--vocab-size is needed: data.tokenizer={name} does not say how many tokens it has")
-    return known[name]
+    spec = config.data.tokenizer or ("bpe:2048" if config.data.path is None else None)
+    if spec is not None and spec.startswith("bpe:"):
+        return int(spec.removeprefix("bpe:"))
+    raise UserError(
+        f"--vocab-size is needed: data.tokenizer={spec} does not say how many tokens it has; train.py's log does"
+    )
 
 
 def _page(found: "Estimate") -> str:
@@ -104,7 +105,7 @@ def _peak(found: "Estimate") -> float:
 
 
 def _of_memory(found: "Estimate") -> str:
-    if found.device == "cpu":
+    if found.memory is None:
         return ""
     verdict = "fits" if found.fits else "does not fit"
     return f" of {_size(found.memory)}: {verdict}"

@@ -54,10 +54,9 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 
 
 def _received(operation: Operation) -> tuple[Shape, ...]:
-    shapes = operation.results
-    if operation.kind in ("all-gather-start", "collective-permute-start"):  # (operands, results, ...)
-        shapes = shapes[len(operation.operands) : 2 * len(operation.operands)]
-    return shapes
+    if operation.kind.endswith("-start") and operation.kind != "all-reduce-start":  # (operands, results, ...)
+        return operation.results[len(operation.operands) : 2 * len(operation.operands)]
+    return operation.results
 
 
 def _groups(line: str, num_devices: int) -> list[tuple[int, ...]]:

@@ -1,6 +1,7 @@
 """Kinds of devices by their data sheets, and meshes of such devices that are not there, for which XLA compiles."""
 
 import contextlib
+import importlib.util
 import math
 import os
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ KINDS = {
 """Of dense bfloat16 products without sparsity; NVLink 4 and 3, 400 and 200 Gb/s a GPU, TPUs' links between chips."""
 
 TOPOLOGIES = {
-    "v5e": {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    "v5e": {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
     "v5p": {
         4: "2x2x1",
         8: "2x2x2",
@@ -82,7 +83,7 @@ def absent_mesh(name: str, sizes: dict[str, int]) -> Mesh:
     kind = KINDS[name]
     if kind.platform == "gpu":
         hosts = -(-number // kind.host)
-        if number % hosts:
+        if number > kind.host and number % kind.host:
             raise UserError(f"the mesh must be whole hosts of {kind.host} {name}, got {number} devices; change a size")
         options = {"platform": "cuda", "target_config": description(name), "topology": f"1x{hosts}x{number // hosts}"}
     else:
@@ -94,15 +95,18 @@ def absent_mesh(name: str, sizes: dict[str, int]) -> Mesh:
             )
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         options = {"platform": "tpu", "topology_name": f"{kind.name}:{known[number]}"}
+    plugins = ("libtpu",) if kind.platform == "tpu" else ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    if not any(map(importlib.util.find_spec, plugins)):
+        extra = "tpu" if kind.platform == "tpu" else "cuda12"
+        raise EnvironmentFault(
+            f"XLA's compiler for {name} is not installed; install it with pip install 'jax[{extra}]', or take "
+            "--device cpu"
+        )
     try:
         devices = topologies.get_topology_desc(**options).devices
-    except Exception as error:  # noqa: BLE001 - of whatever type: that compiler is not here
-        extra = "tpu" if kind.platform == "tpu" else "cuda12"
-        reason = str(error).splitlines()[0][:120]
-        raise EnvironmentFault(
-            f"XLA's compiler for {name} is not installed ({reason}); install it with pip install 'jax[{extra}]', or "
-            "take --device cpu"
-        ) from None
+    except Exception as error:  # noqa: BLE001 - of whatever type the plugin raises
+        reason = str(error).splitlines()[0][:200]
+        raise EnvironmentFault(f"XLA's compiler for {name} does not take {number} devices ({reason})") from None
     return arrange(sizes, devices)
 
 

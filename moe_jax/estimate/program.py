@@ -22,14 +22,12 @@ class Operation:
     operands: tuple[Shape, ...]
     flops: float
     """Of the matrix products in it, once."""
+    num_bytes: int
+    """Of operands and results, once: what memory moves where nothing stays in a cache. Of an array of which it reads
+    or writes a slice, the slice."""
     times: int
     """How often a run of the program makes it: the product of the turns of the loops around it."""
     line: str
-
-    @property
-    def num_bytes(self) -> int:
-        """Of operands and results, once: what memory moves where nothing stays in a cache."""
-        return size_of(self.results) + size_of(self.operands)
 
 
 def size_of(shapes: tuple[Shape, ...]) -> int:
@@ -71,9 +69,46 @@ def _walk(name: str, bodies: dict[str, list[re.Match]], times: int) -> Iterator[
             for each in called:
                 yield from _walk(each, bodies, times * turns)
         elif kind not in _FREE and not kind.endswith("-done"):
-            operands = [shape for each in _operand_names(rest) for shape in shapes.get(each, ())]
+            operands = [shapes.get(each, ()) for each in _operand_names(rest)]
             flops = _product_flops(match, shapes) + sum(_flops_within(each, bodies) for each in called)
-            yield Operation(kind, shapes_in(result), tuple(operands), flops, times, match[0])
+            inner = bodies[called[0]] if kind == "fusion" and called else None
+            num_bytes = _moved(match, operands) if inner is None else _moved_by_fusion(shapes_in(result), inner)
+            flat = tuple(shape for shapes in operands for shape in shapes)
+            yield Operation(kind, shapes_in(result), flat, flops, num_bytes, times, match[0])
+
+
+def _moved(match: re.Match, operands: list[tuple[Shape, ...]]) -> int:
+    """Bytes that an operation reads and writes: of a slice's source and an update's target only the part."""
+    if match[3] in ("dynamic-slice", "slice", "gather"):
+        return 2 * size_of(shapes_in(match[2]))
+    if match[3] == "dynamic-update-slice":
+        return 2 * size_of(operands[1])
+    return size_of(shapes_in(match[2])) + sum(map(size_of, operands))
+
+
+def _moved_by_fusion(results: tuple[Shape, ...], inner: list[re.Match]) -> int:
+    """Bytes of a fusion's operands and results that the operations in it read and write."""
+    shapes = {match[1]: shapes_in(match[2]) for match in inner}
+    origin = {match[1]: match[1] for match in inner if match[3] == "parameter"}
+    read = dict.fromkeys(origin, 0)
+    written = size_of(results)
+    for match in inner:
+        names = _operand_names(match[4])
+        if match[3] in ("bitcast", "copy") and names[0] in origin:  # the same array by another name
+            origin[match[1]] = origin[names[0]]
+            continue
+        for place, name in enumerate(names):
+            if name not in origin:
+                continue
+            whole = size_of(shapes[name])
+            if match[3] in ("dynamic-slice", "slice", "gather") and place == 0:
+                whole = size_of(shapes[match[1]])
+            elif match[3] == "dynamic-update-slice" and place == 0:
+                whole = 0
+            read[origin[name]] += whole
+        if match[3] == "dynamic-update-slice":
+            written += size_of(shapes.get(names[1], ())) - size_of(shapes[match[1]])
+    return max(written, 0) + sum(min(size_of(shapes[name]), total) for name, total in read.items())
 
 
 def _called(rest: str, bodies: dict[str, list[re.Match]]) -> list[str]:

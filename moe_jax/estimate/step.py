@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, cast
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from moe_jax.axes import PyTree
 from moe_jax.config import Config
+from moe_jax.errors import naming_what_helps
+from moe_jax.estimate.collectives import KINDS as EXCHANGES
 from moe_jax.estimate.collectives import Collective, collectives
 from moe_jax.estimate.devices import KINDS, Kind, absent_mesh, machine_of
 from moe_jax.estimate.program import Operation, operations, size_of
@@ -44,13 +45,14 @@ class Estimate:
     """Of the optimizer's state."""
     peak_bytes: int
     """Arguments, results and temporaries of the compiled step."""
-    memory: float
+    memory: float | None
+    """None for a CPU."""
     model_flops: float
     """By ``training.flops``, which counts nothing twice."""
     product_flops: float
     """Of the products that the compiler shows; not of kernels of our own, nor of cuDNN's."""
     memory_traffic: float
-    """Operands and results of all other operations."""
+    """Bytes that operations read and write, where nothing stays in a cache."""
     exchanged: list[dict[str, Any]]
     """Of each kind and set of mesh axes: how many times, bytes received, bytes sent over links, seconds."""
     largest: list[dict[str, Any]]
@@ -61,8 +63,8 @@ class Estimate:
     """Seconds, where products reach half of it and nothing hides."""
 
     @property
-    def fits(self) -> bool:
-        return self.peak_bytes <= 0.95 * self.memory
+    def fits(self) -> bool | None:
+        return None if self.memory is None else self.peak_bytes <= 0.95 * self.memory
 
 
 def estimate(config: Config, sizes: dict[str, int], device: str, vocab_size: int) -> Estimate:
@@ -93,19 +95,27 @@ def estimate(config: Config, sizes: dict[str, int], device: str, vocab_size: int
         options: dict[str, bool | str] | None = (
             {"xla_gpu_enable_triton_gemm": False} if kind.platform == "gpu" else None
         )
-        compiled = lowered.compile(compiler_options=options)
-    params = nn.unbox(state.params)
+        with naming_what_helps("divide parameters by mesh.fsdp or mesh.expert, or set model.remat to full"):
+            compiled = lowered.compile(compiler_options=options)
+    params = state.params
     total, active = count_params(params, model.moe)
     model_flops = flops_per_token(params, model) * config.data.batch_size * L / mesh.size
     text = compiled.as_text() or ""
     found, steps = collectives(text, mesh), list(operations(text))
-    product_flops = sum(each.flops * each.times for each in steps)
-    moved = sum(each.num_bytes * each.times for each in steps if not each.flops)
+    on_device = [each for each in steps if each.kind.removesuffix("-start") not in EXCHANGES]
+    product_flops = sum(each.flops * each.times for each in on_device)
     exchanged = _exchanged(found, mesh, kind)
-    # Kernels of our own and cuDNN's are opaque; a forward pass that is computed again counts in the program's alone.
-    flops = max(product_flops, model_flops * (4 / 3 if model.remat == "full" else 1.0))
-    computing, moving = flops / kind.flops, moved / kind.bandwidth
     exchanging = sum(each["seconds"] for each in exchanged)
+    # Kernels of our own and cuDNN's are opaque; a forward pass that is computed again counts in the program's alone.
+    hidden_flops = max(0.0, model_flops * (4 / 3 if model.remat == "full" else 1.0) - product_flops)
+    peak = kind.flops if model.dtype == "bfloat16" or kind.platform != "gpu" else kind.flops / 2  # TF32
+
+    def computing(share: float) -> float:
+        rooflines = (
+            max(each.flops / (share * peak), each.num_bytes / kind.bandwidth) * each.times for each in on_device
+        )
+        return sum(rooflines) + hidden_flops / (share * peak)
+
     memory = cast(Any, compiled.memory_analysis())
     return Estimate(
         device=device,
@@ -119,14 +129,14 @@ def estimate(config: Config, sizes: dict[str, int], device: str, vocab_size: int
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes,
-        memory=kind.memory,
+        memory=None if kind.platform == "cpu" else kind.memory,
         model_flops=model_flops,
         product_flops=product_flops,
-        memory_traffic=moved,
+        memory_traffic=sum(each.num_bytes * each.times for each in on_device),
         exchanged=exchanged,
         largest=_largest(steps),
-        fastest=max(computing + moving, exchanging),
-        slowest=computing / SLOW + moving + exchanging,
+        fastest=max(computing(1.0), exchanging),
+        slowest=computing(SLOW) + exchanging,
     )
 
 
@@ -164,8 +174,9 @@ def _exchanged(found: list[Collective], mesh: Mesh, kind: Kind) -> list[dict[str
 def _leaves_the_host(axes: tuple[str, ...], mesh: Mesh, kind: Kind) -> bool:
     """Whether devices that differ in these axes alone are of different hosts."""
     ids = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
-    group = ids[tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)]
-    return len(set((group // kind.host).flat)) > 1
+    own = [index for index, name in enumerate(mesh.axis_names) if name in axes]
+    groups = np.moveaxis(ids, own, range(len(own))).reshape(math.prod(ids.shape[index] for index in own), -1)
+    return bool(np.any(groups // kind.host != groups[0] // kind.host))
 
 
 def _largest(steps: list[Operation], most: int = 5) -> list[dict[str, Any]]:

@@ -60,7 +60,7 @@ def _whole(dtype: jnp.dtype, weight: Array, divided: PartitionSpec) -> Array:
     What is added by each device of ``tensor``, a bias that is not divided among them, is left to the first.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    for axis, names in enumerate(divided):
+    for axis, names in enumerate(divided if mesh.shape["fsdp"] > 1 else ()):
         if "fsdp" in (names or ()):
             weight = jax.lax.all_gather(weight.astype(dtype), "fsdp", axis=axis, tiled=True)
     if mesh.shape["tensor"] > 1 and not any("tensor" in (names or ()) for names in divided):
@@ -79,8 +79,9 @@ _sum_over_tensor.defvjp(lambda y: (_sum_over_tensor(y), None), lambda _, dy: (dy
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    # The backward pass gathers a layer's weights again: kept, those of all layers would fill each device.
-    return primitive is not jax.lax.all_gather_p
+    # The backward pass gathers a layer's weights again: kept, those of all layers would fill each device. So would
+    # what is made of them element by element.
+    return primitive not in (jax.lax.all_gather_p, jax.lax.select_n_p, jax.lax.convert_element_type_p)
 
 
 def expert_parts() -> int:
@@ -103,12 +104,12 @@ def from_experts(y_ERD: Array) -> Array:
     return jax.lax.all_to_all(y_ERD, "expert", split_axis=1, concat_axis=0, tiled=True)
 
 
-def of_own_experts(compute: Callable[[PyTree, Array], tuple[Array, Array]], rows: PyTree) -> tuple[Array, Array]:
-    """The sum over all devices of ``compute(rows of all, the number of its part)``: (y [T, D], kept [T, K]).
+def of_own_experts(compute: Callable[[PyTree, Array], Array], rows: PyTree) -> Array:
+    """The sum over all devices of ``compute(rows of all, the number of its part)``: y [T, D] in float32.
 
     Each leaf of ``rows`` has the device's T tokens in front. They are computed in as many chunks as there are parts,
-    and computed again in the backward pass: should all rows of a chunk belong to one device, it holds no more of them
-    at a time than it would without expert parallelism.
+    where that divides T, and computed again in the backward pass: should all rows of a chunk belong to one device, it
+    holds no more of them at a time than it would without expert parallelism.
     """
     n = expert_parts()
     num_tokens = jax.tree.leaves(rows)[0].shape[0]
@@ -116,14 +117,9 @@ def of_own_experts(compute: Callable[[PyTree, Array], tuple[Array, Array]], rows
     chunks = jax.tree.map(lambda leaf: leaf.reshape(num_chunks, num_tokens // num_chunks, *leaf.shape[1:]), rows)
 
     @jax.checkpoint
-    def compute_chunk(chunk: PyTree) -> tuple[Array, Array]:
+    def compute_chunk(chunk: PyTree) -> Array:
         everyones = jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, "expert", tiled=True), chunk)
-        y_TD, kept_TK = compute(everyones, jax.lax.axis_index("expert"))
-        y_TD, kept_TK = (
-            jax.lax.psum_scatter(part, "expert", tiled=True)
-            for part in (y_TD.astype(jnp.float32), kept_TK.astype(jnp.int32))
-        )
-        return y_TD, kept_TK > 0
+        y_TD = compute(everyones, jax.lax.axis_index("expert")).astype(jnp.float32)
+        return jax.lax.psum_scatter(y_TD, "expert", tiled=True)
 
-    y_CTD, kept_CTK = jax.lax.map(compute_chunk, chunks)
-    return y_CTD.reshape(num_tokens, -1), kept_CTK.reshape(num_tokens, -1)
+    return jax.lax.map(compute_chunk, chunks).reshape(num_tokens, -1)

@@ -1,5 +1,6 @@
 """The command: what a step needs of each device."""
 
+import importlib.util
 import json
 import sys
 
@@ -48,9 +49,10 @@ def test_shares_and_exchanges_of_a_mesh(estimate):
 @pytest.mark.parametrize(
     ("flags", "error", "words"),
     [
+        (("--device", "cpu", "--vocab-size", "0"), UserError, "--vocab-size must be at least 1, got 0"),
         (("--device", "cpu"), UserError, "--vocab-size is needed: data.tokenizer=char does not say"),
         (("--mesh.fsdp", "3", "--vocab-size", "9"), UserError, "batch_size .* must be a multiple of the 3 devices"),
-        (("--device", "v5e", "--mesh.data", "2", "--vocab-size", "9"), UserError, "one of 1, 4, 8, .* got 2"),
+        (("--device", "v5e", "--mesh.data", "2", "--vocab-size", "9"), UserError, "one of 4, 8, .* got 2"),
     ],
 )
 def test_what_cannot_be_is_one_line(estimate, flags, error, words):
@@ -58,8 +60,9 @@ def test_what_cannot_be_is_one_line(estimate, flags, error, words):
         estimate(*flags)
 
 
-def test_a_compiler_that_is_not_installed_is_named(estimate):
-    with pytest.raises(EnvironmentFault, match=r"compiler for h100 is not installed .*pip install 'jax\[cuda12\]'"):
+def test_a_compiler_that_is_not_installed_is_named(estimate, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(EnvironmentFault, match=r"compiler for h100 is not installed; .*pip install 'jax\[cuda12\]'"):
         estimate("--vocab-size", "24")
 
 

@@ -68,6 +68,40 @@ def test_an_exchange_in_a_loop_counts_each_turn():
 
 
 @pytest.mark.parametrize(
+    ("start", "received"),
+    [
+        ("((f32[8]{0}), f32[2]{0}) reduce-scatter-start", 8),
+        ("(f32[2]{0}, f32[8]{0}) all-gather-start", 32),
+        ("f32[8]{0} all-reduce-start", 32),
+        ("((f32[8]{0}), f32[8]{0}) all-to-all-start", 32),
+    ],
+)
+def test_what_a_gpu_starts_and_ends_later_counts_its_results_alone(start, received):
+    text = f"""
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[8]{{0}} parameter(0)
+  ROOT %y = {start}(%x), replica_groups={{{{0,1}},{{2,3}},{{4,5}},{{6,7}}}}, to_apply=%add
+}}
+"""
+    (found,) = collectives(text, arrange(MESH, jax.devices()))
+    assert found.num_bytes == received
+
+
+def test_a_loop_over_layers_reads_a_layer_at_each_turn():
+    def layers(x, w):
+        def one(x, w):
+            y = jnp.tanh(x @ w)
+            return y, y
+
+        return jax.lax.scan(one, x, w)
+
+    num_layers, stack = 8, 4 * 8 * 64 * 64
+    text = compiled(layers, jnp.ones((4, 64)), jnp.ones((num_layers, 64, 64)))
+    moved = sum(each.num_bytes * each.times for each in operations(text))
+    assert stack <= moved < 5 * stack, "each layer's weights once, and copied at most"
+
+
+@pytest.mark.parametrize(
     ("groups", "axes"),
     [
         ("{{0,1},{2,3},{4,5},{6,7}}", ("tensor",)),

@@ -93,12 +93,11 @@ def _on_own_experts(
     G, T, D = x_GTD.shape
     count, most = weights.w_up_EDF.shape[0], G * plan.max_rows * expert_parts()
 
-    def compute(rows: tuple[Array, Array, Array], part: Array) -> tuple[Array, Array]:
+    def compute(rows: tuple[Array, Array, Array], part: Array) -> Array:
         x_1TD, expert_1TK, weight_1TK = (leaf[None] for leaf in rows)
         merged = plan.replace(expert_TK=expert_1TK, combine_weight_TK=weight_1TK, max_rows=most)
-        y_1TD, kept_1TK = backend.run(x_1TD, merged.of_experts(part * count, count), weights, activation, T)
-        return y_1TD[0], kept_1TK[0]
+        return backend.run(x_1TD, merged.of_experts(part * count, count), weights, activation, T)[0][0]
 
     leaves = (x_GTD, plan.expert_TK, plan.combine_weight_TK)
-    y_TD, kept_TK = of_own_experts(compute, tuple(leaf.reshape(G * T, -1) for leaf in leaves))
-    return y_TD.reshape(G, T, D).astype(x_GTD.dtype), kept_TK.reshape(plan.expert_TK.shape)
+    y_TD = of_own_experts(compute, tuple(leaf.reshape(G * T, -1) for leaf in leaves))
+    return y_TD.reshape(G, T, D).astype(x_GTD.dtype), plan.expert_TK < count * expert_parts()
