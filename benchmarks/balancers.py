@@ -1,6 +1,6 @@
 """What does each way of keeping experts even cost, in loss and in time?
 
-    python benchmarks/balancers.py --out runs/balancers [--steps 400] [--seeds 0 1 2] [--only quantile ...] [--json]
+    python benchmarks/balancers.py --out runs/balancers [--steps 400] [--seeds 0 1 2] [--only 'no loss' ...]
 
 Each balancer trains the recipe by ``train.py``, all else equal: same batches, schedule and number of steps. Losses and
 loads are those of the last evaluation in ``metrics.jsonl``, so a run may share the machine with other work. A run that
@@ -134,14 +134,14 @@ def times(names: list[str], arguments: argparse.Namespace) -> dict[str, float]:
     steps = {name: step_of(name, arguments.seeds[0], arguments) for name in names}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     # Other text than the runs began with; parameters move on a little, at the end of the schedule.
-    batches = train_batches(data, dataclasses.replace(config.data, seed=99), config.model.context_length)
-    for turn in range(arguments.rounds + 1):
-        batch = next(batches)
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step(batch)
-            if turn:  # the first compiles
-                seconds[name].append(time.perf_counter() - start)
+    with train_batches(data, dataclasses.replace(config.data, seed=99), config.model.context_length) as batches:
+        for turn in range(arguments.rounds + 1):
+            batch = next(batches)
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step(batch)
+                if turn:  # the first compiles
+                    seconds[name].append(time.perf_counter() - start)
     # A ratio within each turn: what else the machine does comes and goes.
     first = seconds[names[0]]
     return {
