@@ -4,7 +4,7 @@ import collections
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from moe_jax.axes import PyTree
-from moe_jax.config import Config
+from moe_jax.config import Config, ModelConfig
 from moe_jax.errors import naming_what_helps
 from moe_jax.estimate.collectives import KINDS as EXCHANGES
 from moe_jax.estimate.collectives import Collective, collectives
@@ -23,7 +23,7 @@ from moe_jax.model.moe.backends import for_machine
 from moe_jax.sharding.mesh import check_mesh, spec, use_mesh
 from moe_jax.training.flops import count_params, flops_per_token
 from moe_jax.training.optimizer import make_optimizer, make_schedule
-from moe_jax.training.state import abstract_state
+from moe_jax.training.state import TrainState, abstract_state
 from moe_jax.training.step import train_step
 
 SLOW = 0.5
@@ -73,33 +73,12 @@ def estimate(config: Config, sizes: dict[str, int], device: str, vocab_size: int
     Raises UserError for a mesh that cannot be, EnvironmentFault without the device's compiler.
     """
     kind = KINDS[device]
-    microbatch_size = config.data.batch_size // config.optimizer.accumulation_steps
-    check_mesh(sizes, config.model, microbatch_size)
+    check_mesh(sizes, config.model, config.data.batch_size // config.optimizer.accumulation_steps)
     mesh = absent_mesh(device, sizes)
-    L = config.model.context_length
-    model = for_machine(
-        config.model,
-        microbatch_size * L,
-        train=True,
-        machine=machine_of(kind),
-        packed=config.data.mode == "packed",
-    )
-    decoder = Decoder(model, vocab_size)
-    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
-    with use_mesh(mesh):
-        state = abstract_state(decoder, optimizer, mesh)
-        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-        step = functools.partial(train_step, config, decoder, optimizer)
-        lowered = jax.jit(step, donate_argnums=0, out_shardings=(placed, None)).lower(state, _batch(config, mesh))
-        # Triton's products are chosen by timing them, for which a device would have to be here.
-        options: dict[str, bool | str] | None = (
-            {"xla_gpu_enable_triton_gemm": False} if kind.platform == "gpu" else None
-        )
-        with naming_what_helps("divide parameters by mesh.fsdp or mesh.expert, or set model.remat to full"):
-            compiled = lowered.compile(compiler_options=options)
+    compiled, state, model = _compile(config, mesh, kind, vocab_size)
     params = state.params
     total, active = count_params(params, model.moe)
-    model_flops = flops_per_token(params, model) * config.data.batch_size * L / mesh.size
+    model_flops = flops_per_token(params, model) * config.data.batch_size * model.context_length / mesh.size
     text = compiled.as_text() or ""
     found, steps = collectives(text, mesh), list(operations(text))
     on_device = [each for each in steps if each.kind.removesuffix("-start") not in EXCHANGES]
@@ -111,12 +90,10 @@ def estimate(config: Config, sizes: dict[str, int], device: str, vocab_size: int
     peak = kind.flops if model.dtype == "bfloat16" or kind.platform != "gpu" else kind.flops / 2  # TF32
 
     def computing(share: float) -> float:
-        rooflines = (
-            max(each.flops / (share * peak), each.num_bytes / kind.bandwidth) * each.times for each in on_device
-        )
-        return sum(rooflines) + hidden_flops / (share * peak)
+        times = [each.times * max(each.flops / (share * peak), each.num_bytes / kind.bandwidth) for each in on_device]
+        return sum(times) + hidden_flops / (share * peak)
 
-    memory = cast(Any, compiled.memory_analysis())
+    memory = compiled.memory_analysis()
     return Estimate(
         device=device,
         mesh=sizes,
@@ -138,6 +115,24 @@ def estimate(config: Config, sizes: dict[str, int], device: str, vocab_size: int
         fastest=max(computing(1.0), exchanging),
         slowest=computing(SLOW) + exchanging,
     )
+
+
+def _compile(config: Config, mesh: Mesh, kind: Kind, vocab_size: int) -> tuple[Any, TrainState, ModelConfig]:
+    """The step as compiled, the shapes of its state, and the model with its backend on such a machine."""
+    num_tokens = config.data.batch_size // config.optimizer.accumulation_steps * config.model.context_length
+    packed = config.data.mode == "packed"
+    model = for_machine(config.model, num_tokens, train=True, machine=machine_of(kind), packed=packed)
+    decoder = Decoder(model, vocab_size)
+    optimizer = make_optimizer(config.optimizer, make_schedule(config.optimizer, config.train.num_steps))
+    # Triton's products are chosen by timing them, for which a device would have to be here.
+    options: dict[str, bool | str] = {"xla_gpu_enable_triton_gemm": False} if kind.platform == "gpu" else {}
+    with use_mesh(mesh):
+        state = abstract_state(decoder, optimizer, mesh)
+        placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+        step = functools.partial(train_step, config, decoder, optimizer)
+        lowered = jax.jit(step, donate_argnums=0, out_shardings=(placed, None)).lower(state, _batch(config, mesh))
+        with naming_what_helps("divide parameters by mesh.fsdp or mesh.expert, or set model.remat to full"):
+            return lowered.compile(compiler_options=options), state, model
 
 
 def _batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
