@@ -105,7 +105,9 @@ def arrange(sizes: dict[str, int], devices: Sequence[jax.Device]) -> Mesh:
     where its size does not allow that.
     """
     shape = tuple(sizes[name] for name in MESH_AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Of GPUs each host is a slice of its own to jax, and their network is made for more than gradients.
+    # A description of TPUs that are not there is of one slice, and does not number it.
+    slices = len({getattr(device, "slice_index", 0) if device.platform == "tpu" else 0 for device in devices})
     if sizes["data"] % slices:
         raise UserError(
             f"mesh.data must be a multiple of the {slices} slices here, got {sizes['data']}: only gradients should "

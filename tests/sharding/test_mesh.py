@@ -1,5 +1,7 @@
 """The mesh, and that every logical axis has a rule."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,7 +10,7 @@ from moe_jax.config import Config, MeshConfig, ModelConfig, MoEConfig
 from moe_jax.config.rules import check
 from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Tokens
-from moe_jax.sharding.mesh import LOGICAL_RULES, constrain, make_mesh, with_axes
+from moe_jax.sharding.mesh import LOGICAL_RULES, arrange, constrain, make_mesh, with_axes
 from moe_jax.training.optimizer import HIDDEN
 from tests.oracles.moe import on_cpu
 
@@ -25,6 +27,32 @@ def test_a_mesh_of_all_or_some_devices():
 def test_neighbours_in_the_mesh_are_neighbours_in_the_machine():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), MODEL, 16)
     assert [device.id for device in mesh.devices.flat] == list(range(8))
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A device of one of several slices, as jax describes it."""
+
+    id: int
+    slice_index: int
+    platform: str = "tpu"
+    device_kind: str = "TPU v5e"
+    process_index: int = 0
+    core_on_chip: int = 0
+
+    @property
+    def coords(self) -> tuple[int, int, int]:
+        return self.id % 2, self.id // 2 % 2, 0
+
+
+def test_slices_of_tpus_divide_the_outermost_axis():
+    chips = [Chip(index, slice_index=index // 4) for index in range(8)]
+    with pytest.raises(UserError, match=r"mesh.data must be a multiple of the 2 slices here, got 1"):
+        arrange({"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}, chips)
+    mesh = arrange({"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}, chips)
+    assert [{chip.slice_index for chip in part.flat} for part in mesh.devices] == [{0}, {1}]
+    gpus = [Chip(index, slice_index=index // 4, platform="gpu", device_kind="H100") for index in range(8)]
+    assert arrange({"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}, gpus).size == 8, "hosts of GPUs are no slices"
 
 
 @pytest.mark.parametrize(
