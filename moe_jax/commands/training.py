@@ -1,7 +1,9 @@
 """What train.py does: open or prepare the data, make the observers, call the three acts of a run."""
 
+import functools
 import logging
 import shlex
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
@@ -9,7 +11,7 @@ from typing import Self
 import jax
 from clu import parameter_overview
 
-from moe_jax.config import Config
+from moe_jax.config import Config, TrainConfig
 from moe_jax.data.tokenizer_file import save_tokenizer
 from moe_jax.errors import Interrupted, UserError, naming_what_helps
 from moe_jax.files import cache_folder, remove_leftovers
@@ -22,7 +24,7 @@ from moe_jax.runs.log import start_log
 from moe_jax.runs.metrics_file import MetricsFile
 from moe_jax.sampling.engine import Engine
 from moe_jax.sharding.mesh import use_mesh
-from moe_jax.sharding.processes import is_first_process
+from moe_jax.sharding.processes import first_then_all, is_first_process, join_processes, watched_processes
 from moe_jax.sharding.startup import start_jax
 from moe_jax.trackers.alarms import Alarms
 from moe_jax.trackers.console import Console
@@ -52,12 +54,20 @@ def train(config: Config, workdir: Path) -> None:
 
     Raises UserError before anything is written, and Interrupted once a signal's checkpoint is on disk.
     """
-    run = RunDirectory(workdir)
+    began = time.monotonic()
+    join_processes(config.mesh)
     start_jax(compile_cache=config.train.compile_cache)
+    with watched_processes(config.mesh.heartbeat_seconds):
+        _train(config, RunDirectory(workdir), began)
+
+
+def _train(config: Config, run: RunDirectory, began: float) -> None:
     run.check_unlocked()
     if "mlflow" in config.train.trackers:
         check_mlflow(config.train, run)
-    setup = resolve(config, lambda: find_or_prepare(config.data, cache_folder("data")), workdir)
+    # Where processes share a cache, the first one prepares what all read.
+    open_dataset = functools.partial(find_or_prepare, config.data, cache_folder("data"))
+    setup = resolve(config, lambda: first_then_all(open_dataset), run.path)
     config, dataset = setup.config, setup.dataset
     engine = None
     if is_causal(config.model.moe):  # no text can be sampled from experts that choose among later tokens too
@@ -68,7 +78,7 @@ def train(config: Config, workdir: Path) -> None:
         run.lock(),
         start_log(run.log_file),
         use_mesh(setup.mesh),
-        catch_signals() as request,
+        catch_signals(seconds=_seconds_left(config.train, began), is_shared=jax.process_count() > 1) as request,
     ):
         retention = Retention(newest=config.train.keep_checkpoints, best=config.train.keep_best)
         with Checkpoints(run.checkpoints, setup.saved, retention) as checkpoints:
@@ -93,6 +103,10 @@ def train(config: Config, workdir: Path) -> None:
         _conclude(setup, int(state.step), start.progress, request.exit_code)
     if request.exit_code is not None:
         raise Interrupted(request.exit_code)
+
+
+def _seconds_left(train: TrainConfig, began: float) -> float | None:
+    return None if train.max_minutes is None else began + 60 * train.max_minutes - time.monotonic()
 
 
 def _observers(setup: Setup, start: Start, engine: Engine | None) -> Iterator[Observer]:

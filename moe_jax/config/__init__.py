@@ -179,6 +179,14 @@ class MeshConfig:
     """Devices that batch and experts are divided over; rows travel to their experts."""
     tensor: Annotated[int, Range(-1, MANY)] = 1
     """Devices that attention heads, the width of experts and MLPs, and the vocabulary are divided over."""
+    coordinator: Text | None = None
+    """HOST:PORT of process 0 of a run of several; None: as SLURM, Open MPI or a TPU pod says, if it says so."""
+    num_processes: Count | None = None
+    """Processes of the run; with coordinator."""
+    process_id: Annotated[int, Range(0, MANY)] | None = None
+    """Which of them this is, from 0; with coordinator."""
+    heartbeat_seconds: Annotated[float, Range(5.0, 3600.0)] = 60.0
+    """Seconds after which a process that does not answer ends the others, of a run of several."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +203,8 @@ class TrainConfig:
     """Steps that one line of metrics.jsonl averages over."""
     seed: Seed = 0
     """Seed of the initial parameters, dropout and router noise."""
+    max_minutes: Positive | None = None
+    """Save and end after so many minutes, with exit code 0, as after SIGUSR1: the same command goes on."""
     patience: Count | None = None
     """Stop after this many evaluations in a row without a lower validation loss; None: never."""
     keep_checkpoints: Count = 2

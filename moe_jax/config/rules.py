@@ -160,6 +160,20 @@ def _check_training(config: Config) -> None:
 
 
 def _check_mesh(mesh: MeshConfig) -> None:
+    given = {"coordinator": mesh.coordinator, "num_processes": mesh.num_processes, "process_id": mesh.process_id}
+    missing = [f"mesh.{name}" for name, value in given.items() if value is None]
+    if 0 < len(missing) < len(given):
+        raise UserError(
+            "mesh.coordinator, mesh.num_processes and mesh.process_id go together, but there is no "
+            f"{' and no '.join(missing)}; give all three, or none where the cluster says them"
+        )
+    if mesh.coordinator is not None and not re.fullmatch(r".+:\d{1,5}", mesh.coordinator):
+        raise UserError(f"mesh.coordinator must be HOST:PORT, got {mesh.coordinator}; add the port, such as :8476")
+    if mesh.process_id is not None and mesh.num_processes is not None and mesh.process_id >= mesh.num_processes:
+        raise UserError(
+            f"mesh.process_id must be below mesh.num_processes={mesh.num_processes}, got {mesh.process_id}; they "
+            "count from 0"
+        )
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "expert": mesh.expert, "tensor": mesh.tensor}
     for name, size in sizes.items():
         if size == 0:

@@ -191,21 +191,20 @@ class _Mixture:
 
 
 class _BatchSource:
-    """Grain source: item n is this host's part of batch n."""
+    """Grain source: item n is this process's part of batch n."""
 
-    def __init__(self, data: Dataset, config: DataConfig, context_length: int, host: int, num_hosts: int):
+    def __init__(self, data: Dataset, config: DataConfig, context_length: int, own: range):
         self._rows = _training_rows(data, config, context_length)
-        self._tokenizer, self._config, self._length = data.tokenizer, config, context_length
-        self._host, self._host_rows = host, config.batch_size // num_hosts
+        self._tokenizer, self._config, self._length, self._own = data.tokenizer, config, context_length, own
 
     def __len__(self) -> int:
         return 2**62  # epochs follow each other without end
 
     def __getitem__(self, index: int) -> Batch:
-        batch = _empty_batch(self._host_rows, self._length, self._config.mode, has_mask=False)
-        # Hosts take neighbouring rows, so that the global batch is the same array on any number of them.
-        first = int(index) * self._config.batch_size + self._host * self._host_rows
-        for place in range(self._host_rows):
+        batch = _empty_batch(len(self._own), self._length, self._config.mode, has_mask=False)
+        # By its place in the global batch, which is the same array however many processes make it.
+        first = int(index) * self._config.batch_size + self._own.start
+        for place in range(len(self._own)):
             self._rows.write(first + place, batch, place)
             if self._config.token_dropout:
                 self._drop(first + place, batch["inputs"][place])
@@ -257,15 +256,14 @@ def train_batches(
     context_length: int,
     *,
     start: int = 0,
-    host: int = 0,
-    num_hosts: int = 1,
+    own: range | None = None,
 ) -> TrainBatches:
-    """Batch ``start`` and all after it: of each the rows of this ``host``, one of ``num_hosts`` equal parts.
+    """Batch ``start`` and all after it: of each the rows ``own``, or all of them.
 
     A row of ``windows`` starts anywhere in the stream with equal probability. In ``packed`` and ``padded`` an epoch
     holds every document once, in an order of its own; ``padded`` cuts what is longer than the context.
     """
-    return TrainBatches(_BatchSource(data, config, context_length, host, num_hosts), start)
+    return TrainBatches(_BatchSource(data, config, context_length, own or range(config.batch_size)), start)
 
 
 def batches_per_epoch(data: Dataset, config: DataConfig, context_length: int) -> int:

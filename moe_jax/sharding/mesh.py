@@ -206,6 +206,39 @@ def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(of_leaf, boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-    """Places host arrays [B, ...] on the mesh, divided over the batch axis."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(LOGICAL_RULES["batch"])))
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int | None = None) -> dict[str, Array]:
+    """Places host arrays [B, ...] on the mesh, divided over the batch axis.
+
+    With ``batch_size`` the arrays hold this process's ``own_rows`` of so many.
+    """
+    sharding = _batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    first = 0 if batch_size is None else own_rows(mesh, batch_size).start
+
+    def put(rows: np.ndarray) -> Array:
+        shape = (batch_size or rows.shape[0], *rows.shape[1:])
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            return rows[start - first : stop - first]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(put, batch)
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> range:
+    """Those rows of a global batch, from the first to the last, that the devices of this process hold."""
+    places: Any = _batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    bounds = [place[0].indices(batch_size) for place in places]
+    return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+
+
+def _batch_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(LOGICAL_RULES["batch"]))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on each device, so that every process can read it."""
+    return NamedSharding(mesh, PartitionSpec())

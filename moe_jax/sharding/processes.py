@@ -1,4 +1,69 @@
-"""Runs of several processes: which one writes, and what all of them agree on. Imports jax only when it is asked."""
+"""Runs of several processes: how they find each other, what all agree on, and how one that is gone is noticed.
+
+Imports jax only when it is asked.
+"""
+
+import contextlib
+import ctypes
+import itertools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+from moe_jax.config import MeshConfig
+from moe_jax.errors import EnvironmentFault, Interrupted, tell_error
+
+Result = TypeVar("Result")
+
+_ALIVE, _WELL = "moe_jax/alive/", "moe_jax/well/"
+_FAILED, _ENDED = "failed", "ended"
+_DAY_MS = 24 * 3600 * 1000
+_turns = itertools.count()
+
+
+def join_processes(config: MeshConfig) -> None:
+    """Joins the other processes of the run, if it has several; before any other use of jax.
+
+    There are several where the flags say so, or else what started this process: SLURM, Open MPI, a TPU pod.
+    EnvironmentFault where they do not find each other.
+    """
+    flags: dict[str, Any] = {}
+    if config.coordinator is not None:
+        flags = {
+            "coordinator_address": config.coordinator,
+            "num_processes": config.num_processes,
+            "process_id": config.process_id,
+        }
+    elif not _is_one_of_several(os.environ):
+        return
+    import jax
+
+    seconds = int(config.heartbeat_seconds)
+    try:
+        jax.distributed.initialize(
+            **flags,
+            # Twice our own time: jaxlib would end this process with a page of C++ in place of a line.
+            heartbeat_timeout_seconds=2 * seconds,
+            shutdown_timeout_seconds=seconds,
+        )
+    except (RuntimeError, ValueError) as error:
+        where = config.coordinator or "the coordinator that the cluster names"
+        raise EnvironmentFault(
+            f"the processes of the run did not find each other at {where} ({str(error).splitlines()[0]}); start all "
+            "of them, with the same mesh.coordinator and mesh.num-processes, where the network lets them through"
+        ) from None
+
+
+def _is_one_of_several(environment: Mapping[str, str]) -> bool:
+    """Whether what started this process says that it is one of several. A shell within a SLURM job is not."""
+    if "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment:
+        return environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")) != "1"
+    if "OMPI_COMM_WORLD_SIZE" in environment:
+        return environment["OMPI_COMM_WORLD_SIZE"] != "1"
+    return "," in environment.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def is_first_process() -> bool:
@@ -17,7 +82,134 @@ def all_well(is_well: bool) -> bool:
 
     if jax.process_count() == 1:
         return is_well
-    import numpy as np
-    from jax.experimental import multihost_utils
+    client, turn = _client(), next(_turns)
+    client.key_value_set(f"{_WELL}{turn}/{jax.process_index()}", str(is_well))
+    # By the coordinator, not by the devices: those wait for half a minute, and a text may take hours to prepare.
+    client.wait_at_barrier(f"{_WELL}{turn}", _DAY_MS)
+    return all(value == "True" for _, value in client.key_value_dir_get(f"{_WELL}{turn}/"))
 
-    return bool(multihost_utils.process_allgather(np.array(is_well)).all())
+
+def _client() -> Any:
+    from jax._src import distributed  # not public, and Orbax uses it too: jax has no other way to the coordinator
+
+    return distributed.global_state.client
+
+
+def first_then_all(make: Callable[[], Result]) -> Result:
+    """``make()`` in the first process and then in the others, which find what it has left.
+
+    Raises in all where it raises in the first.
+    """
+    if is_first_process():
+        try:
+            result = make()
+        except BaseException:
+            all_well(False)
+            raise
+        all_well(True)
+        return result
+    if not all_well(True):
+        raise EnvironmentFault("the first process could not go on; its own error says why")
+    return make()
+
+
+def called_together(function: Any) -> Callable[..., Any]:
+    """``function``, jitted: before its first call each process waits until all have compiled it.
+
+    For devices wait half a minute for each other, and compilation may take longer in one process than in another.
+    """
+    import jax
+
+    if jax.process_count() == 1:
+        return function
+    is_compiled = False
+
+    def call(*arguments: Any) -> Any:
+        nonlocal is_compiled
+        if not is_compiled:
+            function.lower(*arguments).compile()
+            is_compiled = all_well(True)
+        return function(*arguments)
+
+    return call
+
+
+@contextlib.contextmanager
+def watched_processes(heartbeat_seconds: float) -> Iterator[None]:
+    """Within it a process of the run that is gone or stopped ends this one, with one line, within that time."""
+    import jax
+
+    if jax.process_count() == 1:
+        yield
+        return
+    heartbeat = _Heartbeat(heartbeat_seconds)
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        # On a CPU a process that is gone shows as a connection that breaks, before its heart is missed.
+        if any(word in str(error) for word in ("Gloo", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED")):
+            heartbeat.end(f"the connection to another process broke ({str(error).splitlines()[0][:150]})")
+        heartbeat.tell(_FAILED)
+        raise
+    except Interrupted:  # by a signal to one of them, in all
+        heartbeat.tell(_ENDED)
+        raise
+    except BaseException:
+        heartbeat.tell(_FAILED)
+        raise
+    heartbeat.tell(_ENDED)
+
+
+class _Heartbeat:
+    """Two threads: one exchanges signs of life by the coordinator, the other looks whether there are any."""
+
+    def __init__(self, seconds: float):
+        import jax
+
+        self._client, self._seconds, self._index = _client(), seconds, jax.process_index()
+        self._is_over = threading.Event()
+        self._answered = time.monotonic()
+        self._seen = dict.fromkeys(range(jax.process_count()), ("", self._answered))
+        # jaxlib ends a process by abort() once the coordinator is gone, and asks nobody.
+        self._on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(
+            lambda _: self.end("jaxlib has ended this process, as it does where process 0 of the run is gone")
+        )
+        ctypes.CDLL(None).signal(signal.SIGABRT, self._on_abort)
+        for target in (self._exchange, self._watch):
+            threading.Thread(target=target, daemon=True).start()
+
+    def tell(self, word: str) -> None:
+        """The last sign of life of this process."""
+        self._is_over.set()
+        with contextlib.suppress(Exception):
+            self._client.key_value_set(f"{_ALIVE}{self._index}", word, allow_overwrite=True)
+
+    def end(self, why: str) -> None:
+        """Ends this process at once: an orderly end would wait for the others."""
+        self._is_over.set()
+        tell_error(f"{why}; run the same command again, on these machines or on what is left of them")
+        os._exit(1)
+
+    def _exchange(self) -> None:
+        for beat in itertools.count():
+            with contextlib.suppress(Exception):  # the coordinator is gone: the other thread says so in time
+                self._client.key_value_set(f"{_ALIVE}{self._index}", str(beat), allow_overwrite=True)
+                now = time.monotonic()
+                for key, value in self._client.key_value_dir_get(_ALIVE):
+                    index = int(key.rsplit("/", 1)[1])
+                    if self._seen[index][0] != value:
+                        self._seen[index] = (value, now)
+                self._answered = now
+            if self._is_over.wait(self._seconds / 10):
+                return
+
+    def _watch(self) -> None:
+        while not self._is_over.wait(self._seconds / 10):
+            now = time.monotonic()
+            if now - self._answered > self._seconds:
+                self.end(f"process 0 of the run has not answered for {self._seconds:.0f} s")
+            for index, (value, since) in self._seen.items():
+                if value == _FAILED and now - since > self._seconds / 5:  # it may be our own fault too, told by us
+                    self.end(f"process {index} of the run has failed, and says why")
+                if value != _ENDED and now - since > self._seconds:
+                    self.end(f"process {index} of the run has not answered for {self._seconds:.0f} s")

@@ -20,7 +20,8 @@ from moe_jax.errors import EnvironmentFault
 from moe_jax.runs.checkpoint.record import Record
 from moe_jax.runs.checkpoint.save import Checkpoints
 from moe_jax.runs.metrics_file import MetricsFile
-from moe_jax.sharding.mesh import put_batch
+from moe_jax.sharding.mesh import own_rows, put_batch, replicated
+from moe_jax.sharding.processes import called_together
 from moe_jax.sharding.startup import compiler_options
 from moe_jax.training.diagnosis import find_not_finite
 from moe_jax.training.evaluate import Evaluation, bits_per_byte, evaluate, joined
@@ -48,8 +49,8 @@ def fit(
     ``start.progress`` is kept up to date. Raises EnvironmentFault where the state could not be saved, or where the
     loss was not finite for too long.
     """
-    loop = Loop(setup, start, checkpoints, metrics, observers)
-    loop.run(request)
+    loop = Loop(setup, start, checkpoints, metrics, observers, request)
+    loop.run()
     return loop.state
 
 
@@ -60,6 +61,7 @@ class Loop:
     checkpoints: Checkpoints
     metrics: MetricsFile
     observers: Sequence[Observer]
+    request: StopRequest
 
     def __post_init__(self) -> None:
         setup, start, self.config = self.setup, self.start, self.setup.config
@@ -67,15 +69,17 @@ class Loop:
         options = compiler_options(self.config.train.deterministic)
         step = functools.partial(train_step, self.config, setup.decoder, setup.optimizer)
         placed = jax.tree.map(lambda leaf: leaf.sharding, self.state)  # and stays so: a step writes over its argument
-        self.train_step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None), compiler_options=options)
-        self.eval_step = jax.jit(functools.partial(eval_step, setup.eval_decoder), compiler_options=options)
+        whole, evaluation = replicated(setup.mesh), functools.partial(eval_step, setup.eval_decoder)
+        jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole), compiler_options=options)
+        self.train_step = called_together(jitted)
+        self.eval_step = called_together(jax.jit(evaluation, out_shardings=whole, compiler_options=options))
         self.schedule = setup.schedule
         self.flops_per_token = flops_per_token(start.state.params, self.config.model)
         self.first = int(start.state.step)
         self.tokenizer = fingerprint(setup.dataset.tokenizer)
         self.interval = Interval(start.progress.interval)
 
-    def run(self, request: StopRequest) -> None:
+    def run(self) -> None:
         train, first = self.config.train, self.first
         with self._batches(self.progress.next_batch) as batches:
             unread: StepOutput | None = None
@@ -83,7 +87,7 @@ class Loop:
             for step in range(first, train.num_steps):
                 for observer in self.observers:
                     observer.step_begins(step, self.state)
-                self.state, output = self.train_step(self.state, put_batch(next(batches), self.setup.mesh))
+                self.state, output = self.train_step(self.state, self._next(batches))
                 if step == first:
                     jax.block_until_ready(output)
                     log.info(f"first step, with compilation: {time.perf_counter() - clock:.1f} s")
@@ -92,7 +96,7 @@ class Loop:
                 self._read(unread, step)
                 unread, done = output, step + 1
                 # Read once a turn: a signal may come at any moment of it, and what ends the run must also save it.
-                is_interrupted = request.exit_code is not None
+                is_interrupted = self.request.exit_code is not None
                 is_evaluation = done % train.eval_every == 0 or done == train.num_steps
                 is_planned = is_evaluation or done % train.checkpoint_every == 0 or self._is_for_good(done)
                 is_save = is_planned or is_interrupted or self.checkpoints.is_retry_due()
@@ -111,7 +115,7 @@ class Loop:
                 if is_planned or done % train.log_every == 0:
                     self._write_interval(done)
                 val_loss = self._evaluate(done) if is_evaluation else None
-                is_interrupted = request.exit_code is not None and is_save  # maybe during the evaluation
+                is_interrupted = self.request.exit_code is not None and is_save  # maybe during the evaluation
                 if is_save:
                     self._save(done, val_loss)
                 if is_interrupted or is_out_of_patience(train, self.progress) or done == train.num_steps:
@@ -120,7 +124,15 @@ class Loop:
                 clock = time.perf_counter()
 
     def _batches(self, start: int) -> TrainBatches:
-        return train_batches(self.setup.dataset, self.config.data, self.config.model.context_length, start=start)
+        own = own_rows(self.setup.mesh, self.config.data.batch_size)
+        length = self.config.model.context_length
+        return train_batches(self.setup.dataset, self.config.data, length, start=start, own=own)
+
+    def _next(self, batches: TrainBatches) -> dict[str, jax.Array]:
+        batch = next(batches)
+        if jax.process_count() > 1:  # a signal to one process reaches all at the same step
+            batch["exit_code"] = np.full(len(batch["inputs"]), self.request.own_code, np.int32)
+        return put_batch(batch, self.setup.mesh, self.config.data.batch_size)
 
     def _is_for_good(self, done: int) -> bool:
         train = self.config.train
@@ -132,6 +144,8 @@ class Loop:
         if output is None:
             return
         output = jax.device_get(output)
+        if output.exit_code is not None:
+            self.request.hear(int(output.exit_code))
         if done > self.first + 1:  # the first step of a start compiles, and is not timed
             self.interval.time(int(output.num_targets))
         for observer in self.observers:
@@ -157,7 +171,7 @@ class Loop:
         began = done - in_a_row + 1
         # No step since has changed anything, so the first one can be made again.
         with self._batches(began - 1) as batches:
-            batch = put_batch(next(batches), self.setup.mesh)
+            batch = self._next(batches)
         state = self.state.replace(step=jnp.asarray(began - 1, self.state.step.dtype))
         found = find_not_finite(self.config, self.setup.decoder, state, batch)
         raise EnvironmentFault(

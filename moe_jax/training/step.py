@@ -37,6 +37,8 @@ class StepOutput(flax.struct.PyTreeNode):
     """Tokens that the loss is a mean over."""
     is_finite: Array
     """[] bool: whether the loss and the norm of the gradient are; otherwise the step changed nothing but ``step``."""
+    exit_code: Array | None = None
+    """[] int32: the largest ``own_code`` of several processes (signals.py)."""
 
 
 def train_step(
@@ -63,7 +65,8 @@ def train_step(
     # One NaN in the parameters would be the end of the run. With a scalar, select costs a step on a CPU 3 % where
     # jnp.where, which makes an array of it, costs 9 %.
     kept = jax.tree.map(lambda new, old: jax.lax.select(is_finite, new, old), changed, state)
-    output = StepOutput(loss, moe_losses, routing, grad_norm, _num_targets(batch), is_finite)
+    exit_code = jnp.max(batch["exit_code"]) if "exit_code" in batch else None
+    output = StepOutput(loss, moe_losses, routing, grad_norm, _num_targets(batch), is_finite, exit_code)
     return kept.replace(step=state.step + 1), output
 
 

@@ -43,9 +43,9 @@ def mixture(tmp_path_factory):
     return prepared(tmp_path_factory.mktemp("mix"), MIXTURE, weights=("a=1", "b=2", "c=5"))
 
 
-def draw(data, mode, start=0, count=6, host=0, num_hosts=1, **settings):
+def draw(data, mode, start=0, count=6, own=None, **settings):
     config = DataConfig(mode=mode, batch_size=B, **settings)
-    with train_batches(data, config, LENGTH, start=start, host=host, num_hosts=num_hosts) as batches:
+    with train_batches(data, config, LENGTH, start=start, own=own) as batches:
         return [next(batches) for _ in range(count)]
 
 
@@ -67,7 +67,9 @@ def test_the_global_batch_is_the_same_on_any_number_of_hosts(mixture, mode):
     settings = {"count": 20, "token_dropout": 0.3}
     whole = draw(mixture, mode, **settings)
     for num_hosts in (2, 4):
-        parts = [draw(mixture, mode, host=host, num_hosts=num_hosts, **settings) for host in range(num_hosts)]
+        rows = len(whole[0]["inputs"]) // num_hosts
+        owned = [range(host * rows, (host + 1) * rows) for host in range(num_hosts)]
+        parts = [draw(mixture, mode, own=own, **settings) for own in owned]
         for batch, pieces in zip(whole, zip(*parts, strict=True), strict=True):
             joined = {name: np.concatenate([piece[name] for piece in pieces]) for name in batch}
             np.testing.assert_equal(joined, batch)

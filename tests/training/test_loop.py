@@ -30,7 +30,7 @@ class Recorder(Observer):
     def step_read(self, done, output):
         self._note(f"step {done} read, loss {float(output.loss) > 0}")
         if done == self._stop_after:
-            self._request.exit_code = 143
+            self._request.ask(143)
 
     def step_ends(self, done):
         self._note(f"step {done} ends")
