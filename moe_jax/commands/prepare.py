@@ -4,16 +4,15 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from moe_jax.data.dataset import Dataset, progress_file
 from moe_jax.errors import Interrupted, show
 from moe_jax.prepare.folder import prepare_folder
-from moe_jax.prepare.settings import parse_prepare
+from moe_jax.prepare.settings import PrepareConfig, parse_prepare
 
 
-def _describe(data: Dataset, out: Path) -> Iterable[str]:
+def _describe(data: Dataset, config: PrepareConfig) -> Iterable[str]:
     for corpus in data.corpora:
         for split in (corpus.train, corpus.val):
             yield (
@@ -28,7 +27,10 @@ def _describe(data: Dataset, out: Path) -> Iterable[str]:
         if len(data.corpora) > 1:
             yield f"{corpus.name}: {corpus.weight:.1%} of the training rows"
     yield f"tokenizer: {data.tokenizer.name}, {data.tokenizer.vocab_size:,} tokens; fingerprint {data.fingerprint}"
-    yield f"train on it: python train.py --config configs/moe.py --data.path {shlex.quote(str(out))}"
+    if config.part is not None:
+        yield f"part {config.part} is done; once all are, run the command with --join in place of --part"
+        return
+    yield f"train on it: python train.py --config configs/moe.py --data.path {shlex.quote(config.out)}"
 
 
 def main() -> None:
@@ -43,8 +45,8 @@ def main() -> None:
     try:
         data = prepare_folder(config)
     except Interrupted:
-        if progress_file(Path(config.out)).exists():
+        if progress_file(config.folder).exists():
             print("interrupted; run the same command again to complete it", file=sys.stderr)
         raise
-    for line in _describe(data, Path(config.out)):
+    for line in _describe(data, config):
         print(line)

@@ -32,11 +32,9 @@ class Encoded:
     split: str
     ids: np.ndarray
     """Of all pieces, with what stands before and after documents, in the type of the shards."""
-    lengths: np.ndarray
-    """[documents + 1] tokens of each document that ends in it, from the task's start on, and of what follows."""
-    num_bytes: int
-    num_unknown: int
-    """Tokens for text that the tokenizer cannot represent, and pieces that would not come back as they were."""
+    documents: np.ndarray
+    """[documents + 1, 3] tokens, bytes of text and unknown tokens of each document that ends in it, from the task's
+    start on, and of what follows; pieces that would not come back as they were count as unknown tokens, too."""
 
 
 def in_tasks(pieces: Iterable[tuple[str, Piece]]) -> Iterator[Task]:
@@ -58,25 +56,19 @@ def encode(task: Task, tokenizer: Tokenizer, dtype: np.dtype, *, parse_specials:
     start = np.array([document_start(tokenizer)], np.uint32)
     end = np.array([document_end(tokenizer)], np.uint32)
     is_chat = tokenizer.delimiters == "chat"
-    arrays, lengths, num_bytes, num_lost = [], [0], 0, 0
+    arrays, counts = [], [[0, 0, 0]]
     for piece in pieces:
         ids, plain_bytes, lost = encode_piece(piece, tokenizer, parse_specials=parse_specials)
         before, after = int(piece.is_first), int(piece.is_last and is_chat)
         arrays += [start] * before + [ids] + [end] * after
-        lengths[-1] += len(ids) + before + after
+        counts[-1] = [*map(sum, zip(counts[-1], (len(ids) + before + after, plain_bytes, lost), strict=True))]
         if piece.is_last:
-            lengths.append(0)
-        num_bytes += plain_bytes
-        num_lost += lost
-    ids = np.concatenate(arrays).astype(dtype)
-    unknown = tokenizer.unknown_id
-    return Encoded(
-        split=split,
-        ids=ids,
-        lengths=np.array(lengths, np.int64),
-        num_bytes=num_bytes,
-        num_unknown=num_lost + (0 if unknown is None else int(np.count_nonzero(ids == unknown))),
-    )
+            counts.append([0, 0, 0])
+    ids, documents = np.concatenate(arrays).astype(dtype), np.array(counts, np.int64)
+    if tokenizer.unknown_id is not None:
+        unknown_before = np.append(0, np.cumsum(ids == tokenizer.unknown_id))
+        documents[:, 2] += np.diff(unknown_before[np.append(0, np.cumsum(documents[:, 0]))])
+    return Encoded(split, ids, documents)
 
 
 def encode_piece(piece: Piece, tokenizer: Tokenizer, *, parse_specials: bool) -> tuple[np.ndarray, int, int]:

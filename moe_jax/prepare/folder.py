@@ -11,7 +11,8 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,11 +41,13 @@ from moe_jax.data.tokenizer import Tokenizer
 from moe_jax.data.tokenizer_file import fingerprint, load_tokenizer, save_tokenizer
 from moe_jax.errors import UserError
 from moe_jax.files import atomic_write_text, locked_folder
-from moe_jax.prepare.encode import encode_all, in_tasks
-from moe_jax.prepare.scan import CorpusPlan, made_from, scan_corpus, tokenizer_texts
-from moe_jax.prepare.settings import PrepareConfig
+from moe_jax.prepare.encode import Encoded, encode_all, in_tasks
+from moe_jax.prepare.parts import encoded_of_parts, plans_of_parts
+from moe_jax.prepare.scan import CorpusPlan, check_same, made_from, scan_corpus, tokenizer_texts
+from moe_jax.prepare.settings import PrepareConfig, parts_folder
 from moe_jax.prepare.shards import SplitCounts, SplitWriter
-from moe_jax.prepare.sources import changed, find_corpora
+from moe_jax.prepare.shares import share_of_part
+from moe_jax.prepare.sources import Piece, changed, find_corpora
 from moe_jax.prepare.tokenizer import build_tokenizer, needs_texts
 from moe_jax.runs.progress import Progress
 
@@ -82,16 +85,30 @@ def prepare_folder(config: PrepareConfig, *, is_cache: bool = False, or_nothing:
     If another process works in it, or it is damaged, raises UserError; a cache waits, and is made again.
     ``or_nothing``: a text too short to hold something out, which can be scored but not trained on, is prepared too.
     """
-    out = Path(config.out)
-    _check_out(out)
-    sources = find_corpora(config)
+    out, home = config.folder, Path(config.out)
+    if config.part is not None and is_dataset(home):
+        raise UserError(f"--out {home} is prepared already, or being joined: complete that, or choose another")
+    if not config.join:
+        _check_out(out)
+    if not parts_folder(home).exists():
+        _check_out(home)
+    corpora = find_corpora(config)
+    if config.join and meta_file(out).exists():
+        data = open_dataset(out)
+        check_same(data.made_from, made_from(config, corpora, data.made_from.corpora), out)
+        shutil.rmtree(parts_folder(out), ignore_errors=True)  # of a join that was killed while it did that
+        return data
     tokenizer = None
     if not needs_texts(config.tokenizer):
         tokenizer = build_tokenizer(config.tokenizer, (), config.delimiters)
     with Progress(Console(stderr=True)) as bar:
-        plans = [scan_corpus(corpus, config, bar, or_nothing=or_nothing) for corpus in sources]
-        origin = made_from(config, plans)
-        with locked_folder(out, "--out", "preparing", wait=is_cache):
+        if config.join:
+            plans = plans_of_parts(config, corpora)
+        else:
+            shares = share_of_part(corpora, config.part)
+            plans = [scan_corpus(corpus, config, bar, or_nothing=or_nothing) for corpus in shares]
+        origin = made_from(config, corpora, {plan.sources.name: plan.origin() for plan in plans})
+        with locked_folder(out, "--out" if config.part is None else "--part", "preparing", wait=is_cache):
             for leftover in _leftovers(out):  # of a kill while a file was written
                 (out / leftover).unlink()
             try:
@@ -111,9 +128,11 @@ def prepare_folder(config: PrepareConfig, *, is_cache: bool = False, or_nothing:
                 save_tokenizer(tokenizer, out / "tokenizer")
                 unfinished.save(out)
             tokenizer = load_tokenizer(out / "tokenizer")
-            corpora = [_write_corpus(plan, config, tokenizer, unfinished, bar) for plan in plans]
-            write_meta(out, tokenizer, _with_weights(corpora, plans), origin)
+            written = [_write_corpus(plan, config, tokenizer, unfinished, bar) for plan in plans]
+            write_meta(out, tokenizer, _with_weights(written, plans), origin)
             progress_file(out).unlink()
+            if config.join:
+                shutil.rmtree(parts_folder(out), ignore_errors=True)
     return open_dataset(out)
 
 
@@ -133,7 +152,7 @@ def _resume(out: Path, origin: MadeFrom) -> _Unfinished | None:
     if not progress_file(out).exists():
         return None
     unfinished = read_list(progress_file(out), _Unfinished, "remove the folder and prepare again")
-    _check_same(unfinished.made_from, origin, out)
+    check_same(unfinished.made_from, origin, out)
     if fingerprint(load_tokenizer(out / "tokenizer")) != unfinished.tokenizer_sha256:
         raise UserError(f"the tokenizer in {out} was changed; remove the folder and prepare again")
     return unfinished
@@ -142,56 +161,48 @@ def _resume(out: Path, origin: MadeFrom) -> _Unfinished | None:
 def _prepared_before(out: Path, origin: MadeFrom, plans: list[CorpusPlan]) -> Dataset:
     """What is in ``out`` already, perhaps under other weights. UserError where it was made from something else."""
     data = open_dataset(out)
-    _check_same(data.made_from, origin, out)
+    check_same(data.made_from, origin, out)
     corpora = _with_weights(data.corpora, plans)
     if corpora != list(data.corpora):
         write_meta(out, data.tokenizer, corpora, origin)
     return open_dataset(out)
 
 
-def _check_same(before: MadeFrom, now: MadeFrom, out: Path) -> None:
-    if before == now:
-        return
-    changes = [
-        f"{name} was {before.settings.get(name)}, now {value}"
-        for name, value in now.settings.items()
-        if before.settings.get(name) != value
-    ] + [
-        f"the input of {name} is another"
-        for name in sorted({*before.corpora, *now.corpora})
-        if before.corpora.get(name) != now.corpora.get(name)
-    ]
-    raise UserError(
-        f"--out {out} was prepared from something else: {'; '.join(changes) or 'it is of another version'}; "
-        "choose another --out, or remove that one"
-    )
-
-
 def _write_corpus(
     plan: CorpusPlan, config: PrepareConfig, tokenizer: Tokenizer, unfinished: _Unfinished, bar: Progress
 ) -> Corpus:
     """The second pass over a corpus, from the first task whose tokens are not on disk."""
-    out, name = Path(config.out), plan.sources.name
+    out, name = config.folder, plan.sources.name
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
     done = unfinished.done.setdefault(name, Done())
     processes = config.processes or _available_cores()
     if config.processes is None and plan.num_characters < _PARALLEL_CHARACTERS:
         processes = 1
     bar.start(f"tokenizing {name}", plan.num_characters)
-    tasks = itertools.islice(in_tasks(plan.pieces(config, bar)), done.tasks, None)
     settings = {"parse_specials": config.parse_specials, "processes": processes}
+
+    def encode_pieces(pieces: Iterable[tuple[str, Piece]], behind: int = 0) -> Iterator[Encoded]:
+        tasks = itertools.islice(in_tasks(pieces), behind, None)
+        return encode_all(tasks, tokenizer, out / "tokenizer", dtype, **settings)
+
+    if config.join:
+        whole = encoded_of_parts(plan, encode_pieces, bar)
+    else:
+        whole = encode_pieces(plan.pieces(config, bar), done.tasks)
+    tables = (plan.scan.table(), plan.val_scan.table()) if config.part is not None else (None, None)
     with contextlib.ExitStack() as stack:
         writers = {}
-        for split, counts in (("train", done.train), ("val", done.val)):
-            writers[split] = SplitWriter(out / name, split, dtype, config.shard_tokens, counts)
+        for split, counts, table in zip(("train", "val"), (done.train, done.val), tables, strict=True):
+            writers[split] = SplitWriter(out / name, split, dtype, config.shard_tokens, counts, table)
             stack.callback(writers[split].close)
 
         def commit() -> None:
             for writer in writers.values():
                 writer.commit()
-            unfinished.save(out)
+            if not config.join:  # begins again: its tasks are not those of one process
+                unfinished.save(out)
 
-        for encoded in encode_all(tasks, tokenizer, out / "tokenizer", dtype, **settings):
+        for encoded in whole:
             writers[encoded.split].write(encoded)
             done.tasks += 1
             if done.tasks % COMMIT_TASKS == 0:
@@ -211,7 +222,8 @@ def _available_cores() -> int:
 def _with_weights(corpora: Iterable[Corpus], plans: list[CorpusPlan]) -> list[Corpus]:
     """``corpora`` with the weights that were given, or by their numbers of tokens, as shares of one."""
     both = list(zip(corpora, plans, strict=True))
-    weights = [plan.sources.weight or corpus.train.num_tokens for corpus, plan in both]
+    # A part may have no token of a corpus; its weights count for nothing.
+    weights = [plan.sources.weight or corpus.train.num_tokens or 1 for corpus, plan in both]
     return [
         dataclasses.replace(corpus, weight=weight / sum(weights))
         for (corpus, _), weight in zip(both, weights, strict=True)

@@ -8,16 +8,20 @@ import hashlib
 import os
 import sys
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from moe_jax.data.dataset import FORMAT_VERSION, MadeFrom
+from moe_jax.data.dataset import FORMAT_VERSION, MadeFrom, Split
 from moe_jax.errors import UserError
 from moe_jax.prepare.plays import PLAYS
 from moe_jax.prepare.settings import PrepareConfig
-from moe_jax.prepare.sources import CorpusSources, Documents, Piece, changed
+from moe_jax.prepare.shares import describe_files
+from moe_jax.prepare.sources import CorpusSources, Documents, Piece, Source, changed
 from moe_jax.prepare.tokenizer import spec_by_content
 from moe_jax.runs.progress import Progress
 
@@ -29,18 +33,19 @@ class InputScan:
         # Seed 0 leaves the names alone, so that a split can be found again by hand.
         self._salt = f"\0{seed}" if seed else ""
         self._sizes, self._ranks = array("Q"), array("Q")
-        self._digest = hashlib.sha256()
+        self._digests, self._sha256s = defaultdict(hashlib.sha256), {}
         self.num_bytes = 0
 
     def add(self, piece: Piece) -> None:
         encoded = piece.text.encode()
         self.num_bytes += len(encoded)
-        self._digest.update(encoded)
+        digest = self._digests[piece.source]
+        digest.update(encoded)
         if piece.is_first:
             name = piece.name.removeprefix(PLAYS) + self._salt
             self._ranks.append(int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8], "big"))
             self._sizes.append(0)
-            self._digest.update(b"\xff")  # never in UTF-8: marks where a document begins
+            digest.update(b"\xff")  # never in UTF-8: marks where a document begins
         self._sizes[-1] += len(piece.text)
 
     @property
@@ -57,9 +62,19 @@ class InputScan:
         """Documents in the order in which they are held out: that of the hashes of their names."""
         return np.argsort(np.array(self._ranks, np.uint64), kind="stable")
 
-    def sha256(self) -> str:
-        """Of all text."""
-        return self._digest.hexdigest()
+    def table(self) -> np.ndarray:
+        """[documents, 2] what is kept of each, as uint64."""
+        return np.column_stack([self.sizes, np.array(self._ranks, np.uint64)])
+
+    def extend(self, table: np.ndarray, sha256s: dict[str, str]) -> None:
+        """Adds the documents in the ``table`` of another scan, and the ``sha256`` of its sources."""
+        self._sha256s |= sha256s
+        self._sizes.frombytes(table[:, 0].tobytes())
+        self._ranks.frombytes(table[:, 1].tobytes())
+
+    def sha256(self, source: str) -> str:
+        """Of all text of the source of that name."""
+        return self._sha256s.get(source) or self._digests[source].hexdigest()
 
 
 @dataclass(frozen=True)
@@ -143,6 +158,8 @@ class CorpusPlan:
     scan: InputScan
     val_scan: InputScan
     held_out: HeldOut
+    parts: tuple[tuple[tuple[Source, ...], Split, Split], ...] = ()
+    """Where parts are joined: the sources of each, its train with what is held out, and its val."""
 
     def pieces(self, config: PrepareConfig, bar: Progress) -> Iterator[tuple[str, Piece]]:
         """(split, piece) of everything, in the order of the input."""
@@ -174,10 +191,12 @@ class CorpusPlan:
             "text_key": self.sources.options.text_key,
             "documents": self.num_documents,
             "bytes": self.scan.num_bytes + self.val_scan.num_bytes,
-            "text_sha256": {"input": self.scan.sha256(), "val_input": self.val_scan.sha256()},
             "sources": [
-                {"name": source.name, "split": split, "sha256": source.sha256()}
-                for split, sources in (("input", self.sources.train), ("val_input", self.sources.val))
+                {"name": source.name, "split": split, "text_sha256": scan.sha256(source.name)}
+                for split, sources, scan in (
+                    ("input", self.sources.train, self.scan),
+                    ("val_input", self.sources.val, self.val_scan),
+                )
                 for source in sources
             ],
         }
@@ -210,27 +229,53 @@ def scan_corpus(
         for source in documents.empty_sources:
             if source.is_chosen:
                 raise UserError(f"{source.path} has no text in it; name a file with something to learn from")
-        if sources and not scan.num_documents:
-            raise UserError(
-                f"the inputs of {corpus.name} have no text in them; name files with something to learn from"
-            )
+        if config.part is None:
+            check_has_text(corpus, sources, scan.num_documents)
         if documents.empty_sources:
             print(f"{len(documents.empty_sources)} files of {corpus.name} without text are left out", file=sys.stderr)
     if said := str(corpus.options.notes):
         print(f"note: {corpus.name}: {said}", file=sys.stderr)
-    if corpus.val:
-        held_out = HeldOut(np.zeros(train.num_documents, bool))
-    else:
-        held_out = hold_out(train, config.val_fraction, config.val_documents, corpus.name, or_nothing=or_nothing)
-    return CorpusPlan(corpus, stamps, train, val, held_out)
+    return CorpusPlan(corpus, stamps, train, val, held_out_of(corpus, train, config, or_nothing=or_nothing))
 
 
-def made_from(config: PrepareConfig, plans: list[CorpusPlan]) -> MadeFrom:
-    """All that the files depend on."""
+def held_out_of(corpus: CorpusSources, scan: InputScan, config: PrepareConfig, *, or_nothing: bool = False) -> HeldOut:
+    """What ``config`` holds out of the documents in ``scan``: nothing of a part, as that depends on all parts."""
+    if corpus.val or config.part is not None:
+        return HeldOut(np.zeros(scan.num_documents, bool))
+    return hold_out(scan, config.val_fraction, config.val_documents, corpus.name, or_nothing=or_nothing)
+
+
+def check_has_text(corpus: CorpusSources, sources: tuple[Source, ...], num_documents: int) -> None:
+    if sources and not num_documents:
+        raise UserError(f"the inputs of {corpus.name} have no text in them; name files with something to learn from")
+
+
+def made_from(config: PrepareConfig, corpora: list[CorpusSources], origins: dict[str, Any]) -> MadeFrom:
+    """All that the files depend on; those of a part depend on all ``corpora``, which say what its share is."""
     settings = dataclasses.asdict(config) | {"tokenizer": spec_by_content(config.tokenizer)}
-    for name in ("input", "val_input", "out", "processes", "weights", "text_key"):
+    for name in ("input", "val_input", "out", "processes", "weights", "text_key", "part", "join"):
         del settings[name]
-    return MadeFrom(FORMAT_VERSION, settings, {plan.sources.name: plan.origin() for plan in plans})
+    if config.part is not None:
+        settings |= {"part": config.part, "input": describe_files(corpora)}
+    return MadeFrom(FORMAT_VERSION, settings, origins)
+
+
+def check_same(before: MadeFrom, now: MadeFrom, out: Path) -> None:
+    if before == now:
+        return
+    changes = [
+        f"{name} was {before.settings.get(name)}, now {value}"
+        for name, value in now.settings.items()
+        if before.settings.get(name) != value
+    ] + [
+        f"the input of {name} is another"
+        for name in sorted({*before.corpora, *now.corpora})
+        if before.corpora.get(name) != now.corpora.get(name)
+    ]
+    raise UserError(
+        f"--out {out} was prepared from something else: {'; '.join(changes) or 'it is of another version'}; "
+        "choose another --out, or remove that one"
+    )
 
 
 def tokenizer_texts(plans: list[CorpusPlan], config: PrepareConfig, bar: Progress) -> Iterator[str]:

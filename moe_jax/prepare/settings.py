@@ -1,11 +1,20 @@
 """The settings of a preparation: the flags of python -m moe_jax.prepare. Imports no jax."""
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from moe_jax.cli import parse
 from moe_jax.config.bounds import Count, LocalFolder, LocalInput, Seed, Text, TokenizerSpec, ValidationFraction
 from moe_jax.errors import UserError
+from moe_jax.prepare.tokenizer import needs_texts
+
+
+def _part(name: str, part: str) -> None:
+    number, _, total = part.partition("/")
+    if not all(re.fullmatch("[1-9][0-9]{0,4}", each) for each in (number, total)) or int(number) > int(total):
+        raise UserError(f"{name} must be I/N with I in [1, N], such as 3/64, got {part}; number the parts from 1")
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,20 @@ class PrepareConfig:
     """Tokens in one file."""
     processes: Count | None = None
     """Processes that tokenize; None: one a CPU core. The result does not depend on it."""
+    part: Annotated[str, _part] | None = None
+    """I/N: prepare only the I-th of N parts of the input, as one of N jobs; None: all of it."""
+    join: bool = False
+    """Make the folder of what all jobs with part prepared: the one that a single process would make."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder that is written: ``out``, or that of the part in it."""
+        return parts_folder(Path(self.out)) / self.part.replace("/", "-of-") if self.part else Path(self.out)
+
+
+def parts_folder(out: Path) -> Path:
+    """What holds the parts of ``out`` until they are joined. It is hidden: no corpus has such a name."""
+    return out / ".parts"
 
 
 def parse_prepare(arguments: list[str]) -> PrepareConfig:
@@ -55,5 +78,18 @@ def parse_prepare(arguments: list[str]) -> PrepareConfig:
         raise UserError("--input is required: name files, folders, globs or hf:DATASET")
     if not config.out:
         raise UserError("--out is required: name the folder to write")
+    if config.part is not None and config.join:
+        raise UserError("--join comes once all parts are done, got --part with it; leave one of them out")
+    if config.part is not None or config.join:
+        if needs_texts(config.tokenizer):
+            raise UserError(
+                f"--part needs a tokenizer that is ready, got {config.tokenizer}, which is made from all text; "
+                "prepare a sample of the text, and give the folder tokenizer in it as --tokenizer"
+            )
+        if config.max_documents is not None or (config.val_input and config.val_documents is not None):
+            raise UserError(
+                "--part takes all documents of its files, as no part knows how many come before them; leave out "
+                "--max-documents, and --val-documents beside --val-input"
+            )
     LocalFolder("mount the bucket, or copy the folder there afterwards")("--out", config.out)
     return config

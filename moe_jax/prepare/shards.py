@@ -1,5 +1,6 @@
 """Token streams on their way to disk, shard by shard, so that a kill leaves a valid beginning. Imports no jax."""
 
+import contextlib
 import dataclasses
 import os
 from dataclasses import dataclass
@@ -24,19 +25,38 @@ class SplitCounts:
     """Of the text in UTF-8."""
     num_unknown: Natural = 0
     """Tokens that stand for text which the tokenizer cannot represent."""
-    open_tokens: Natural = 0
-    """Tokens of a document that has not ended yet."""
+    open_document: tuple[Natural, Natural, Natural] = (0, 0, 0)
+    """Tokens, bytes and unknown tokens of a document that has not ended yet; the bytes above leave them out."""
+
+
+def documents_file(split: Split) -> Path:
+    """Of a split of a part: [documents, 5] tokens, bytes, unknown tokens, ``InputScan.table``; as uint64."""
+    return split.folder / f"{split.name}.documents"
 
 
 class SplitWriter:
-    """Appends to a split; begins by removing what was written after the last ``commit``."""
+    """Appends to a split; begins by removing what was written after the last ``commit``.
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, shard_tokens: int, counts: SplitCounts):
+    The split of a part gets the ``InputScan.table`` of its documents, and a ``documents_file`` with it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        dtype: np.dtype,
+        shard_tokens: int,
+        counts: SplitCounts,
+        table: np.ndarray | None = None,
+    ):
         self._folder, self._name, self._dtype, self._shard_tokens = folder, name, dtype, shard_tokens
-        self.counts = counts
+        self.counts, self._table = counts, table
         refuse_link(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        kept = dict(self.split().files())
+        kept, growing = dict(self.split().files()), [self.split().lengths_file]
+        if table is not None:
+            growing.append(documents_file(self.split()))
+            kept[growing[1]] = counts.num_documents * 5 * 8
         for file, size in kept.items():
             found = file.stat().st_size if file.exists() else 0
             if found < size:  # truncation would fill what is missing with zeros
@@ -44,8 +64,7 @@ class SplitWriter:
                     f"{file} must have the {size} bytes that were written before, has {found}; "
                     "remove the folder and prepare again"
                 )
-        lengths_file = self.split().lengths_file
-        for file in [*folder.glob(f"{name}-*.bin"), lengths_file]:
+        for file in [*folder.glob(f"{name}-*.bin"), *growing]:
             refuse_link(file)
             if file in kept:
                 file.touch()
@@ -53,7 +72,7 @@ class SplitWriter:
             else:
                 file.unlink()
         self._shard: IO[bytes] | None = None
-        self._lengths = open(lengths_file, "ab")  # noqa: SIM115 - closed by close()
+        self._growing = [open(file, "ab") for file in growing]  # noqa: SIM115 - closed by close()
 
     def split(self) -> Split:
         """What was written, without the hashes of its files."""
@@ -81,24 +100,29 @@ class SplitWriter:
             counts.num_tokens += len(now)
             if counts.num_tokens % self._shard_tokens == 0:
                 self._close_shard()
-        reached = encoded.lengths.copy()
-        reached[0] += counts.open_tokens
-        lengths = reached[:-1]
+        reached = encoded.documents.copy()
+        reached[0] += counts.open_document
+        documents, lengths = reached[:-1], reached[:-1, 0]
         if lengths.max(initial=0) > np.iinfo(LENGTHS).max:
             raise UserError(
                 f"a document must have at most {np.iinfo(LENGTHS).max:,} tokens, got {lengths.max():,}; "
                 "divide the file by --separator"
             )
-        with naming(self._lengths.name):
-            self._lengths.write(lengths.astype(LENGTHS).tobytes())
-        counts.open_tokens = int(reached[-1])
-        counts.num_documents += len(lengths)
-        counts.num_bytes += encoded.num_bytes
-        counts.num_unknown += encoded.num_unknown
+        numbers: list[np.ndarray] = [lengths.astype(LENGTHS)]
+        if self._table is not None:
+            scanned = self._table[counts.num_documents :][: len(documents)]
+            numbers.append(np.hstack([documents.astype(np.uint64), scanned]))
+        for file, written in zip(self._growing, numbers, strict=True):
+            with naming(file.name):
+                file.write(written.tobytes())
+        counts.open_document = tuple(reached[-1].tolist())
+        counts.num_documents += len(documents)
+        counts.num_bytes += int(documents[:, 1].sum())
+        counts.num_unknown += int(documents[:, 2].sum())
 
     def commit(self) -> None:
         """Returns once all that was written is on disk."""
-        for file in (self._shard, self._lengths):
+        for file in (self._shard, *self._growing):
             if file is not None:
                 _make_durable(file)
 
@@ -117,7 +141,10 @@ class SplitWriter:
                 _make_durable(shard)
 
     def close(self) -> None:
-        with naming(self._lengths.name), self._lengths:
+        with contextlib.ExitStack() as stack:
+            for file in self._growing:
+                stack.enter_context(naming(file.name))
+                stack.enter_context(file)
             self._close_shard()
 
 

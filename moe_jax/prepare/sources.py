@@ -252,6 +252,8 @@ class Piece(NamedTuple):
     before: str = ""
     after: str = ""
     """Some text of the document around the piece."""
+    source: str = ""
+    """The name of its source."""
 
 
 class Documents:
@@ -277,10 +279,10 @@ class Documents:
                 name = f"{source.name}#{in_source}" if in_source else source.name
                 around, is_first = "", True
                 for piece in pieces:
-                    yield Piece(index, name, before, is_first, False, around, piece[:AROUND].rstrip())
+                    yield Piece(index, name, before, is_first, False, around, piece[:AROUND].rstrip(), source.name)
                     # A tokenizer may treat white space at an end otherwise.
                     around, before, is_first = before[-AROUND:].lstrip(), piece, False
-                yield Piece(index, name, before, is_first, True, around)
+                yield Piece(index, name, before, is_first, True, around, "", source.name)
                 index, in_source = index + 1, in_source + 1
             if not in_source:
                 self.empty_sources.append(source)

@@ -92,7 +92,7 @@ def test_a_file_that_somebody_cut_gets_no_hole(tmp_path):
 
 def encoded(length):
     ids = np.zeros(length, np.uint16)
-    return Encoded("train", ids, np.array([length, 0]), num_bytes=length, num_unknown=0)
+    return Encoded("train", ids, np.array([[length, length, 0], [0, 0, 0]]))
 
 
 @pytest.mark.parametrize("length", [100, 100_000])
