@@ -34,6 +34,7 @@ def gpu(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_stages_on_small_shapes_end_in_a_file_and_a_table(tmp_path):
     rows, printed = measure(tmp_path, "--stages", "device", "sweep")
     assert not [row for row in rows if "error" in row]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax.cli import load_recipe
-from moe_jax.config import Config, ModelConfig, MoEConfig, SampleConfig
+from moe_jax.config import Config, MeshConfig, ModelConfig, MoEConfig, SampleConfig
 from moe_jax.config.bounds import MANY
 from moe_jax.config.fields import check_type, settings
 from moe_jax.config.rules import ROUTER_RULES, check, check_sample, profile_steps, router_rules
@@ -81,6 +81,9 @@ def test_every_number_stands_with_its_range():
         ("model.context_length", 10**9, "the tokens of a step, must be at most 2,147,483,647, got 32,000,000,000;"),
         ("data.batch_size", 2**31, f"data.batch_size must be in [1, {MANY}], got 2147483648"),
         ("mesh.data", 0, "mesh.data must be -1 (all devices that are left) or at least 1, got 0"),
+        ("mesh.coordinator", "host:1", "go together, but there is no mesh.num_processes and no mesh.process_id; give"),
+        ("mesh.heartbeat_seconds", 1.0, "mesh.heartbeat_seconds must be in [5.0, 3600.0], got 1.0"),
+        ("train.max_minutes", 0.0, "train.max_minutes must be at least"),
         ("train.profile", "9:3", "train.profile must be START:STOP with START < STOP"),
         ("train.profile", "2000:2001", "train.profile must start before train.num_steps=1000"),
         ("train.trackers", ["mlflow"], "train.trackers must be a tuple"),
@@ -110,6 +113,18 @@ def test_what_is_impossible_is_refused_with_rule_value_and_remedy(name, value, w
 )
 def test_impossible_groups_of_experts_are_refused(moe, words):
     assert words in error_of(check, Config(model=ModelConfig(moe=MoEConfig(router="sigmoid_bias", **moe))))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        ({"coordinator": "host"}, "mesh.coordinator must be HOST:PORT, got host; add the port, such as :8476"),
+        ({"process_id": 2}, "mesh.process_id must be below mesh.num_processes=2, got 2; they count from 0"),
+    ],
+)
+def test_impossible_processes_are_refused(mesh, words):
+    settings = {"coordinator": "10.0.0.1:8476", "num_processes": 2, "process_id": 0} | mesh
+    assert words in error_of(check, Config(mesh=MeshConfig(**settings)))
 
 
 def test_a_type_of_several_names_the_first_and_takes_the_others():

@@ -18,7 +18,7 @@ from moe_jax.errors import EnvironmentFault, Interrupted, tell_error
 
 Result = TypeVar("Result")
 
-_ALIVE, _WELL = "moe_jax/alive/", "moe_jax/well/"
+_ALIVE, _TURN = "moe_jax/alive/", "moe_jax/turn/"
 _FAILED, _ENDED = "failed", "ended"
 _DAY_MS = 24 * 3600 * 1000
 _turns = itertools.count()
@@ -37,7 +37,7 @@ def join_processes(config: MeshConfig) -> None:
             "num_processes": config.num_processes,
             "process_id": config.process_id,
         }
-    elif not _is_one_of_several(os.environ):
+    elif not is_one_of_several(os.environ):
         return
     import jax
 
@@ -57,7 +57,7 @@ def join_processes(config: MeshConfig) -> None:
         ) from None
 
 
-def _is_one_of_several(environment: Mapping[str, str]) -> bool:
+def is_one_of_several(environment: Mapping[str, str]) -> bool:
     """Whether what started this process says that it is one of several. A shell within a SLURM job is not."""
     if "SLURM_STEP_NODELIST" in environment and "SLURM_PROCID" in environment:
         return environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")) != "1"
@@ -74,19 +74,24 @@ def is_first_process() -> bool:
 
 
 def all_well(is_well: bool) -> bool:
-    """Whether ``is_well`` holds in every process.
+    """Whether ``is_well`` holds in every process."""
+    return all(value == str(True) for value in exchanged(str(is_well)))
+
+
+def exchanged(value: str) -> list[str]:
+    """``value`` of every process, in their order.
 
     Each process must call it at the same place of the program, for each waits for the others: it is a barrier too.
     """
     import jax
 
     if jax.process_count() == 1:
-        return is_well
+        return [value]
     client, turn = _client(), next(_turns)
-    client.key_value_set(f"{_WELL}{turn}/{jax.process_index()}", str(is_well))
+    client.key_value_set(f"{_TURN}{turn}/{jax.process_index():08d}", value)
     # By the coordinator, not by the devices: those wait for half a minute, and a text may take hours to prepare.
-    client.wait_at_barrier(f"{_WELL}{turn}", _DAY_MS)
-    return all(value == "True" for _, value in client.key_value_dir_get(f"{_WELL}{turn}/"))
+    client.wait_at_barrier(f"{_TURN}{turn}", _DAY_MS)
+    return [value for _, value in sorted(client.key_value_dir_get(f"{_TURN}{turn}/"))]
 
 
 def _client() -> Any:

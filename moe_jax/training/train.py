@@ -24,7 +24,8 @@ from moe_jax.errors import UserError
 from moe_jax.model.decoder import Decoder, Variables
 from moe_jax.model.machine import Machine, this_machine
 from moe_jax.model.moe.backends import Choice, choose, for_machine
-from moe_jax.runs.checkpoint.record import Saved, newest_sound
+from moe_jax.runs.checkpoint.record import Saved
+from moe_jax.runs.checkpoint.restore import newest_sound_for_all
 from moe_jax.runs.checkpoint.save import Checkpoints
 from moe_jax.runs.layout import RunDirectory
 from moe_jax.runs.opened import OpenedRun
@@ -104,7 +105,7 @@ def resolve(config: Config, open_dataset: Callable[[], Dataset], workdir: Path) 
     run.check_folders()
     if config.data.path is not None and Path(config.data.path).resolve() == run.path.resolve():
         raise UserError(f"--workdir must be another folder than data.path, got {run.path} for both; name a new one")
-    saved = newest_sound(run.checkpoints)
+    saved = newest_sound_for_all(run.checkpoints)
     begun = _begun(run, saved)
     if begun is not None and saved is not None:
         _progress_of(saved)

@@ -80,6 +80,7 @@ def test_another_text_is_tokenized_as_the_runs_was(finished, tmp_path):
     assert raw["tokens"] < scores_of(finished, made.out, "train", "best")["tokens"]
 
 
+@pytest.mark.slow
 def test_a_text_is_delimited_and_split_as_the_runs_was(small, tmp_path):
     text = tmp_path / "verse.txt"
     text.write_text(VERSE * 60)

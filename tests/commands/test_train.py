@@ -112,6 +112,7 @@ def test_a_finished_run_without_pictures_of_its_end_gets_them(tiny, finished, tm
     assert (step, files) == (30, [run.loss_curve, run.expert_load])
 
 
+@pytest.mark.slow
 def test_a_run_stops_when_its_patience_ends(small, tmp_path, capsys):
     # A learning rate of almost nothing: no evaluation is better than the first by more than rounding.
     config = small(

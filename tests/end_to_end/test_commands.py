@@ -70,6 +70,7 @@ def test_sampling_from_a_prompt(home, run):
     assert given.stdout.count("the quick") >= 2
 
 
+@pytest.mark.slow
 def test_from_python_and_in_a_conversation_the_text_is_that_of_the_command(home, run):
     flags = ("--workdir", run[0], "--max-new-tokens", 100, "--seed", 0)
     printed = command(home, "sample.py", *flags, "--prompt", "-", stdin="ROMEO:").stdout

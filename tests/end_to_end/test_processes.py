@@ -68,18 +68,18 @@ def test_two_processes_train_as_one_does_and_a_signal_to_one_saves_on_both(home,
 @pytest.mark.parametrize("index", [0, 1])
 def test_one_process_that_is_gone_or_stopped_ends_all_with_one_line(home, straight, signal_name, index):
     workdir = home / f"{signal_name}_{index}"
-    faults = {index: {"signal_at": {"moment": "step", "number": 12, "signal_name": signal_name}}}
-    ended = train_together(home, workdir, 2, "--mesh.expert", 2, "--train.num-steps", 100_000, faults=faults)
+    faults = {index: {"signal_at": {"moment": "step", "number": 17, "signal_name": signal_name}}}
+    ended = train_together(home, workdir, 2, "--mesh.expert", 2, faults=faults)
     assert ended[index][0] == -signal.SIGKILL
     code, _, errors = ended[1 - index]
     assert code == 1, errors
     assert errors.splitlines()[-1].startswith("error: "), errors
     assert errors.count("run the same command again, on these machines or on what is left of them") == 1
-    assert saved_steps(workdir / "checkpoints") == [5, 10]
+    newest = saved_steps(workdir / "checkpoints")[-1]
     # On more, smaller ones; and then on one.
-    again = train_together(home, workdir, 4, "--train.num-steps", 25)
+    again = train_together(home, workdir, 4, "--train.num-steps", 30)
     assert [code for code, _, _ in again] == [0, 0, 0, 0], again
-    assert "going on from step 10\n" in again[0][1]
+    assert f"going on from step {newest}\n" in again[0][1]
     assert train(home, workdir).returncode == 0
     assert_same_losses(workdir, straight)
 

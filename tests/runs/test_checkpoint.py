@@ -185,7 +185,7 @@ def test_what_is_removed_while_it_is_read_is_not_chosen(tmp_path, monkeypatch):
 @pytest.mark.parametrize("fault", [FileNotFoundError("gone"), UserError("must have checkpoint format 2, got 1")])
 def test_a_fault_of_what_is_gone_is_none(tmp_path, monkeypatch, fault):
     fill(tmp_path, [1.0, 3.0])
-    check = record_module._checked_record
+    check = record_module.checked_record
 
     def late(step_folder):
         if step_folder.name == "10":
@@ -193,7 +193,7 @@ def test_a_fault_of_what_is_gone_is_none(tmp_path, monkeypatch, fault):
             raise fault
         return check(step_folder)
 
-    monkeypatch.setattr(record_module, "_checked_record", late)
+    monkeypatch.setattr(record_module, "checked_record", late)
     assert find_checkpoint(tmp_path, "best").folder.name == "20"
 
 

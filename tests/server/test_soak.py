@@ -109,12 +109,12 @@ def run_soak(num_tokens):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("num_tokens", [15_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_tokens", [6_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_a_soak_loses_no_request_and_no_memory(num_tokens):
     # In a process of its own, whose memory is the server's alone.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         tally, grown, generated = pool.apply(run_soak, (num_tokens,))
     assert grown < 20e6
     assert tally["answered"] > num_tokens / 300
-    assert tally["left"] > 20
+    assert tally["left"] > num_tokens / 750
     assert generated >= num_tokens

@@ -176,13 +176,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "router",
-    [
-        "quantile",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sigmoid_bias", "switch", "expert_choice")),
-    ],
-)
+@pytest.mark.slow  # tests/training/test_meshes.py has two of them on eight devices
+@pytest.mark.parametrize("router", VARIANTS)
 def test_devices_accumulation_and_remat_change_no_router(router):
     moe, devices, accumulation = VARIANTS[router]
     config = change(CONFIG, model={"moe": MoEConfig(num_experts=4, expert_dim=12, **LOSSES | moe)})
@@ -272,6 +267,7 @@ def packed_batch(garbage=0):
     return tokens | {"mask": mask, "segments": segments.astype(np.int32), "positions": positions.astype(np.int32)}
 
 
+@pytest.mark.slow  # tests/model/test_documents.py and tests/data hold what it is made of
 def test_rows_of_documents_train_the_same_under_accumulation_and_devices_whatever_padding_holds():
     expected = two_steps(CONFIG, made=packed_batch())
     accumulated = change(CONFIG, optimizer={"accumulation_steps": 2})

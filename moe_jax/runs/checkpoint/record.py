@@ -90,7 +90,7 @@ def newest_sound(folder: Path) -> Saved | None:
     damaged: dict[Path, str] = {}
     for step in reversed(saved_steps(folder)):
         step_folder = folder / str(step)
-        record = _checked_record(step_folder)
+        record = checked_record(step_folder)
         damage = record if isinstance(record, str) else find_damage(step_folder, most_bytes=record.most_bytes)
         if isinstance(record, Record) and damage is None:
             return Saved(step_folder, record, damaged)
@@ -117,7 +117,7 @@ def find_checkpoint(folder: Path, which: Which) -> Found:
         folders: dict[Which, Path] = {"best": folder / str(best), "newest": folder / str(newest)}
         record: Record | str | UserError | OSError
         try:
-            record = _checked_record(folders[which])
+            record = checked_record(folders[which])
         except (UserError, OSError) as error:
             record = error
         # Where a training has removed one of them meanwhile, it has also saved another, which is to be chosen among.
@@ -154,7 +154,7 @@ class _Version(msgspec.Struct):
     format_version: int = 1
 
 
-def _checked_record(step_folder: Path) -> Record | str:
+def checked_record(step_folder: Path) -> Record | str:
     """The record of a step, or what is damaged in it. UserError where it was written by another version."""
     version = 1  # its record was called progress
     if (step_folder / "record").exists() or not (step_folder / "progress").is_dir():

@@ -11,7 +11,20 @@ from moe_jax.axes import PyTree
 from moe_jax.errors import UserError
 from moe_jax.files import plain_name
 from moe_jax.runs.checkpoint.faults import quiet_libraries, reason
-from moe_jax.runs.checkpoint.record import Record
+from moe_jax.runs.checkpoint.record import Record, Saved, checked_record, newest_sound
+from moe_jax.sharding.processes import exchanged, first_then_all, is_first_process
+
+
+def newest_sound_for_all(folder: Path) -> Saved | None:
+    """``newest_sound`` as the first process finds it, which alone reads and hashes all files."""
+    saved = first_then_all(lambda: newest_sound(folder) if is_first_process() else None)
+    step = exchanged("" if saved is None else str(saved.record.step))[0]
+    if is_first_process() or not step:
+        return saved
+    record = checked_record(folder / step)
+    if isinstance(record, str):
+        raise UserError(f"the checkpoint {folder / step} is sound to the first process, but not here: {record}")
+    return Saved(folder / step, record, {})
 
 
 def restore_items(step_folder: Path, record: Record, items: Mapping[str, PyTree]) -> dict[str, PyTree]:

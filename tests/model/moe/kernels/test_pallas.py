@@ -109,6 +109,7 @@ def _distance(got, want) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
+@pytest.mark.slow  # tests/training/test_meshes.py has it on eight
 def test_two_devices_compute_what_one_does():
     x_GTD = jnp.asarray(np.random.default_rng(1).standard_normal((2, 8, D)), jnp.float32)
     plan = jax.vmap(lambda logits_TE: top_k_plan(logits_TE, K))(x_GTD[..., :E])
