@@ -41,6 +41,9 @@ def join_processes(config: MeshConfig) -> None:
         return
     import jax
 
+    # On a CPU each exchange that waits holds a thread of XLA's, and with one a core none may be left for what it waits
+    # for: two processes of two devices hung on two cores.
+    os.environ.setdefault("PJRT_NPROC", str(max(16, os.cpu_count() or 1)))
     seconds = int(config.heartbeat_seconds)
     try:
         jax.distributed.initialize(
