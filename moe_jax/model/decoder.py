@@ -60,11 +60,18 @@ class Tokens(flax.struct.PyTreeNode):
 
 
 class DecoderOutput(flax.struct.PyTreeNode):
-    logits_BLV: Array
-    """float32."""
+    hidden_BLD: Array
+    """After the last norm."""
+    output_DV: Array
+    """float32; what ``hidden_BLD`` is projected by."""
     statistics: MoEStatistics | None
     """Leaves [MoE layers, B, ...]: each sequence is one routing group. None without MoE layers."""
     caches: tuple[LayerCache, ...] | None = None
+
+    @property
+    def logits_BLV(self) -> Array:
+        """float32."""
+        return float32_product(self.hidden_BLD, self.output_DV.astype(self.hidden_BLD.dtype))
 
 
 class Block(nn.Module):
@@ -176,7 +183,8 @@ class Decoder(nn.Module):
             x_BLD, statistics = self._scan(x_BLD, context, expert_bias_NE)
         if logits_at_B is not None:
             x_BLD = jnp.take_along_axis(x_BLD, logits_at_B[:, None, None], axis=1)
-        return DecoderOutput(self._logits(x_BLD, embedding_VD), statistics, caches)
+        hidden_BLD = Norm(config, name="final_norm")(x_BLD)
+        return DecoderOutput(hidden_BLD, self._output(embedding_VD), statistics, caches)
 
     def _embed(self, embedding_VD: Array, id_BL: Array, context: Context) -> Array:
         config = self.config
@@ -192,15 +200,11 @@ class Decoder(nn.Module):
             x_BLD = dropout(x_BLD, config.dropout_rate, keys_B)
         return constrain(x_BLD, ("batch", None, None))
 
-    def _logits(self, x_BLD: Array, embedding_VD: Array) -> Array:
-        config = self.config
-        x_BLD = Norm(config, name="final_norm")(x_BLD)
-        if config.tie_embeddings:
-            output_DV = embedding_VD.T
-        else:
-            init = with_axes(matrix_init(config), ("embed", "vocab"))
-            output_DV = self.param("output", init, (config.embed_dim, self.vocab_size))
-        return float32_product(x_BLD, output_DV.astype(x_BLD.dtype))
+    def _output(self, embedding_VD: Array) -> Array:
+        if self.config.tie_embeddings:
+            return embedding_VD.T
+        init = with_axes(matrix_init(self.config), ("embed", "vocab"))
+        return self.param("output", init, (self.config.embed_dim, self.vocab_size))
 
     def _scan(
         self, x_BLD: Array, context: Context, expert_bias_NE: Array | None

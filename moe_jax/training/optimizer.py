@@ -98,6 +98,7 @@ def _adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientT
         b1=config.beta1,
         b2=config.beta2,
         eps=config.epsilon,
+        mu_dtype=config.mu_dtype,
         weight_decay=config.weight_decay,
         mask=decay_mask,
     )
@@ -105,8 +106,11 @@ def _adamw(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientT
 
 def _muon(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Muon (arXiv 2502.16982, algorithm 1) for hidden matrices, AdamW for the rest."""
+    muon = contrib.scale_by_muon(
+        beta=config.muon_beta, mu_dtype=config.mu_dtype, weight_dimension_numbers=_last_two_axes
+    )
     matrices = optax.chain(
-        _on_whole_matrices(contrib.scale_by_muon(beta=config.muon_beta, weight_dimension_numbers=_last_two_axes)),
+        _on_whole_matrices(muon),
         # An orthogonal matrix [m, n] has a root mean square of 1 / sqrt(max(m, n)).
         optax.stateless(lambda updates, _: jax.tree.map(_scale_to_adamw, updates)),
         optax.add_decayed_weights(config.weight_decay),

@@ -10,7 +10,7 @@ import optax
 
 from moe_jax.axes import Array, PyTree
 from moe_jax.config import Config, MoEConfig
-from moe_jax.model.decoder import Decoder, DecoderOutput, Tokens, Variables, forward
+from moe_jax.model.decoder import Decoder, Tokens, Variables, forward
 from moe_jax.model.moe.bias import updated_bias
 from moe_jax.model.moe.routing import ROUTERS
 from moe_jax.model.moe.statistics import (
@@ -21,6 +21,7 @@ from moe_jax.model.moe.statistics import (
     router_z_loss,
     routing_totals,
 )
+from moe_jax.training.cross_entropy import cross_entropy
 from moe_jax.training.state import TrainState
 
 
@@ -101,8 +102,10 @@ def objective(
     """What a microbatch adds to the objective of a batch of ``batch_size`` sequences and ``num_targets`` tokens."""
     moe = config.model.moe
     variables = Variables(params, expert_bias_NE)
-    loss, output = _summed_loss(decoder, variables, microbatch, train=True, keys_B=keys_B)
-    loss /= num_targets
+    output = forward(decoder, variables, tokens_of(microbatch), train=True, keys_B=keys_B)
+    loss = cross_entropy(
+        output.hidden_BLD, output.output_DV, microbatch["targets"], microbatch.get("mask"), num_targets
+    )
     if output.statistics is None:
         return loss, (loss, {}, None)
     losses = _moe_losses(moe, output.statistics, batch_size, num_targets, config.optimizer.accumulation_steps)
@@ -136,44 +139,10 @@ def _num_targets(batch: dict[str, Array]) -> Array:
     return jnp.maximum(count, 1).astype(jnp.float32)
 
 
-def _summed_loss(
-    decoder: Decoder, variables: Variables, batch: dict[str, Array], *, train: bool, keys_B: Array | None = None
-) -> tuple[Array, DecoderOutput]:
-    """The cross-entropy of the batch's scored tokens, in nats, and what the decoder returned.
-
-    Where the batch has a ``mask``, other tokens count nowhere; where it has ``segments``, attention stays in each.
-    """
-    mask_BL = batch.get("mask")
-    output = forward(decoder, variables, tokens_of(batch), train=train, keys_B=keys_B)
-    loss_BL = cross_entropy(output.logits_BLV, batch["targets"])
-    return jnp.sum(loss_BL if mask_BL is None else jnp.where(mask_BL, loss_BL, 0.0)), output
-
-
 def tokens_of(batch: dict[str, Array]) -> Tokens:
-    """What the decoder reads of a batch."""
+    """What the decoder reads of a batch. With ``segments`` attention stays in each; what is not in ``mask`` counts
+    nowhere."""
     return Tokens(batch["inputs"], batch.get("mask"), batch.get("positions"), batch.get("segments"))
-
-
-@jax.custom_vjp
-def cross_entropy(logits_BLV: Array, targets_BL: Array) -> Array:
-    """-log softmax(logits)[target], [B, L] float32, in nats."""
-    return _cross_entropy_forward(logits_BLV, targets_BL)[0]
-
-
-def _cross_entropy_forward(logits_BLV: Array, targets_BL: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    logsumexp_BL = jax.nn.logsumexp(logits_BLV, axis=-1)
-    target_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
-    return logsumexp_BL - target_BL, (logits_BLV, logsumexp_BL, targets_BL)
-
-
-def _cross_entropy_backward(residuals: tuple[Array, Array, Array], dloss_BL: Array) -> tuple[Array, None]:
-    # In one pass: the gradient of a gather would be a scatter into as many zeros as there are logits.
-    logits_BLV, logsumexp_BL, targets_BL = residuals
-    is_target_BLV = jnp.arange(logits_BLV.shape[-1])[None, None, :] == targets_BL[..., None]
-    return (jnp.exp(logits_BLV - logsumexp_BL[..., None]) - is_target_BLV) * dloss_BL[..., None], None
-
-
-cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
 def _moe_losses(
@@ -217,6 +186,7 @@ class EvalOutput(flax.struct.PyTreeNode):
 
 def eval_step(decoder: Decoder, variables: Variables, batch: dict[str, Array]) -> EvalOutput:
     """The sums over a batch with a mask, without noise, dropout or drops."""
-    loss, output = _summed_loss(decoder, variables, batch, train=False)
+    output = forward(decoder, variables, tokens_of(batch), train=False)
+    loss = cross_entropy(output.hidden_BLD, output.output_DV, batch["targets"], batch["mask"], jnp.float32(1))
     routing = None if output.statistics is None else routing_totals(output.statistics).replace(reach_NEQ=None)
     return EvalOutput(loss, jnp.sum(batch["mask"]), routing)

@@ -40,6 +40,21 @@ def test_an_interrupted_run_goes_on_and_ends_bit_identical(tiny, finished, tmp_p
     assert_same_arrays(run.path, finished.path)
 
 
+def test_moments_in_bfloat16_go_on_to_the_same_bits(small, tmp_path):
+    train_settings = {"num_steps": 9, "eval_every": 9, "checkpoint_every": 9, "log_every": 3}
+    config = small(train=train_settings, optimizer={"mu_dtype": "bfloat16", "warmup_steps": 0})
+    train(config, tmp_path / "straight")
+    with stop_at(4):
+        train(config, tmp_path / "stopped")
+    train(config, tmp_path / "stopped")
+    assert "going on from step" in RunDirectory(tmp_path / "stopped").log_file.read_text()
+    assert_same_arrays(tmp_path / "stopped", tmp_path / "straight")
+    kept = arrays(tmp_path / "straight", "optimizer_state")
+    assert {value.dtype.name for name, value in kept.items() if "'mu'" in name} == {"bfloat16"}
+    with pytest.raises(UserError, match="mu_dtype was bfloat16, now float32"):
+        train(runs.change(config, optimizer={"mu_dtype": "float32"}), tmp_path / "stopped")
+
+
 def config_of(folder, mode="windows", devices=8, **train):
     """Noisy routing and dropout everywhere, in three epochs of documents; written into ``folder``."""
     documents = [VERSE[: 20 + 7 * n] for n in range(40)]

@@ -142,3 +142,23 @@ def test_the_rest_of_muon_is_adamw_to_the_bit():
     np.testing.assert_array_equal(moved["muon"]["embedding"], moved["adamw"]["embedding"])
     np.testing.assert_array_equal(moved["muon"]["moe"]["router"], moved["adamw"]["moe"]["router"])
     assert not np.array_equal(moved["muon"]["moe"]["w_up"], moved["adamw"]["moe"]["w_up"])
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_mean_of_gradients_in_bfloat16_is_kept_so_and_nothing_else_is(name):
+    params = {"embedding": jnp.ones((5, 4)), "moe": {"router": jnp.ones((4, 3)), "w_up": jnp.ones((3, 4, 6))}}
+    keys = jax.random.split(jax.random.key(0), 5)
+    all_gradients = [jax.tree.map(lambda leaf, key=key: jax.random.normal(key, leaf.shape), params) for key in keys]
+    updates = {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = make_optimizer(OptimizerConfig(name=name, mu_dtype=dtype), lambda step: 0.1)
+        state = optimizer.init(params)
+        for gradients in all_gradients:
+            updates[dtype], state = jax.jit(optimizer.update)(gradients, state, params)
+        leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(state)]
+        assert [leaf.dtype.name for path, leaf in leaves if ".mu" in path] == [dtype] * 3
+        assert all(leaf.dtype in (jnp.float32, jnp.int32) for path, leaf in leaves if ".mu" not in path)
+    for got, want in zip(jax.tree.leaves(updates["bfloat16"]), jax.tree.leaves(updates["float32"]), strict=True):
+        assert got.dtype == jnp.float32
+        np.testing.assert_allclose(got, want, rtol=0.1, atol=2e-3)
+        assert not np.array_equal(got, want)
