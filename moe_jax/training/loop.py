@@ -49,9 +49,7 @@ def fit(
     ``start.progress`` is kept up to date. Raises EnvironmentFault where the state could not be saved, or where the
     loss was not finite for too long.
     """
-    loop = Loop(setup, start, checkpoints, metrics, observers, request)
-    loop.run()
-    return loop.state
+    return Loop(setup, start, checkpoints, metrics, observers, request).run()
 
 
 @dataclass
@@ -79,7 +77,7 @@ class Loop:
         self.tokenizer = fingerprint(setup.dataset.tokenizer)
         self.interval = Interval(start.progress.interval)
 
-    def run(self) -> None:
+    def run(self) -> TrainState:
         train, first = self.config.train, self.first
         with self._batches(self.progress.next_batch) as batches:
             unread: StepOutput | None = None
@@ -122,6 +120,7 @@ class Loop:
                     self._save_at_last(done, val_loss)
                     break
                 clock = time.perf_counter()
+        return self.state
 
     def _batches(self, start: int) -> TrainBatches:
         own = own_rows(self.setup.mesh, self.config.data.batch_size)
@@ -144,8 +143,7 @@ class Loop:
         if output is None:
             return
         output = jax.device_get(output)
-        if output.exit_code is not None:
-            self.request.hear(int(output.exit_code))
+        self.request.hear(int(output.exit_code or 0))
         if done > self.first + 1:  # the first step of a start compiles, and is not timed
             self.interval.time(int(output.num_targets))
         for observer in self.observers:
