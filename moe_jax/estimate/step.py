@@ -75,7 +75,7 @@ def estimate(config: Config, sizes: dict[str, int], device: str, vocab_size: int
     kind = KINDS[device]
     check_mesh(sizes, config.model, config.data.batch_size // config.optimizer.accumulation_steps)
     mesh = absent_mesh(device, sizes)
-    compiled, state, model = _compile(config, mesh, kind, vocab_size)
+    compiled, state, model = compile_step(config, mesh, kind, vocab_size)
     params = state.params
     total, active = count_params(params, model.moe)
     model_flops = flops_per_token(params, model) * config.data.batch_size * model.context_length / mesh.size
@@ -117,7 +117,7 @@ def estimate(config: Config, sizes: dict[str, int], device: str, vocab_size: int
     )
 
 
-def _compile(config: Config, mesh: Mesh, kind: Kind, vocab_size: int) -> tuple[Any, TrainState, ModelConfig]:
+def compile_step(config: Config, mesh: Mesh, kind: Kind, vocab_size: int) -> tuple[Any, TrainState, ModelConfig]:
     """The step as compiled, the shapes of its state, and the model with its backend on such a machine."""
     num_tokens = config.data.batch_size // config.optimizer.accumulation_steps * config.model.context_length
     packed = config.data.mode == "packed"
@@ -153,25 +153,25 @@ def _bytes_on_a_device(tree: PyTree) -> int:
 
 
 def _exchanged(found: list[Collective], mesh: Mesh, kind: Kind) -> list[dict[str, Any]]:
-    rows: dict[tuple, dict[str, Any]] = collections.defaultdict(
-        lambda: {"times": 0, "received": 0, "sent": 0.0, "seconds": 0.0}
-    )
+    rows: dict[tuple, Any] = collections.defaultdict(collections.Counter)
     for each in found:
         row = rows[each.kind, each.axes]
         row["times"] += each.times
         row["received"] += each.num_bytes
         row["sent"] += each.wire_bytes
-        row["seconds"] += each.wire_bytes / (kind.network if _leaves_the_host(each.axes, mesh, kind) else kind.link)
-    named = [{"kind": name, "axes": list(axes), **row} for (name, axes), row in rows.items()]
+        row["seconds"] += each.wire_bytes / speed_of(each, mesh, kind)
+    named: list[dict[str, Any]] = [{"kind": name, "axes": list(axes), **row} for (name, axes), row in rows.items()]
     return sorted(named, key=lambda row: -row["seconds"])
 
 
-def _leaves_the_host(axes: tuple[str, ...], mesh: Mesh, kind: Kind) -> bool:
-    """Whether devices that differ in these axes alone are of different hosts."""
+def speed_of(each: Collective, mesh: Mesh, kind: Kind) -> float:
+    """Bytes a second that a device sends. A ring enters a host once, so that its devices' cards carry a part each."""
     ids = np.arange(mesh.size).reshape(tuple(mesh.shape.values()))
-    own = [index for index, name in enumerate(mesh.axis_names) if name in axes]
-    groups = np.moveaxis(ids, own, range(len(own))).reshape(math.prod(ids.shape[index] for index in own), -1)
-    return bool(np.any(groups // kind.host != groups[0] // kind.host))
+    own = [index for index, name in enumerate(mesh.axis_names) if name in each.axes]
+    hosts = np.moveaxis(ids, own, range(len(own))).reshape(math.prod(ids.shape[i] for i in own), -1) // kind.host
+    n, near = len(hosts), int((hosts[:, None] == hosts).sum(axis=0).min())  # of a group: all, and those of one host
+    crossing = {"all-to-all": (n - near) / (n - 1), "collective-permute": 1.0}.get(each.kind, 1 / near)
+    return kind.link if near == n else min(kind.link, kind.network / crossing)
 
 
 def _largest(steps: list[Operation], most: int = 5) -> list[dict[str, Any]]:

@@ -1,12 +1,16 @@
 """What is read of a compiled program's text: products, loops, exchanges."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moe_jax.estimate.collectives import collectives
+from moe_jax.estimate.collectives import Collective, collectives
+from moe_jax.estimate.devices import KINDS
 from moe_jax.estimate.program import operations, shapes_in, size_of
+from moe_jax.estimate.step import speed_of
 from moe_jax.sharding.mesh import arrange
 
 MESH = {"data": 2, "fsdp": 2, "expert": 1, "tensor": 2}
@@ -123,3 +127,22 @@ ENTRY %main (x: f32[4]) -> f32[4] {{
 """
     (found,) = collectives(text, arrange(MESH, jax.devices()))
     assert found.axes == axes
+
+
+@pytest.mark.parametrize(
+    ("kind", "axes", "speed"),
+    [
+        ("all-gather", ("tensor",), 450e9),  # within a host
+        ("all-gather", ("data",), 50e9),  # one device a host: each has its own card alone
+        ("all-gather", ("data", "tensor"), 100e9),  # two devices a host share a ring's way out, and each other's cards
+        ("all-reduce", ("data", "fsdp", "tensor"), 200e9),
+        ("all-to-all", ("data",), 50e9),
+        ("all-to-all", ("data", "tensor"), 75e9),  # of three others two are on the other host
+        ("collective-permute", ("data", "tensor"), 50e9),
+    ],
+)
+def test_an_exchange_between_hosts_is_as_fast_as_the_cards_it_passes(kind, axes, speed):
+    mesh = arrange(MESH, jax.devices())
+    size = 2 ** len(axes)
+    exchange = Collective(kind, axes, (("f32", (8,)),), times=1, group_size=size)
+    assert speed_of(exchange, mesh, dataclasses.replace(KINDS["h100"], host=4)) == pytest.approx(speed)
