@@ -114,19 +114,31 @@ def five_corpora_files(folder):
 def shrunk(config, path):
     """``config`` but for its sizes, budget and learning rate: seconds, on the texts at ``path``."""
     model, moe = config.model, config.model.moe
-    moe = dataclasses.replace(moe, expert_dim=32, num_experts=min(moe.num_experts, 8), top_k=min(moe.top_k, 4))
+    moe = dataclasses.replace(
+        moe,
+        expert_dim=32,
+        num_experts=min(moe.num_experts, 8),
+        top_k=min(moe.top_k, 4),
+        num_expert_groups=min(moe.num_expert_groups, 4),
+        top_k_groups=min(moe.top_k_groups, 2),
+        first_dense=min(moe.first_dense, 1),
+    )
     model = dataclasses.replace(
         model,
         context_length=32,
         num_layers=2,
         embed_dim=32,
+        num_heads=min(model.num_heads, 8),
         mlp_dim=model.mlp_dim and 32,
         scan_unroll=1,
         moe=moe,
     )
     tokenizer = config.data.tokenizer if config.data.tokenizer in ("char", "gpt2") else "bpe:300"
     data = dataclasses.replace(config.data, path=str(path), tokenizer=tokenizer, val_fraction=0.1, batch_size=16)
-    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2, warmup_steps=5)
+    accumulation_steps = min(config.optimizer.accumulation_steps, 2)
+    optimizer = dataclasses.replace(
+        config.optimizer, learning_rate=1e-2, warmup_steps=5, accumulation_steps=accumulation_steps
+    )
     # A vocabulary of fifty thousand, of which the text has twenty, takes longer to rule the others out.
     steps = 120 if tokenizer == "gpt2" else 50
     train = dataclasses.replace(
@@ -163,6 +175,8 @@ VOCABULARY = {
     "gpt2": 50_261,
     None: 2048,
     "bpe:512": 512,
+    "data/corpus_32k": 32_000,
+    "data/corpus_129k": 129_280,
     "data/five_corpora": 8192,
     "data/tinystories": 2048,
 }
