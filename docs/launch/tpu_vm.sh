@@ -39,6 +39,7 @@ stop)
   everywhere "pkill -USR1 -f '[p]ython train.py'; while pgrep -f '[p]ython train.py' > /dev/null; do sleep 5; done"
   ;;
 copy)
+  mkdir -p runs
   tpu scp "$NAME:/shared/runs/mixtral" runs/ --recurse --worker 0
   ;;
 delete)
