@@ -88,20 +88,15 @@ def _page(found: "Estimate") -> str:
         lines.append("  nothing")
     lines += ["", "largest arrays"] + [f"  {row['array']}  {_size(row['bytes'])}" for row in found.largest]
     if found.slowest:
-        low, high = found.fastest, found.slowest
-        peak = found.model_flops / _peak(found)
+        from moe_jax.estimate.devices import KINDS
+
+        low, high, peak = found.fastest, found.slowest, found.model_flops / KINDS[found.device].flops
         lines += [
             "",
             f"a step: {1e3 * low:.0f} to {1e3 * high:.0f} ms, MFU {peak / high:.0%} to {peak / low:.0%}: products at "
             "their peak and all exchanges hidden, or products at half of it and none hidden",
         ]
     return "\n".join(lines)
-
-
-def _peak(found: "Estimate") -> float:
-    from moe_jax.estimate.devices import KINDS
-
-    return KINDS[found.device].flops
 
 
 def _of_memory(found: "Estimate") -> str:

@@ -11,6 +11,7 @@ Shape = tuple[str, tuple[int, ...]]
 _WIDTHS = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
 _WIDTHS |= {f"{sign}{8 * width}": width for sign in "su" for width in (1, 2, 4, 8)}
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "copy-done", "partition-id"}
+_HOLDS = re.compile(r"async-|fusion .* async-collective-start|fusion .*calls=%?all-reduce-scatter")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 
 
@@ -59,22 +60,29 @@ def _parts(text: str) -> Iterator[tuple[str, list[str]]]:
 def _walk(name: str, bodies: dict[str, list[re.Match]], times: int) -> Iterator[Operation]:
     shapes = {match[1]: shapes_in(match[2]) for match in bodies[name]}
     for match in bodies[name]:
-        _, result, kind, rest = match.groups()
-        turns = 1
-        if kind == "while":
-            count = re.search(r'known_trip_count"?[:=]\{"?n"?:"?(\d+)', rest)
-            turns = int(count[1]) if count else 1
+        name_here, result, kind, rest = match.groups()
         called = _called(rest, bodies)
-        if kind in ("while", "conditional", "call") or kind.startswith("async-"):
+        # A TPU's collectives lie in fusions: they begin in one, pass others and end in one; or they are followed by a
+        # slice, and then less is sent than is counted here.
+        if kind in ("while", "conditional", "call") or _HOLDS.match(f"{kind} {rest} {name_here}"):
             for each in called:
-                yield from _walk(each, bodies, times * turns)
-        elif kind not in _FREE and not kind.endswith("-done"):
+                yield from _walk(each, bodies, times * (_turns(rest, bodies) if kind == "while" else 1))
+        elif kind not in _FREE and not kind.endswith("-done") and not name_here.startswith("async-collective-done"):
             operands = [shapes.get(each, ()) for each in _operand_names(rest)]
             flops = _product_flops(match, shapes) + sum(_flops_within(each, bodies) for each in called)
             inner = bodies[called[0]] if kind == "fusion" and called else None
             num_bytes = _moved(match, operands) if inner is None else _moved_by_fusion(shapes_in(result), inner)
             flat = tuple(shape for shapes in operands for shape in shapes)
             yield Operation(kind, shapes_in(result), flat, flops, num_bytes, times, match[0])
+
+
+def _turns(rest: str, bodies: dict[str, list[re.Match]]) -> int:
+    """As a loop's line has it; a TPU's has not: the number that its condition compares with, where that is but one."""
+    if known := re.search(r'known_trip_count"?[:=]\{"?n"?:"?(\d+)', rest):
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", rest)
+    ends = [each[4] for each in bodies[condition[1]] if each[3] == "constant"] if condition else []
+    return int(ends[0].split(")")[0]) if len(ends) == 1 and ends[0][0].isdigit() else 1
 
 
 def _moved(match: re.Match, operands: list[tuple[Shape, ...]]) -> int:

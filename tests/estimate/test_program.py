@@ -146,3 +146,55 @@ def test_an_exchange_between_hosts_is_as_fast_as_the_cards_it_passes(kind, axes,
     size = 2 ** len(axes)
     exchange = Collective(kind, axes, (("f32", (8,)),), times=1, group_size=size)
     assert speed_of(exchange, mesh, dataclasses.replace(KINDS["h100"], host=4)) == pytest.approx(speed)
+
+
+def test_a_tpus_program_counts_the_turns_of_loops_and_each_exchange_once():
+    """As libtpu writes it: the turns stand in the loop's condition alone, and exchanges lie in fusions."""
+    groups = "replica_groups={{0,1},{2,3},{4,5},{6,7}}"
+    text = f"""
+%begins (p: f32[4]) -> (f32[4], f32[8], u32[]) {{
+  %p = f32[4]{{0}} parameter(0)
+  %g = f32[8]{{0}} all-gather(%p), {groups}, dimensions={{0}}
+  ROOT %t = (f32[4]{{0}}, f32[8]{{0}}, u32[]) tuple(%p, %g)
+}}
+
+%meanwhile (p: f32[4]) -> f32[8] {{
+  %p = f32[4]{{0}} parameter(0)
+  ROOT %g = f32[8]{{0}} all-gather(%p), {groups}, dimensions={{0}}
+}}
+
+%all-reduce-scatter.3 (p: f32[8]) -> f32[4] {{
+  %p = f32[8]{{0}} parameter(0)
+  %r = f32[8]{{0}} all-reduce(%p), {groups}, to_apply=%add
+  ROOT %s = f32[4]{{0}} slice(%r), slice={{[0:4]}}
+}}
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {{
+  %p = (s32[], f32[4]{{0}}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[4]{{0}} get-tuple-element(%p), index=1
+  %async-collective-start.1 = (f32[4]{{0}}, f32[8]{{0}}, u32[]) fusion(%x), kind=kCustom, calls=%begins
+  %a = f32[8]{{0}} get-tuple-element(%async-collective-start.1), index=1
+  %fusion.7 = f32[8]{{0}} fusion(%x), kind=kOutput, calls=%meanwhile
+  %async-collective-done.1 = f32[8]{{0}} fusion(%a), kind=kCustom, calls=%meanwhile
+  %y = f32[4]{{0}} fusion(%async-collective-done.1), kind=kCustom, calls=%all-reduce-scatter.3, metadata={{}}
+  ROOT %t = (s32[], f32[4]{{0}}) tuple(%i, %y)
+}}
+
+%condition (p: (s32[], f32[4])) -> pred[] {{
+  %p = (s32[], f32[4]{{0}}) parameter(0)
+  %end = s32[]{{:T(128)}} constant(5)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %less = pred[] compare(%i, %end), direction=LT
+}}
+
+ENTRY %main (p: (s32[], f32[4])) -> (s32[], f32[4]) {{
+  %p = (s32[], f32[4]{{0}}) parameter(0)
+  ROOT %loop = (s32[], f32[4]{{0}}) while(%p), condition=%condition, body=%body, metadata={{}}
+}}
+"""
+    found = collectives(text, arrange(MESH, jax.devices()))
+    assert [(each.kind, each.axes, each.times) for each in found] == [
+        ("all-gather", ("tensor",), 5),
+        ("all-reduce", ("tensor",), 5),
+    ]
