@@ -76,6 +76,8 @@ def test_one_process_that_is_gone_or_stopped_ends_all_with_one_line(home, straig
     assert errors.splitlines()[-1].startswith("error: "), errors
     assert errors.count("run the same command again, on these machines or on what is left of them") == 1
     newest = saved_steps(workdir / "checkpoints")[-1]
+    if (signal_name, index) != ("SIGKILL", 0):
+        return  # what is left is of the same kind
     # On more, smaller ones; and then on one.
     again = train_together(home, workdir, 4, "--train.num-steps", 30)
     assert [code for code, _, _ in again] == [0, 0, 0, 0], again
@@ -106,17 +108,6 @@ def test_what_is_wrong_in_all_is_told_by_all(home):
         assert (code, errors.count("error: ")) == (2, 1), errors
         assert "mesh.fsdp" in errors
     assert not (home / "wrong").exists()
-
-
-@pytest.mark.slow
-def test_processes_that_do_not_find_each_other_say_so(home):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        flags = ("--mesh.coordinator", f"127.0.0.1:{port}", "--mesh.num-processes", 2, "--mesh.process-id", 0)
-        result = train(home, home / "alone", *flags)
-    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1), result.stderr
-    assert "did not find each other" in result.stderr
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """Who started this process, and what one process alone agrees on. Several real ones: tests/end_to_end/."""
 
+import jax
 import pytest
 
+from moe_jax.config import MeshConfig
 from moe_jax.errors import EnvironmentFault
 from moe_jax.sharding import processes
-from moe_jax.sharding.processes import all_well, exchanged, first_then_all, is_one_of_several
+from moe_jax.sharding.processes import all_well, exchanged, first_then_all, is_one_of_several, join_processes
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,21 @@ from moe_jax.sharding.processes import all_well, exchanged, first_then_all, is_o
 )
 def test_what_started_this_process_says_whether_it_is_one_of_several(environment, several):
     assert is_one_of_several(environment) is several
+
+
+def test_processes_that_do_not_find_each_other_say_so_in_one_line(monkeypatch):
+    def refuse(**arguments):
+        assert arguments["coordinator_address"] == "10.0.0.1:8476"
+        assert arguments["heartbeat_timeout_seconds"] == 2 * 60, "later than our own"
+        raise RuntimeError("DEADLINE_EXCEEDED: Deadline Exceeded\nmore of it")
+
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    monkeypatch.setenv("PJRT_NPROC", "2")
+    join_processes(MeshConfig())  # alone
+    with pytest.raises(
+        EnvironmentFault, match=r"at 10.0.0.1:8476 \(DEADLINE_EXCEEDED: Deadline Exceeded\); start"
+    ):
+        join_processes(MeshConfig(coordinator="10.0.0.1:8476", num_processes=2, process_id=1))
 
 
 def test_one_process_agrees_with_itself_and_raises_its_own_errors():
