@@ -8,13 +8,14 @@ import ctypes
 import itertools
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from moe_jax.config import MeshConfig
-from moe_jax.errors import EnvironmentFault, Interrupted, tell_error
+from moe_jax.errors import EnvironmentFault, Interrupted, UserError, tell_error
 
 Result = TypeVar("Result")
 
@@ -28,7 +29,7 @@ def join_processes(config: MeshConfig) -> None:
     """Joins the other processes of the run, if it has several; before any other use of jax.
 
     There are several where the flags say so, or else what started this process: SLURM, Open MPI, a TPU pod.
-    EnvironmentFault where they do not find each other.
+    UserError where the coordinator's port is taken, EnvironmentFault where they do not find each other.
     """
     flags: dict[str, Any] = {}
     if config.coordinator is not None:
@@ -37,6 +38,8 @@ def join_processes(config: MeshConfig) -> None:
             "num_processes": config.num_processes,
             "process_id": config.process_id,
         }
+        if config.process_id == 0:
+            _check_free(int(config.coordinator.rpartition(":")[2]))
     elif not is_one_of_several(os.environ):
         return
     import jax
@@ -57,6 +60,17 @@ def join_processes(config: MeshConfig) -> None:
         raise EnvironmentFault(
             f"the processes of the run did not find each other at {where} ({str(error).splitlines()[0]}); start all "
             "of them, with the same mesh.coordinator and mesh.num-processes, where the network lets them through"
+        ) from None
+
+
+def _check_free(port: int) -> None:
+    """UserError where something listens at ``port``: jaxlib would end this process by a segmentation fault."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise UserError(
+            f"mesh.coordinator must have a port that process 0 can listen at, got {port} "
+            f"({os.strerror(error.errno or 0)}); choose another, the same for all processes"
         ) from None
 
 

@@ -1,10 +1,12 @@
 """Who started this process, and what one process alone agrees on. Several real ones: tests/end_to_end/."""
 
+import socket
+
 import jax
 import pytest
 
 from moe_jax.config import MeshConfig
-from moe_jax.errors import EnvironmentFault
+from moe_jax.errors import EnvironmentFault, UserError
 from moe_jax.sharding import processes
 from moe_jax.sharding.processes import all_well, exchanged, first_then_all, is_one_of_several, join_processes
 
@@ -35,10 +37,15 @@ def test_processes_that_do_not_find_each_other_say_so_in_one_line(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     monkeypatch.setenv("PJRT_NPROC", "2")
     join_processes(MeshConfig())  # alone
-    with pytest.raises(
-        EnvironmentFault, match=r"at 10.0.0.1:8476 \(DEADLINE_EXCEEDED: Deadline Exceeded\); start"
-    ):
+    with pytest.raises(EnvironmentFault, match=r"at 10.0.0.1:8476 \(DEADLINE_EXCEEDED: Deadline Exceeded\); start"):
         join_processes(MeshConfig(coordinator="10.0.0.1:8476", num_processes=2, process_id=1))
+
+
+def test_a_port_that_is_taken_is_one_line():
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"got {port} \(Address already in use\); choose another, the"):
+            join_processes(MeshConfig(coordinator=f"localhost:{port}", num_processes=2, process_id=0))
 
 
 def test_one_process_agrees_with_itself_and_raises_its_own_errors():
