@@ -141,9 +141,13 @@ def _raise_terminated(_number: int, _frame: FrameType | None) -> None:
     raise Terminated
 
 
+# How a process ends once its error is told: one of several does not wait for the others then.
+leave: Callable[[int], NoReturn] = sys.exit
+
+
 def _leave(message: str, exit_code: int) -> NoReturn:
     tell_error(message)
-    sys.exit(exit_code)
+    leave(exit_code)
 
 
 def tell_error(message: str) -> None:

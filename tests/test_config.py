@@ -119,7 +119,7 @@ def test_impossible_groups_of_experts_are_refused(moe, words):
     ("mesh", "words"),
     [
         ({"coordinator": "host"}, "mesh.coordinator must be HOST:PORT, got host; add the port, such as :8476"),
-        ({"process_id": 2}, "mesh.process_id must be below mesh.num_processes=2, got 2; they count from 0"),
+        ({"process_id": 2}, "mesh.process_id must be below mesh.num_processes=2, got 2; ids start at 0"),
     ],
 )
 def test_impossible_processes_are_refused(mesh, words):

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -105,8 +106,8 @@ def _train(config: Config, run: RunDirectory, began: float) -> None:
         raise Interrupted(request.exit_code)
 
 
-def _seconds_left(train: TrainConfig, began: float) -> float | None:
-    return None if train.max_minutes is None else began + 60 * train.max_minutes - time.monotonic()
+def _seconds_left(train: TrainConfig, began: float) -> float:
+    return math.inf if train.max_minutes is None else began + 60 * train.max_minutes - time.monotonic()
 
 
 def _observers(setup: Setup, start: Start, engine: Engine | None) -> Iterator[Observer]:

@@ -182,7 +182,7 @@ class MeshConfig:
     tensor: Annotated[int, Range(-1, MANY)] = 1
     """Devices that attention heads, the width of experts and MLPs, and the vocabulary are divided over."""
     coordinator: Text | None = None
-    """HOST:PORT of process 0 of a run of several; None: as SLURM, Open MPI or a TPU pod says, if it says so."""
+    """HOST:PORT of process 0 of a run of several; None: what SLURM, Open MPI or a TPU pod says, if anything."""
     num_processes: Count | None = None
     """Processes of the run; with coordinator."""
     process_id: Annotated[int, Range(0, MANY)] | None = None

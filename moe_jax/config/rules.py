@@ -165,14 +165,14 @@ def _check_mesh(mesh: MeshConfig) -> None:
     if 0 < len(missing) < len(given):
         raise UserError(
             "mesh.coordinator, mesh.num_processes and mesh.process_id go together, but there is no "
-            f"{' and no '.join(missing)}; give all three, or none where the cluster says them"
+            f"{' and no '.join(missing)}; give all three, or none where the cluster provides them"
         )
     if mesh.coordinator is not None and not re.fullmatch(r".+:\d{1,5}", mesh.coordinator):
         raise UserError(f"mesh.coordinator must be HOST:PORT, got {mesh.coordinator}; add the port, such as :8476")
     if mesh.process_id is not None and mesh.num_processes is not None and mesh.process_id >= mesh.num_processes:
         raise UserError(
-            f"mesh.process_id must be below mesh.num_processes={mesh.num_processes}, got {mesh.process_id}; they "
-            "count from 0"
+            f"mesh.process_id must be below mesh.num_processes={mesh.num_processes}, got {mesh.process_id}; ids "
+            "start at 0"
         )
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "expert": mesh.expert, "tensor": mesh.tensor}
     for name, size in sizes.items():

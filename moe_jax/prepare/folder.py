@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,10 +88,10 @@ def prepare_folder(config: PrepareConfig, *, is_cache: bool = False, or_nothing:
     out, home = config.folder, Path(config.out)
     if config.part is not None and is_dataset(home):
         raise UserError(f"--out {home} is prepared already, or being joined: complete that, or choose another")
-    if not config.join:
+    is_of_parts = config.part is not None or config.join
+    _check_out(home, {parts_folder(home).name} if is_of_parts else set())
+    if config.part is not None:
         _check_out(out)
-    if not parts_folder(home).exists():
-        _check_out(home)
     corpora = find_corpora(config)
     if config.join and meta_file(out).exists():
         data = open_dataset(out)
@@ -136,10 +136,12 @@ def prepare_folder(config: PrepareConfig, *, is_cache: bool = False, or_nothing:
     return open_dataset(out)
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, more: Set[str] = frozenset()) -> None:
+    """UserError where ``out`` is no folder, or holds what no preparation writes but for the names ``more``."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out must be a folder, but {out} is a file; choose another")
-    if out.exists() and not is_dataset(out) and set(os.listdir(out)) - {".lock", "tokenizer", *_leftovers(out)}:
+    known = {".lock", "tokenizer", *more}
+    if out.exists() and not is_dataset(out) and set(os.listdir(out)) - {*known, *_leftovers(out)}:
         raise UserError(f"--out {out} holds other files; choose a new or an empty folder")
 
 
@@ -174,7 +176,7 @@ def _write_corpus(
     """The second pass over a corpus, from the first task whose tokens are not on disk."""
     out, name = config.folder, plan.sources.name
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-    done = unfinished.done.setdefault(name, Done())
+    done = Done() if config.join else unfinished.done.setdefault(name, Done())
     processes = config.processes or _available_cores()
     if config.processes is None and plan.num_characters < _PARALLEL_CHARACTERS:
         processes = 1

@@ -83,7 +83,7 @@ def plans_of_parts(config: PrepareConfig, corpora: list[CorpusSources]) -> list[
     configs = [dataclasses.replace(config, part=f"{number}/{totals[0]}") for number in range(1, totals[0] + 1)]
     if missing := [str(each.part) for each in configs if not meta_file(each.folder).exists()]:
         raise UserError(
-            f"--join needs every part, but {', '.join(missing)} did not run or did not end; run --part for each, with "
+            f"--join needs every part, but {', '.join(missing)} did not finish; run --part for each, with "
             "the same other flags, then join again"
         )
     parts = [open_dataset(each.folder) for each in configs]

@@ -81,14 +81,15 @@ def parse_prepare(arguments: list[str]) -> PrepareConfig:
     if config.part is not None and config.join:
         raise UserError("--join comes once all parts are done, got --part with it; leave one of them out")
     if config.part is not None or config.join:
+        flag = "--join" if config.join else "--part"
         if needs_texts(config.tokenizer):
             raise UserError(
-                f"--part needs a tokenizer that is ready, got {config.tokenizer}, which is made from all text; "
+                f"{flag} needs a tokenizer that is ready, got {config.tokenizer}, which is made from all text; "
                 "prepare a sample of the text, and give the folder tokenizer in it as --tokenizer"
             )
         if config.max_documents is not None or (config.val_input and config.val_documents is not None):
             raise UserError(
-                "--part takes all documents of its files, as no part knows how many come before them; leave out "
+                f"{flag} takes all documents of the files, as no part knows how many come before them; leave out "
                 "--max-documents, and --val-documents beside --val-input"
             )
     LocalFolder("mount the bucket, or copy the folder there afterwards")("--out", config.out)

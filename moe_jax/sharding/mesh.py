@@ -46,6 +46,11 @@ def make_mesh(config: MeshConfig, model: ModelConfig, microbatch_size: int) -> M
             f"the mesh must have at most the {available} devices here, got {_product(sizes)}; lower one of them, or "
             "use -1 for what is left"
         )
+    if jax.process_count() > 1 and num_devices < available:
+        raise UserError(
+            f"the mesh of a run of several processes must have all of their {available} devices, got "
+            f"{_product(sizes) or 1}; raise one of the sizes, or use -1 for what is left"
+        )
     check_mesh(sizes, model, microbatch_size)
     return arrange(sizes, jax.devices()[:num_devices])
 
@@ -237,6 +242,12 @@ def own_rows(mesh: Mesh, batch_size: int) -> range:
 
 def _batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(LOGICAL_RULES["batch"]))
+
+
+def on_every_device(value: int, mesh: Mesh) -> Array:
+    """[devices] int32: on each device ``value``, which each process has for itself."""
+    one, sharding = np.full(1, value, np.int32), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.make_array_from_callback((mesh.size,), sharding, lambda _: one)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

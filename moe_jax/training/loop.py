@@ -20,7 +20,7 @@ from moe_jax.errors import EnvironmentFault
 from moe_jax.runs.checkpoint.record import Record
 from moe_jax.runs.checkpoint.save import Checkpoints
 from moe_jax.runs.metrics_file import MetricsFile
-from moe_jax.sharding.mesh import own_rows, put_batch, replicated
+from moe_jax.sharding.mesh import on_every_device, own_rows, put_batch, replicated
 from moe_jax.sharding.processes import called_together
 from moe_jax.sharding.startup import compiler_options
 from moe_jax.training.diagnosis import find_not_finite
@@ -71,7 +71,6 @@ class Loop:
         jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole), compiler_options=options)
         self.train_step = called_together(jitted)
         self.eval_step = called_together(jax.jit(evaluation, out_shardings=whole, compiler_options=options))
-        self.schedule = setup.schedule
         self.flops_per_token = flops_per_token(start.state.params, self.config.model)
         self.first = int(start.state.step)
         self.tokenizer = fingerprint(setup.dataset.tokenizer)
@@ -85,7 +84,7 @@ class Loop:
             for step in range(first, train.num_steps):
                 for observer in self.observers:
                     observer.step_begins(step, self.state)
-                self.state, output = self.train_step(self.state, self._next(batches))
+                self.state, output = self.train_step(self.state, self._next(batches), self._own_code())
                 if step == first:
                     jax.block_until_ready(output)
                     log.info(f"first step, with compilation: {time.perf_counter() - clock:.1f} s")
@@ -128,10 +127,11 @@ class Loop:
         return train_batches(self.setup.dataset, self.config.data, length, start=start, own=own)
 
     def _next(self, batches: TrainBatches) -> dict[str, jax.Array]:
-        batch = next(batches)
-        if jax.process_count() > 1:  # a signal to one process reaches all at the same step
-            batch["exit_code"] = np.full(len(batch["inputs"]), self.request.own_code, np.int32)
-        return put_batch(batch, self.setup.mesh, self.config.data.batch_size)
+        return put_batch(next(batches), self.setup.mesh, self.config.data.batch_size)
+
+    def _own_code(self) -> jax.Array | None:
+        """With several processes what a signal asks this one for: it reaches all at the same step."""
+        return on_every_device(self.request.own_code, self.setup.mesh) if jax.process_count() > 1 else None
 
     def _is_for_good(self, done: int) -> bool:
         train = self.config.train
@@ -190,7 +190,7 @@ class Loop:
         interval, self.interval = self.interval, Interval(None)
         if interval.sums:
             values |= named_metrics(interval.sums)
-        values["train/learning_rate"] = float(jax.device_get(self.schedule(done - 1 - self.progress.skipped_steps)))
+        values["train/learning_rate"] = float(self.setup.schedule(done - 1 - self.progress.skipped_steps))
         if self.progress.skipped_steps:
             values["train/skipped_steps"] = self.progress.skipped_steps
         if interval.tokens:

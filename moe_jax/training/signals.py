@@ -1,6 +1,7 @@
 """Signals, and the end of the time given, become a request that a loop answers between two steps."""
 
 import contextlib
+import math
 import os
 import signal
 from collections.abc import Iterator
@@ -47,10 +48,11 @@ def catch_signals(
 ) -> Iterator[StopRequest]:
     """Within it the first SIGINT or SIGTERM is noted, and told; a second one ends the process at once.
 
-    SIGUSR1 asks for a pause, and so does the end of ``seconds``.
+    With ``seconds``, which may be infinite, SIGUSR1 asks for a pause, and so does their end.
     """
     request = StopRequest(is_shared=is_shared)
-    previous = {number: signal.getsignal(number) for number in (*_ENDING, *_PAUSING)}
+    caught = _ENDING if seconds is None else (*_ENDING, *_PAUSING)
+    previous = {number: signal.getsignal(number) for number in caught}
 
     def note(number: int, frame: FrameType | None) -> None:
         if number in _ENDING:
@@ -65,11 +67,12 @@ def catch_signals(
 
     for number in previous:
         signal.signal(number, note)
-    if seconds is not None:
+    if seconds is not None and math.isfinite(seconds):
         signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))  # 0 would be never
     try:
         yield request
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        if seconds is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -48,6 +48,7 @@ def train_step(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     batch: dict[str, Array],
+    own_codes: Array | None = None,
 ) -> tuple[TrainState, StepOutput]:
     """One optimizer step on a batch of ``data.batches``; without a finite loss it changes ``state.step`` alone."""
     gradients, (loss, moe_losses, routing) = gradient(config, decoder, state, batch)
@@ -66,7 +67,7 @@ def train_step(
     # One NaN in the parameters would be the end of the run. With a scalar, select costs a step on a CPU 3 % where
     # jnp.where, which makes an array of it, costs 9 %.
     kept = jax.tree.map(lambda new, old: jax.lax.select(is_finite, new, old), changed, state)
-    exit_code = jnp.max(batch["exit_code"]) if "exit_code" in batch else None
+    exit_code = None if own_codes is None else jnp.max(own_codes)
     output = StepOutput(loss, moe_losses, routing, grad_norm, _num_targets(batch), is_finite, exit_code)
     return kept.replace(step=state.step + 1), output
 
@@ -140,8 +141,7 @@ def _num_targets(batch: dict[str, Array]) -> Array:
 
 
 def tokens_of(batch: dict[str, Array]) -> Tokens:
-    """What the decoder reads of a batch. With ``segments`` attention stays in each; what is not in ``mask`` counts
-    nowhere."""
+    """What the decoder reads of a batch: attention stays in its segment; what is not in the mask counts nowhere."""
     return Tokens(batch["inputs"], batch.get("mask"), batch.get("positions"), batch.get("segments"))
 
 

@@ -5,6 +5,7 @@ import socket
 
 import pytest
 
+from moe_jax.files import locked_folder
 from moe_jax.runs.layout import saved_steps
 from tests.compiling import quick_environment
 from tests.tiny import logged, start, train
@@ -12,19 +13,31 @@ from tests.tiny import logged, start, train
 HEARTBEAT_SECONDS = 20
 
 
-def train_together(home, workdir, number, *flags, faults=None, timeout=240):
-    """(exit code, output, errors) of each of ``number`` processes; ``faults`` are those of faulty.py, by process."""
+def train_together(home, workdir, number, *flags, devices=None, faults=None, timeout=240):
+    """(exit code, output, errors) of each of ``number`` processes; ``faults`` are those of faulty.py, by process.
+
+    ``workdir`` may be one for each. Each process has ``devices``, together four by default.
+    """
+    workdirs = workdir if isinstance(workdir, list) else [workdir] * number
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = quick_environment(home / "cache")
-    environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={4 // number}"
+    environment["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices or 4 // number}"
     group = ("--mesh.coordinator", f"127.0.0.1:{port}", "--mesh.num-processes", number)
-    shared = ("train.py", "--config", "tiny.py", "--workdir", workdir, *group)
-    shared += ("--mesh.heartbeat-seconds", HEARTBEAT_SECONDS, *flags)
+    shared = ("train.py", "--config", "tiny.py", *group, "--mesh.heartbeat-seconds", HEARTBEAT_SECONDS, *flags)
     processes = [
-        start(home, *shared, "--mesh.process-id", index, faults=(faults or {}).get(index), env=environment)
-        for index in range(number)
+        start(
+            home,
+            *shared,
+            "--mesh.process-id",
+            index,
+            "--workdir",
+            own,
+            faults=(faults or {}).get(index),
+            env=environment,
+        )
+        for index, own in enumerate(workdirs)
     ]
     ended = []
     try:
@@ -48,10 +61,14 @@ def assert_same_losses(workdir, straight):
                 assert here[name] == pytest.approx(there[name], rel=1e-4), (here["step"], name)
 
 
-def test_two_processes_train_as_one_does_and_a_signal_to_one_saves_on_both(home, straight):
-    workdir = home / "together"
+@pytest.mark.parametrize(
+    ("axis", "devices"),
+    [("fsdp", 2), pytest.param("tensor", 1, marks=pytest.mark.slow)],  # over tensor two processes have the same rows
+)
+def test_two_processes_train_as_one_does_and_a_signal_to_one_saves_on_both(home, straight, axis, devices):
+    workdir = home / f"together_{axis}"
     faults = {1: {"signal_at": {"moment": "step", "number": 12, "signal_name": "SIGTERM"}}}
-    ended = train_together(home, workdir, 2, "--mesh.fsdp", 2, faults=faults)
+    ended = train_together(home, workdir, 2, f"--mesh.{axis}", 2, devices=devices, faults=faults)
     assert [code for code, _, _ in ended] == [143, 143], ended
     (step,) = [step for step in saved_steps(workdir / "checkpoints") if step > 10]
     assert f"the checkpoint of step {step} is on disk" in ended[0][1]
@@ -108,6 +125,23 @@ def test_what_is_wrong_in_all_is_told_by_all(home):
         assert (code, errors.count("error: ")) == (2, 1), errors
         assert "mesh.fsdp" in errors
     assert not (home / "wrong").exists()
+
+
+@pytest.mark.slow
+def test_what_is_wrong_in_one_is_told_by_it_and_ends_the_others(home):
+    workdir = home / "locked"
+    with locked_folder(workdir, "--workdir", "training in"):
+        ended = train_together(home, workdir, 2)
+    assert [code for code, _, _ in ended] == [2, 1], ended
+    assert f"is training in {workdir} already" in ended[0][2].splitlines()[-1]
+    assert ended[1][2].splitlines()[-1].startswith("error: process 0 of the run has failed; its own error says why")
+
+
+@pytest.mark.slow
+def test_folders_that_are_not_the_same_one_are_refused(home):
+    ended = train_together(home, [home / "here", home / "there"], 2)
+    assert {code for code, _, _ in ended} == {2}, ended
+    assert all("must be a folder that all processes of the run see" in errors for _, _, errors in ended)
 
 
 @pytest.mark.slow

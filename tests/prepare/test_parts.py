@@ -134,9 +134,7 @@ def test_a_part_that_was_killed_and_a_join_that_was_killed_begin_again(config, m
     stop_at = 4
     with pytest.raises(KeyboardInterrupt):
         prepare_folder(replace(config, part="1/2"))
-    with pytest.raises(
-        UserError, match=r"--join needs every part, but 1/2, 2/2 did not run or did not end; run --part"
-    ):
+    with pytest.raises(UserError, match=r"--join needs every part, but 1/2, 2/2 did not finish; run --part"):
         prepare_folder(replace(config, join=True))
     written.clear()
     stop_at = None
@@ -169,7 +167,7 @@ def test_a_part_that_was_killed_and_a_join_that_was_killed_begin_again(config, m
 
 @pytest.mark.parametrize(("total", "order", "words"), [
     (3, (), r"got those of none; prepare them with --part"),
-    (3, (1, 3), r"--join needs every part, but 2/3 did not run or did not end"),
+    (3, (1, 3), r"--join needs every part, but 2/3 did not finish"),
 ])  # fmt: skip
 def test_missing_parts_are_named(config, total, order, words):
     if order:
@@ -235,9 +233,9 @@ READY = ("--tokenizer", "byte")
       for part in ("0/4", "5/4", "x", "1/", "1", "01/4", "1/4/4", "-1/4", "1/0")),
     (("--part", "1/4", "--join", *READY), "--join comes once all parts are done"),
     (("--part", "1/4"), "--part needs a tokenizer that is ready, got bpe:2048"),
-    (("--join", "--tokenizer", "char"), "--part needs a tokenizer that is ready, got char"),
-    (("--part", "1/4", *READY, "--max-documents", "9"), "--part takes all documents of its files"),
-    (("--part", "1/4", *READY, "--val-input", "b", "--val-documents", "9"), "--part takes all documents of its files"),
+    (("--join", "--tokenizer", "char"), "--join needs a tokenizer that is ready, got char"),
+    (("--part", "1/4", *READY, "--max-documents", "9"), "--part takes all documents of the files"),
+    (("--part", "1/4", *READY, "--val-input", "b", "--val-documents", "9"), "--part takes all documents of the files"),
 ])  # fmt: skip
 def test_what_cannot_be_divided_is_refused_in_one_line(flags, words):
     with pytest.raises(UserError, match=words) as caught:

@@ -1,5 +1,6 @@
 """A signal may come at any moment, in the middle of a print too."""
 
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +22,7 @@ def test_the_first_signal_is_noted_and_told(capfd):
 
 
 def test_a_schedulers_signal_and_the_end_of_the_time_ask_for_a_pause(capfd):
-    with catch_signals() as request:
+    with catch_signals(seconds=math.inf) as request:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert request.exit_code == 0
         os.kill(os.getpid(), signal.SIGTERM)  # the scheduler's last word, and the first that is an order
@@ -42,7 +43,7 @@ def wait_for(condition):
 
 
 def test_what_several_processes_agree_on_is_the_largest():
-    with catch_signals(is_shared=True) as request:
+    with catch_signals(seconds=math.inf, is_shared=True) as request:
         os.kill(os.getpid(), signal.SIGUSR1)
         assert (request.exit_code, request.own_code) == (None, 1)
         request.hear(0)

@@ -11,7 +11,7 @@ from moe_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfi
 from moe_jax.config.rules import check
 from moe_jax.model.decoder import Decoder, Tokens, Variables
 from moe_jax.sharding.mesh import make_mesh, put_batch, use_mesh
-from moe_jax.training.diagnosis import find_not_finite, first_bad_gradient
+from moe_jax.training.diagnosis import find_not_finite, finite_by_layer, first_bad_gradient
 from moe_jax.training.optimizer import make_optimizer, make_schedule
 from moe_jax.training.state import init_state
 from moe_jax.training.step import eval_step, train_step
@@ -150,15 +150,19 @@ def test_an_ordinary_step_is_finite_and_moves_everything(one_step):
         assert all(np.any(got != want) for got, want in pairs), name
 
 
+def first_bad(gradients):
+    return first_bad_gradient(CONFIG, finite_by_layer(CONFIG, gradients))
+
+
 def test_the_first_bad_gradient_is_that_of_the_layer_nearest_to_the_loss(reference):
     params = jax.tree.map(jnp.zeros_like, reference[0].params)
-    assert first_bad_gradient(CONFIG, params) is None
+    assert first_bad(params) is None
     first = changed_weight("w_down", 0, jnp.inf)(params)
-    assert first_bad_gradient(CONFIG, first) == "layer 0 moe w_down"
+    assert first_bad(first) == "layer 0 moe w_down"
     both = changed_weight("router", 1, jnp.nan)(first)
-    assert first_bad_gradient(CONFIG, both) == "layer 1 moe router"
-    assert first_bad_gradient(CONFIG, {**both, "final_norm": {"scale": jnp.array([jnp.nan])}}) == "final norm scale"
-    assert first_bad_gradient(CONFIG, {**params, "embedding": jnp.array([jnp.nan])}) == "embedding"
+    assert first_bad(both) == "layer 1 moe router"
+    assert first_bad({**both, "final_norm": {"scale": jnp.array([jnp.nan])}}) == "final norm scale"
+    assert first_bad({**params, "embedding": jnp.array([jnp.nan])}) == "embedding"
 
 
 LOSSES = {"load_balancing_weight": 0.1, "importance_weight": 0.1, "router_z_weight": 0.1}

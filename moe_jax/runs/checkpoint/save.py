@@ -13,8 +13,10 @@ import errno
 import gc
 import logging
 import math
+import os
 import shutil
 import time
+import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ from moe_jax.runs.checkpoint.record import Record, Saved, losses_of, read_record
 from moe_jax.runs.checkpoint.restore import restore_items, shapes_of
 from moe_jax.runs.checkpoint.seal import seal
 from moe_jax.runs.layout import saved_steps
-from moe_jax.sharding.processes import all_well, is_first_process
+from moe_jax.sharding.processes import all_well, exchanged, is_first_process
 
 log = logging.getLogger("moe_jax")
 
@@ -73,6 +75,7 @@ class Checkpoints:
                 fault = error
         if not all_well(fault is None):
             raise fault or EnvironmentFault("the first process cannot save; its own error says why")
+        self._check_shared()
         self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
@@ -93,6 +96,21 @@ class Checkpoints:
             raise UserError(f"{self._folder.parent} was trained on by another process; run the same command again")
         shutil.rmtree(self._unfinished, ignore_errors=True)
         self._unfinished.mkdir(parents=True)  # now, and not in hours, is the time to learn that it cannot be
+
+    def _check_shared(self) -> None:
+        """UserError where the processes of the run do not write into one folder: no save would ever end."""
+        if self._is_alone:
+            return
+        mark = self._unfinished / uuid.uuid4().hex
+        if self._is_first:
+            mark.touch()
+        mark = self._unfinished / exchanged(mark.name)[0]
+        # By the folder's list, for NFS may remember that a name was missing.
+        if not all_well(self._unfinished.is_dir() and mark.name in os.listdir(self._unfinished)):
+            raise UserError(
+                f"--workdir must be a folder that all processes of the run see, but {self._folder.parent} is not the "
+                "same one everywhere; name one on a file system that they share"
+            )
 
     def __enter__(self) -> Self:
         self._open = contextlib.ExitStack()
