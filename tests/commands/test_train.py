@@ -189,10 +189,11 @@ class Endings(Observer):
 def test_observers_are_closed_with_how_the_run_ended(small, tmp_path, monkeypatch, error):
     found, run, observers = [], Loop.run, training._observers
 
-    def fail(self, request):
-        run(self, request)
+    def fail(self):
+        state = run(self)
         if error is not None:
             raise error
+        return state
 
     monkeypatch.setattr(Loop, "run", fail)
     monkeypatch.setattr(training, "_observers", lambda *made: [Endings(found), *observers(*made), Endings(found)])
