@@ -190,7 +190,7 @@ class Loop:
         interval, self.interval = self.interval, Interval(None)
         if interval.sums:
             values |= named_metrics(interval.sums)
-        values["train/learning_rate"] = float(self.setup.schedule(done - 1 - self.progress.skipped_steps))
+        values["train/learning_rate"] = float(jnp.asarray(self.setup.schedule(done - 1 - self.progress.skipped_steps)))
         if self.progress.skipped_steps:
             values["train/skipped_steps"] = self.progress.skipped_steps
         if interval.tokens:
