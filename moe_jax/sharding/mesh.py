@@ -244,7 +244,7 @@ def _batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(LOGICAL_RULES["batch"]))
 
 
-def on_every_device(value: int, mesh: Mesh) -> Array:
+def of_each_process(value: int, mesh: Mesh) -> Array:
     """[devices] int32: on each device ``value``, which each process has for itself."""
     one, sharding = np.full(1, value, np.int32), NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     return jax.make_array_from_callback((mesh.size,), sharding, lambda _: one)

@@ -20,7 +20,7 @@ from moe_jax.errors import EnvironmentFault
 from moe_jax.runs.checkpoint.record import Record
 from moe_jax.runs.checkpoint.save import Checkpoints
 from moe_jax.runs.metrics_file import MetricsFile
-from moe_jax.sharding.mesh import on_every_device, own_rows, put_batch, replicated
+from moe_jax.sharding.mesh import of_each_process, own_rows, put_batch, replicated
 from moe_jax.sharding.processes import called_together
 from moe_jax.sharding.startup import compiler_options
 from moe_jax.training.diagnosis import find_not_finite
@@ -131,7 +131,7 @@ class Loop:
 
     def _own_code(self) -> jax.Array | None:
         """With several processes what a signal asks this one for: it reaches all at the same step."""
-        return on_every_device(self.request.own_code, self.setup.mesh) if jax.process_count() > 1 else None
+        return of_each_process(self.request.own_code, self.setup.mesh) if jax.process_count() > 1 else None
 
     def _is_for_good(self, done: int) -> bool:
         train = self.config.train
